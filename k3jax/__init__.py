@@ -1,0 +1,1 @@
+"""Kandinsky 3 in JAX."""

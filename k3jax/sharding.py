@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Meshes, and the one table that maps the logical axis names of the layers to mesh axes.
+
+A layer names the dimensions of its weights (`axes("embed", "mlp")`) and knows nothing of a mesh.
+RULES says which mesh axis each name is split over; another layout is another table. Mesh axes are
+always `data`, `fsdp` and `tensor`, of any size, with Auto axis types: the compiler places the
+collectives.
+"""
+
+import math
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+
+# logical axis -> mesh axis (None: replicated). Each name means one thing wherever it occurs.
+RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
+    ("batch", BATCH),
+    ("layers", None),  # stacked encoder layers
+    ("vocab", None),
+    ("embed", "fsdp"),  # width that a matmul reads from or writes back to the residual stream
+    ("heads", "tensor"),  # attention heads, flattened with the head width
+    ("mlp", "tensor"),  # hidden width of feed-forward layers
+    ("conv_in", "fsdp"),
+    ("conv_out", "tensor"),
+)
+
+
+def axes(*names: str | None) -> dict[str, Any]:
+    """Metadata that names the dimensions of a weight. No mesh is needed to create the weight."""
+    return {"out_sharding": names, "eager_sharding": False}
+
+
+def make_mesh(spec: str = "data=-1", devices: list | None = None) -> Mesh:
+    """A mesh from 'data=-1,fsdp=1,tensor=2'; one size may be -1 (all that remain).
+
+    Raises:
+        ValueError: unknown axis, more than one -1, or sizes that do not divide the devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = dict.fromkeys(MESH_AXES, 1)
+    for part in filter(None, spec.replace(" ", "").split(",")):
+        name, _, size = part.partition("=")
+        if name not in MESH_AXES or not size.lstrip("-").isdigit() or int(size) in (0,):
+            raise ValueError(
+                f"mesh {spec!r}: {part!r} is not AXIS=SIZE with AXIS one of {', '.join(MESH_AXES)}."
+            )
+        sizes[name] = int(size)
+    free = [name for name, size in sizes.items() if size < 0]
+    fixed = math.prod(size for size in sizes.values() if size > 0)
+    if len(free) > 1 or any(size < -1 for size in sizes.values()):
+        raise ValueError(f"mesh {spec!r}: at most one axis may be -1, and no size below -1.")
+    if len(devices) % fixed or (not free and fixed != len(devices)):
+        raise ValueError(
+            f"mesh {spec!r} takes {fixed} devices{' or a multiple' if free else ''}, "
+            f"but there are {len(devices)}: choose sizes whose product is {len(devices)}."
+        )
+    for name in free:
+        sizes[name] = len(devices) // fixed
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        MESH_AXES,
+        axis_types=(AxisType.Auto,) * len(MESH_AXES),
+        devices=devices,
+    )
+
+
+def batch_sharding(mesh: Mesh, batch_dim: int = 0) -> NamedSharding:
+    """Splits dimension `batch_dim` over the devices that hold different images."""
+    return NamedSharding(mesh, PartitionSpec(*(None,) * batch_dim, BATCH))
+
+
+def data_parallelism(mesh: Mesh) -> int:
+    """How many ways a batch is split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def shardings(module: nnx.Module, mesh: Mesh, rules=RULES) -> nnx.State:
+    """NamedShardings of a module's weights, by the logical names of its layers.
+
+    A dimension that the mesh axis does not divide is replicated instead: tiny models run on any
+    mesh. A name that RULES does not have is an error.
+    """
+    table = dict(rules)
+
+    def sharding(variable):
+        value = variable.get_value()
+        names = variable.get_metadata().get("out_sharding") or (None,) * len(value.shape)
+        unknown = [n for n in names if n is not None and n not in table]
+        if unknown:
+            raise ValueError(f"logical axes {unknown} are not in the sharding rules.")
+        spec, used = [], set()
+        for size, name in zip(value.shape, names, strict=True):
+            axis = None if name is None else table[name]
+            splits = _axis_size(mesh, axis)
+            if axis is None or axis in used or size % splits:
+                axis = None
+            used.add(axis)
+            spec.append(axis)
+        return variable.replace(NamedSharding(mesh, PartitionSpec(*spec)))
+
+    state = nnx.state(module)
+    return jax.tree.map(sharding, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def _axis_size(mesh: Mesh, axis) -> int:
+    if axis is None:
+        return 1
+    return math.prod(mesh.shape[a] for a in (axis if isinstance(axis, tuple) else (axis,)))
