@@ -67,6 +67,12 @@ class UNetConfig:
             raise ValueError(
                 f"unet.layers_per_block is {self.layers_per_block}; the up path needs at least 2."
             )
+        levels = len(self.block_out_channels)
+        if min(len(self.add_cross_attention), len(self.add_self_attention)) < levels:
+            raise ValueError(
+                f"unet has {levels} levels but attention flags for fewer: give add_cross_attention "
+                "and add_self_attention one entry per level."
+            )
 
 
 @dataclass(frozen=True)

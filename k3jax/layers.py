@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layers all three networks are made of: linear, convolution, resampling and norms.
+
+Activations are b h w c (batch, height, width, channels) everywhere. Statistics of norms are float32
+whatever the compute dtype.
+"""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from k3jax.sharding import axes
+
+
+def linear(
+    features_in: int,
+    features_out: int,
+    names: tuple[str | None, str | None],
+    *,
+    use_bias: bool = True,
+    dtype,
+    param_dtype,
+    rngs,
+) -> nnx.Linear:
+    """A linear layer, kernel (in, out), whose kernel dimensions have the logical axes `names`."""
+    return nnx.Linear(
+        features_in,
+        features_out,
+        use_bias=use_bias,
+        kernel_metadata=axes(*names),
+        bias_metadata=axes(None),
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
+    )
+
+
+def conv(
+    channels_in: int,
+    channels_out: int,
+    kernel_size: int,
+    *,
+    strides: int = 1,
+    padding: int | tuple[tuple[int, int], ...] | None = None,
+    dtype,
+    param_dtype,
+    rngs,
+) -> nnx.Conv:
+    """A convolution, kernel (h, w, in, out). Padding defaults to that which keeps the size."""
+    if padding is None:
+        padding = (kernel_size - 1) // 2
+    return nnx.Conv(
+        channels_in,
+        channels_out,
+        (kernel_size, kernel_size),
+        strides=strides,
+        padding=((padding, padding),) * 2 if isinstance(padding, int) else padding,
+        kernel_metadata=axes(None, None, "conv_in", "conv_out"),
+        bias_metadata=axes(None),
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
+    )
+
+
+class Upsample2x(nnx.Module):
+    """PyTorch's ConvTranspose2d with kernel 2 and stride 2: y[2i+a, 2j+b] = x[i, j] @ kernel[a, b].
+
+    The windows do not overlap, so it is one matmul and a rearrangement. Kernel (h, w, in, out).
+    """
+
+    def __init__(self, channels: int, *, dtype, param_dtype, rngs):
+        init = nnx.initializers.lecun_normal(in_axis=-2, out_axis=-1)
+        self.kernel = nnx.Param(
+            init(rngs.params(), (2, 2, channels, channels), param_dtype),
+            **axes(None, None, "conv_in", "conv_out"),
+        )
+        self.bias = nnx.Param(jnp.zeros((channels,), param_dtype), **axes(None))
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(b, h, w, c) -> (b, 2h, 2w, c)."""
+        kernel = self.kernel[...].astype(self.dtype)
+        y = jnp.einsum("b h w i, y x i o -> b h w y x o", x.astype(self.dtype), kernel)
+        y = y + self.bias[...].astype(self.dtype)
+        return rearrange(y, "b h w y x o -> b (h y) (w x) o")
+
+
+def group_statistics(x: jax.Array, groups: int, epsilon: float) -> tuple[jax.Array, jax.Array]:
+    """Mean and 1/std of GroupNorm (arXiv:1803.08494), per channel.
+
+    (b, h, w, c) -> two float32 (b, 1, 1, c). The variance takes a second pass: the one-pass form
+    loses digits where the mean is large.
+    """
+    b, h, w, c = x.shape
+    grouped = x.astype(jnp.float32).reshape(b, h * w, groups, c // groups)
+    mean = grouped.mean((1, 3), keepdims=True)
+    variance = jnp.square(grouped - mean).mean((1, 3), keepdims=True)
+    per_channel = (jnp.repeat(s, c // groups, axis=-2) for s in (mean, variance))
+    mean, variance = (s.reshape(b, 1, 1, c) for s in per_channel)
+    return mean, jax.lax.rsqrt(variance + epsilon)
+
+
+class GroupNorm(nnx.Module):
+    """GroupNorm with a learned scale and bias per channel; computes in float32, returns `dtype`."""
+
+    def __init__(self, channels: int, groups: int, epsilon: float, *, dtype, param_dtype):
+        if channels % groups:
+            raise ValueError(f"{channels} channels do not split into {groups} groups.")
+        self.scale = nnx.Param(jnp.ones((channels,), param_dtype), **axes(None))
+        self.bias = nnx.Param(jnp.zeros((channels,), param_dtype), **axes(None))
+        self.groups, self.epsilon, self.dtype = groups, epsilon, dtype
+
+    def affine(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(factor, offset), float32 (b, 1, 1, c), with norm(x) = x factor + offset."""
+        mean, inverse_std = group_statistics(x, self.groups, self.epsilon)
+        factor = inverse_std * self.scale[...].astype(jnp.float32)
+        return factor, self.bias[...].astype(jnp.float32) - mean * factor
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        factor, offset = self.affine(x)
+        return (x.astype(jnp.float32) * factor + offset).astype(self.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """T5's layer norm: no mean, no bias. float32 in, `dtype` out.
+
+    Source: transformers, models/t5/modeling_t5.py, T5LayerNorm.
+    """
+
+    def __init__(self, features: int, epsilon: float, *, dtype, param_dtype):
+        self.scale = nnx.Param(jnp.ones((features,), param_dtype), **axes(None))
+        self.epsilon, self.dtype = epsilon, dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
+        return (x * self.scale[...].astype(jnp.float32)).astype(self.dtype)

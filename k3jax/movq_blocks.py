@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks of MoVQ: residual and attention blocks whose norms may be modulated by the latents.
+
+At 1024x1024 one activation of the decoder is a gigabyte. Maps beyond STRIP_PIXELS are therefore
+convolved strip by strip (`convolve`): what goes into a convolution (upsampled or normalised maps)
+only ever exists for the rows at hand. The result is the same; only the statistics of the norms need
+the whole map.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from k3jax.attention import chunked_attention
+from k3jax.layers import GroupNorm, conv, linear
+
+
+NORM_EPSILON = 1e-6
+SPATIAL_NORM_GROUPS = 32
+"""Fixed in both references, whatever the config's norm_num_groups."""
+STRIP_PIXELS = 2**17
+"""Most pixels of a map that are prepared for a 3x3 convolution at once."""
+
+# The rows of a map at given indices (int32 (n,)), or all of them for None: (b, n, w, c).
+Rows = Callable[[jax.Array | None], jax.Array]
+
+
+def convolve(layer: nnx.Conv, rows: Rows, height: int, width: int) -> jax.Array:
+    """A 3x3 convolution (padding 1) of the map `rows` of height x width pixels."""
+    strips = next(n for n in range(1, height + 1) if height % n == 0 and height * width <= n * STRIP_PIXELS)
+    if strips == 1:
+        return layer(rows(None))
+    strip = height // strips
+
+    def one(first):
+        index = first - 1 + jnp.arange(strip + 2)
+        inside = (index >= 0) & (index < height)
+        x = jnp.where(inside[:, None, None], rows(jnp.clip(index, 0, height - 1)), 0)
+        y = jax.lax.conv_general_dilated(
+            x.astype(layer.dtype),
+            layer.kernel[...].astype(layer.dtype),
+            window_strides=(1, 1),
+            padding=((0, 0), (1, 1)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return y + layer.bias[...].astype(layer.dtype)
+
+    out = jax.lax.map(one, jnp.arange(strips) * strip)
+    return rearrange(out, "s b h w c -> b (s h) w c")
+
+
+def take_rows(x: jax.Array, index: jax.Array | None, factor: int = 1) -> jax.Array:
+    """Rows `index` of x enlarged `factor` times by nearest neighbours, (b, n, factor w, c)."""
+    if index is not None:
+        x = jnp.take(x, index // factor, axis=1)
+    elif factor > 1:
+        x = jnp.repeat(x, factor, axis=1)
+    if factor == 1:
+        return x
+    b, h, w, c = x.shape
+    return jnp.broadcast_to(x[:, :, :, None], (b, h, w, factor, c)).reshape(b, h, w * factor, c)
+
+
+class PlainNorm(GroupNorm):
+    """The encoder's norm: GroupNorm; takes latents so that blocks need not tell the norms apart."""
+
+    def __init__(self, channels: int, groups: int, *, dtype, param_dtype, rngs):
+        super().__init__(channels, groups, NORM_EPSILON, dtype=dtype, param_dtype=param_dtype)
+
+    def rows_of(self, x: jax.Array, latents: None = None) -> Rows:
+        factor, offset = self.affine(x)
+        return lambda index: (take_rows(x, index) * factor + offset).astype(self.dtype)
+
+
+class SpatialNorm(nnx.Module):
+    """GroupNorm, scaled and shifted per pixel by 1x1 convolutions of the upsampled latents.
+
+    There is no `1 +` on the scale. The 1x1 convolutions are pointwise, so they are done before the
+    upsampling: the same values from a fraction of the pixels.
+    """
+
+    def __init__(self, channels: int, latent_channels: int, *, dtype, param_dtype, rngs):
+        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.norm = GroupNorm(
+            channels, SPATIAL_NORM_GROUPS, NORM_EPSILON, dtype=dtype, param_dtype=param_dtype
+        )
+        self.conv_y = linear(latent_channels, channels, (None, None), **kwargs)
+        self.conv_b = linear(latent_channels, channels, (None, None), **kwargs)
+        self.dtype = dtype
+
+    def rows_of(self, x: jax.Array, latents: jax.Array) -> Rows:
+        """The normalised map, row by row; x (b, h, w, c), latents (b, h/f, w/f, latent channels)."""
+        enlarge = x.shape[1] // latents.shape[1]
+        factor, offset = self.norm.affine(x)
+        scale, shift = self.conv_y(latents), self.conv_b(latents)
+
+        def rows(index):
+            normed = take_rows(x, index) * factor + offset
+            normed = normed * take_rows(scale, index, enlarge) + take_rows(shift, index, enlarge)
+            return normed.astype(self.dtype)
+
+        return rows
+
+
+class ResBlock(nnx.Module):
+    """norm - SiLU - 3x3 - norm - SiLU - 3x3 plus a shortcut (1x1 where the width changes)."""
+
+    def __init__(self, channels_in: int, channels_out: int, norm, **kwargs):
+        """`norm(channels, **kwargs)` makes the norms: PlainNorm or SpatialNorm, partially applied."""
+        self.norm1 = norm(channels_in, **kwargs)
+        self.conv1 = conv(channels_in, channels_out, 3, **kwargs)
+        self.norm2 = norm(channels_out, **kwargs)
+        self.conv2 = conv(channels_out, channels_out, 3, **kwargs)
+        self.conv_shortcut = (
+            conv(channels_in, channels_out, 1, **kwargs) if channels_in != channels_out else None
+        )
+
+    def __call__(self, x: jax.Array, latents: jax.Array | None = None) -> jax.Array:
+        out = norm_silu_conv(self.norm1, self.conv1, x, latents)
+        out = norm_silu_conv(self.norm2, self.conv2, out, latents)
+        return out + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class AttentionBlock(nnx.Module):
+    """Attention of one head over all pixels, with biases, plus a shortcut."""
+
+    def __init__(self, channels: int, norm, **kwargs):
+        self.norm = norm(channels, **kwargs)
+        self.to_q = linear(channels, channels, ("embed", "heads"), **kwargs)
+        self.to_k = linear(channels, channels, ("embed", "heads"), **kwargs)
+        self.to_v = linear(channels, channels, ("embed", "heads"), **kwargs)
+        self.to_out = linear(channels, channels, ("heads", "embed"), **kwargs)
+
+    def __call__(self, x: jax.Array, latents: jax.Array | None = None) -> jax.Array:
+        tokens = rearrange(self.norm.rows_of(x, latents)(None), "b h w c -> b (h w) 1 c")
+        q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
+        out = chunked_attention(q, k, v, scale=x.shape[-1] ** -0.5)
+        return x + self.to_out(out).reshape(x.shape)
+
+
+def norm_silu_conv(norm, layer: nnx.Conv, x: jax.Array, latents: jax.Array | None) -> jax.Array:
+    """layer(silu(norm(x))), in strips where the map is large."""
+    rows = norm.rows_of(x, latents)
+    return convolve(layer, lambda index: jax.nn.silu(rows(index)), *x.shape[1:3])
