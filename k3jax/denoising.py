@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The denoising loop: noise and context -> latents, as one `lax.scan` over the sampler's rows.
+
+Every sample has a random key of its own and nothing crosses the batch, so a sample's latents do not
+depend on what else is in the batch. State is float32 throughout.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from k3jax.samplers import Sampler, Step
+from k3jax.text_projection import Context
+from k3jax.unet import UNet
+
+
+Predict = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
+
+MAX_SEED = 2**64 - 1
+
+
+def sample_keys(seeds: Sequence[int]) -> np.ndarray:
+    """Random keys (threefry) made of the seeds alone, as key data: uint32 (b, 2)."""
+    for seed in seeds:
+        if not 0 <= int(seed) <= MAX_SEED:
+            raise ValueError(f"seed {seed} is not between 0 and 2^64 - 1.")
+    # Not through jax.random.key, which keeps only 32 bits of a seed unless x64 is on.
+    return np.array([[int(s) >> 32, int(s) & 0xFFFFFFFF] for s in seeds], np.uint32)
+
+
+def draw_noise(key_data: jax.Array, index, shape: tuple[int, ...]) -> jax.Array:
+    """Standard noise of each sample, float32 (b, *shape).
+
+    Args:
+        key_data: from `sample_keys`.
+        index: 0 for the initial latents, i + 1 for step i.
+        shape: (h, w, c) of one sample.
+    """
+
+    def one(data):
+        key = jax.random.wrap_key_data(data, impl="threefry2x32")
+        return jax.random.normal(jax.random.fold_in(key, index), shape, jnp.float32)
+
+    return jax.vmap(one)(key_data)
+
+
+def predictor(
+    unet: UNet,
+    context: Context,
+    unconditional: Context | None,
+    guidance_scale: jax.Array | None,
+    extra_channels: jax.Array | None = None,
+) -> Predict:
+    """The U-Net with classifier-free guidance: (w + 1) conditional - w unconditional.
+
+    Args:
+        unconditional: of the negative prompts or of none; None to do without guidance.
+        guidance_scale: w of each sample, float32 (b,).
+        extra_channels: (b, h, w, c) put behind the latents' channels (inpainting: mask and masked
+            latents).
+
+    Returns:
+        predict(x, timestep, guide), x (b, h, w, 4), timestep a scalar, guide a scalar bool (None:
+        always guide) that says whether this step pays for the unconditional half.
+    """
+
+    def run(x, timestep, context, repeats):
+        if extra_channels is not None:
+            x = jnp.concatenate([x, extra_channels], axis=-1)
+        x = _interleave(*[x] * repeats)
+        return unet(x, jnp.full(x.shape[:1], timestep), context)
+
+    def conditional(x, timestep):
+        return run(x, timestep, context, 1)
+
+    if unconditional is None:
+        return lambda x, timestep, guide: conditional(x, timestep)
+
+    both = jax.tree.map(_interleave, context, unconditional)
+
+    def guided(x, timestep):
+        pairs = run(x, timestep, both, 2)
+        pairs = pairs.reshape(-1, 2, *pairs.shape[1:])
+        w = guidance_scale[:, None, None, None]
+        return (w + 1) * pairs[:, 0] - w * pairs[:, 1]
+
+    def predict(x, timestep, guide):
+        if guide is None:
+            return guided(x, timestep)
+        return jax.lax.cond(guide, guided, conditional, x, timestep)
+
+    return predict
+
+
+def denoise(
+    predict: Predict,
+    step: Step,
+    rows: dict[str, jax.Array],
+    carry: tuple[jax.Array, Any],
+    *,
+    key_data: jax.Array | None,
+    step_noise: jax.Array | None = None,
+    renoise: bool = False,
+) -> tuple[jax.Array, Any]:
+    """Scans a sampler's step over `rows` (all of its rows, or a run of them).
+
+    Args:
+        rows: columns of the sampler's table, plus `index` (int, the number of the step, which
+            selects its noise) and, for a guidance interval, `guide` (bool).
+        carry: (latents float32 (b, h, w, c), the sampler's memory or None).
+        key_data: keys to draw noise from, or None for a deterministic sampler.
+        step_noise: (steps, b, h, w, c) used instead of drawn noise.
+        renoise: see `Sampler`.
+
+    Returns:
+        The carry after the last row.
+    """
+
+    def body(carry, inputs):
+        row, given = inputs
+        x, memory = carry
+        noise = given
+        if given is None and key_data is not None:
+            noise = draw_noise(key_data, row["index"] + 1, x.shape[1:])
+        if renoise:
+            x = row["alpha"] * x + row["sigma"] * noise
+        output = predict(x, row["timestep"], row.get("guide"))
+        return step(x, output, noise, row, memory), None
+
+    carry, _ = jax.lax.scan(body, carry, (rows, step_noise))
+    return carry
+
+
+def initial_carry(sampler: Sampler, latents: jax.Array) -> tuple[jax.Array, Any]:
+    """What `denoise` starts from."""
+    return latents, (jnp.zeros_like(latents) if sampler.multistep else None)
+
+
+def loop_rows(
+    sampler: Sampler, guidance_interval: tuple[int, int] | None = None
+) -> dict[str, np.ndarray]:
+    """The sampler's table with the columns that `denoise` adds.
+
+    Args:
+        guidance_interval: first and last step (counted from 0, both included) that are guided.
+    """
+    index = np.arange(sampler.num_steps, dtype=np.int32)
+    rows = {**sampler.rows, "index": index}
+    if guidance_interval is not None:
+        first, last = guidance_interval
+        if not 0 <= first <= last:
+            raise ValueError(
+                f"guidance_interval is {guidance_interval}; it must be (first step, last step), "
+                "counted from 0."
+            )
+        rows["guide"] = (index >= first) & (index <= last)
+    return rows
+
+
+@functools.partial(jax.jit, static_argnames=("step", "renoise", "stochastic"), donate_argnames="carry")
+def denoise_program(
+    unet: UNet,
+    context: Context,
+    unconditional: Context | None,
+    guidance_scale: jax.Array | None,
+    extra_channels: jax.Array | None,
+    carry: tuple[jax.Array, Any],
+    rows: dict[str, jax.Array],
+    key_data: jax.Array,
+    step_noise: jax.Array | None,
+    *,
+    step: Step,
+    stochastic: bool,
+    renoise: bool,
+) -> tuple[jax.Array, Any]:
+    """`predictor` and `denoise` as one compiled program; the arguments are theirs."""
+    predict = predictor(unet, context, unconditional, guidance_scale, extra_channels)
+    return denoise(
+        predict,
+        step,
+        rows,
+        carry,
+        key_data=key_data if stochastic else None,
+        step_noise=step_noise if stochastic else None,
+        renoise=renoise,
+    )
+
+
+def _interleave(*arrays: jax.Array) -> jax.Array:
+    """Rows a0 b0 a1 b1 ...: each device of a split batch keeps its own samples."""
+    return jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The samplers against diffusers' schedulers, with an analytic stand-in for the U-Net."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+
+from k3jax import schedule
+from k3jax.config import SamplerConfig
+from k3jax.denoising import denoise, draw_noise, initial_carry, loop_rows, sample_keys
+from k3jax.samplers import make_sampler
+
+
+SHAPE = (2, 8, 8, 4)
+PUBLISHED = dict(  # scheduler_config.json of the published diffusers checkpoint
+    num_train_timesteps=1000,
+    beta_schedule="squaredcos_cap_v2",
+    steps_offset=1,
+    clip_sample=True,
+    timestep_spacing="leading",
+    thresholding=False,
+)
+
+
+def epsilon(x, t, cos):
+    return 0.8 * x * cos(t / 700) + 0.1
+
+
+def run(sampler, latents, noise=None, key_data=None):
+    def predict(x, timestep, guide):
+        return epsilon(x, timestep, jnp.cos)
+
+    rows = {k: jnp.asarray(v) for k, v in loop_rows(sampler).items()}
+    carry = initial_carry(sampler, jnp.asarray(latents))
+    step_noise = None if noise is None or not sampler.stochastic else jnp.asarray(noise)
+    return np.asarray(
+        jax.jit(
+            lambda carry, rows, step_noise: denoise(
+                predict,
+                sampler.step,
+                rows,
+                carry,
+                key_data=key_data,
+                step_noise=step_noise,
+                renoise=sampler.renoise,
+            )[0]
+        )(carry, rows, step_noise)
+    )
+
+
+def run_diffusers(scheduler, monkeypatch, latents, noise, num_steps=None, timesteps=None, **step):
+    """diffusers' loop with the given noise arrays in the order in which they are asked for."""
+    draws = iter(noise)
+    for module in ("ddpm", "ddim"):
+        monkeypatch.setattr(
+            f"diffusers.schedulers.scheduling_{module}.randn_tensor",
+            lambda *args, **kwargs: tiny.nchw(next(draws)),
+        )
+    if timesteps is None:
+        scheduler.set_timesteps(num_steps)
+    else:
+        scheduler.set_timesteps(timesteps=timesteps)
+    x = tiny.nchw(latents)
+    for t in scheduler.timesteps:
+        x = scheduler.step(epsilon(x, t, torch.cos), t, x, **step).prev_sample
+    return tiny.nhwc(x)
+
+
+def arrays(steps, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal(SHAPE, np.float32), rng.standard_normal((steps, *SHAPE), np.float32)
+
+
+@pytest.mark.parametrize("steps", [4, 25, 30])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_ddpm(monkeypatch, steps, spacing, variance):
+    config = SamplerConfig("ddpm", steps, timestep_spacing=spacing, variance_type=variance)
+    sampler = make_sampler(config)
+    latents, noise = arrays(steps)
+    theirs = DDPMScheduler(**PUBLISHED | dict(timestep_spacing=spacing), variance_type=variance)
+    expected = run_diffusers(theirs, monkeypatch, latents, noise, steps)
+    assert np.array_equal(sampler.rows["timestep"], theirs.timesteps.numpy())
+    assert np.abs(run(sampler, latents, noise) - expected).max() < 2e-5
+
+
+def test_ddpm_with_dynamic_threshold(monkeypatch):
+    settings = dict(thresholding=True, dynamic_thresholding_ratio=0.9, sample_max_value=1.5)
+    sampler = make_sampler(SamplerConfig("ddpm", 10, **settings))
+    latents, noise = arrays(10)
+    theirs = DDPMScheduler(**PUBLISHED | settings)
+    expected = run_diffusers(theirs, monkeypatch, latents, noise, 10)
+    assert np.abs(run(sampler, latents, noise) - expected).max() < 2e-5
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("set_alpha_to_one", [True, False])
+def test_ddim(monkeypatch, eta, set_alpha_to_one):
+    settings = dict(set_alpha_to_one=set_alpha_to_one)
+    sampler = make_sampler(SamplerConfig("ddim", 20, eta=eta, **settings))
+    assert sampler.stochastic == (eta > 0)
+    latents, noise = arrays(20)
+    theirs = DDIMScheduler(**PUBLISHED | settings)
+    expected = run_diffusers(theirs, monkeypatch, latents, noise, 20, eta=eta)
+    assert np.abs(run(sampler, latents, noise) - expected).max() < 2e-5
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8, 20])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_dpm_solver(monkeypatch, steps, spacing):
+    sampler = make_sampler(SamplerConfig("dpm++2m", steps, timestep_spacing=spacing))
+    latents, _ = arrays(steps)
+    theirs = DPMSolverMultistepScheduler(
+        beta_schedule="squaredcos_cap_v2", steps_offset=1, timestep_spacing=spacing
+    )
+    expected = run_diffusers(theirs, monkeypatch, latents, (), steps)
+    assert np.array_equal(sampler.rows["timestep"], theirs.timesteps.numpy())
+    scale = np.abs(expected).max()  # trailing starts at time 999, where 1/alpha is 20,000
+    assert np.abs(run(sampler, latents) - expected).max() < 5e-5 * scale
+
+
+def test_kandinsky_with_eta_1_is_ddpm_with_a_dynamic_threshold(monkeypatch):
+    """All steps but the last, which goes to alphas_cumprod[0] where diffusers goes to 1."""
+    config = SamplerConfig("kandinsky", 50)
+    sampler = make_sampler(config)
+    latents, noise = arrays(50)
+    theirs = DDPMScheduler(
+        beta_schedule="squaredcos_cap_v2",
+        thresholding=True,
+        dynamic_thresholding_ratio=0.99,
+        sample_max_value=1e9,
+    )
+    short = dataclasses.replace(
+        sampler, rows={name: column[:-1] for name, column in sampler.rows.items()}
+    )
+    expected = run_diffusers(
+        theirs, monkeypatch, latents, noise, timesteps=list(range(999, 19, -20)) + [19]
+    )
+    ours = run(sampler, latents, noise)
+    assert np.abs(ours - expected).max() > 1e-3  # the last step differs, as in the original
+
+    steps = list(range(999, 19, -20))
+    theirs.set_timesteps(timesteps=[*steps, 19])
+    x = tiny.nchw(latents)
+    draws = iter(noise)
+    monkeypatch.setattr(
+        "diffusers.schedulers.scheduling_ddpm.randn_tensor",
+        lambda *args, **kwargs: tiny.nchw(next(draws)),
+    )
+    for t in steps:
+        x = theirs.step(epsilon(x, t, lambda v: np.cos(v)), t, x).prev_sample
+    assert np.abs(run(short, latents, noise[:-1]) - tiny.nhwc(x)).max() < 5e-5
+
+
+def test_timestep_lists():
+    for steps in (4, 5, 7, 25, 30, 50, 100, 300, 600, 1000):
+        expected = list(range(999, 0, -1000 // steps))
+        assert schedule.kandinsky_timesteps(steps).tolist() == expected
+    assert len(schedule.kandinsky_timesteps(300)) == 250
+    for steps, first in ((25, 961), (50, 981), (5, 801), (4, 751)):
+        timesteps = schedule.diffusers_timesteps(SamplerConfig("ddpm"), steps)
+        assert (timesteps[0], timesteps[-1]) == (first, 1)
+
+
+def test_noise_depends_on_the_seed_alone():
+    keys = sample_keys([7, 8, 2**63 + 5, 5])
+    noise = draw_noise(keys, 3, (4, 4, 2))
+    assert np.array_equal(noise[1], draw_noise(sample_keys([8]), 3, (4, 4, 2))[0])
+    assert not np.array_equal(noise[2], noise[3])  # all 64 bits of a seed count
+    assert not np.array_equal(noise[1], draw_noise(sample_keys([8]), 4, (4, 4, 2))[0])
+    with pytest.raises(ValueError, match="seed -1 is not between"):
+        sample_keys([-1])
+
+
+def test_drawn_noise_is_what_injected_noise_would_be():
+    sampler = make_sampler(SamplerConfig("kandinsky", 5))
+    latents, _ = arrays(5)
+    keys = sample_keys([11, 12])
+    noise = np.stack([draw_noise(keys, i + 1, SHAPE[1:]) for i in range(5)])
+    drawn = run(sampler, latents, key_data=jnp.asarray(keys))
+    assert np.abs(drawn - run(sampler, latents, noise)).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(num_inference_steps=0), "num_inference_steps is 0"),
+        (dict(num_inference_steps=1001), "between 1 and 1000"),
+        (dict(eta=1.5), "eta is 1.5"),
+        (dict(name="kandinsky30", num_inference_steps=1), "at least 2 steps"),
+        (dict(name="ddpm", num_inference_steps=1000), "ask for fewer steps"),
+        (dict(name="ddpm", variance_type="learned"), "'learned' is not supported"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_sampler(SamplerConfig(**settings))
