@@ -8,13 +8,14 @@ becomes a config; it refuses what it does not know.
 
 import dataclasses
 import difflib
+import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 
 MAX_TOKENS = 128
-"""Tokens of a prompt that the model sees, end-of-sequence included (hard-coded in all references)."""
+"""Tokens of a prompt that the model sees, end-of-sequence included; the same in all references."""
 
 Conditioning = Literal["original", "diffusers"]
 SamplerName = Literal["kandinsky", "kandinsky30", "ddpm", "ddim", "dpm++2m", "flash"]
@@ -131,6 +132,8 @@ class ModelConfig:
     unet: UNetConfig = field(default_factory=UNetConfig)
     movq: MoVQConfig = field(default_factory=MoVQConfig)
     conditioning: Conditioning = "original"
+    sample_size: int = 1024
+    """Height and width in pixels of an image when a call names none."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
     def __post_init__(self):
@@ -172,9 +175,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     """The inverse of `from_dict`, with tuples as lists so that JSON round-trips."""
     return {
         k: list(v) if isinstance(v, tuple) else v
-        for k, v in (
-            (f.name, _plain(getattr(config, f.name))) for f in dataclasses.fields(config)
-        )
+        for k, v in ((f.name, _plain(getattr(config, f.name))) for f in dataclasses.fields(config))
     }
 
 
@@ -191,6 +192,10 @@ def _plain(value):
 
 
 def _coerce(hint, value, where):
+    if get_origin(hint) in (Union, types.UnionType):  # only `X | None`
+        if value is None:
+            return None
+        hint = next(arg for arg in get_args(hint) if arg is not types.NoneType)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise ValueError(f"{where} must be a group of settings, not {value!r}.")
@@ -204,6 +209,8 @@ def _coerce(hint, value, where):
         element = hint.__args__[0]
         if isinstance(value, str) or not hasattr(value, "__iter__"):
             raise ValueError(f"{where} must be a list, not {value!r}.")
+        if Ellipsis not in hint.__args__ and len(value) != len(hint.__args__):
+            raise ValueError(f"{where} must have {len(hint.__args__)} values, not {value!r}.")
         return tuple(_coerce(element, v, where) for v in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

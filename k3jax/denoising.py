@@ -161,7 +161,7 @@ def loop_rows(
     return rows
 
 
-@functools.partial(jax.jit, static_argnames=("step", "renoise", "stochastic"), donate_argnames="carry")
+@functools.partial(jax.jit, static_argnames=("step", "renoise", "stochastic"))
 def denoise_program(
     unet: UNet,
     context: Context,

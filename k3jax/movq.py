@@ -2,7 +2,7 @@
 """MoVQ, the image autoencoder (arXiv:2209.09002): images <-> latents of an eighth of the size.
 
 Latents are the raw output of the encoder: never quantised, never scaled. The decoder's norms are
-modulated by the latents themselves. Source: ai-forever/Kandinsky-3, movq.py; diffusers, vq_model.py.
+modulated by the latents. Source: ai-forever/Kandinsky-3, movq.py; diffusers, vq_model.py.
 """
 
 import functools
@@ -36,8 +36,7 @@ class EncoderLevel(nnx.Module):
         )
         self.attentions = (
             nnx.List(
-                AttentionBlock(channels_out, norm, **kwargs)
-                for _ in range(config.layers_per_block)
+                AttentionBlock(channels_out, norm, **kwargs) for _ in range(config.layers_per_block)
             )
             if attention
             else None
@@ -64,9 +63,7 @@ class DecoderLevel(nnx.Module):
         layers = config.layers_per_block + 1
         norm = functools.partial(SpatialNorm, latent_channels=config.latent_channels)
         widths = [channels_in] + [channels_out] * layers
-        self.resnets = nnx.List(
-            ResBlock(a, channels_out, norm, **kwargs) for a in widths[:layers]
-        )
+        self.resnets = nnx.List(ResBlock(a, channels_out, norm, **kwargs) for a in widths[:layers])
         self.attentions = (
             nnx.List(AttentionBlock(channels_out, norm, **kwargs) for _ in range(layers))
             if attention

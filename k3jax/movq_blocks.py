@@ -30,10 +30,10 @@ Rows = Callable[[jax.Array | None], jax.Array]
 
 def convolve(layer: nnx.Conv, rows: Rows, height: int, width: int) -> jax.Array:
     """A 3x3 convolution (padding 1) of the map `rows` of height x width pixels."""
-    strips = next(n for n in range(1, height + 1) if height % n == 0 and height * width <= n * STRIP_PIXELS)
-    if strips == 1:
+    most = max(STRIP_PIXELS // width, 1)
+    strip = next(n for n in range(min(most, height), 0, -1) if height % n == 0)
+    if strip == height:
         return layer(rows(None))
-    strip = height // strips
 
     def one(first):
         index = first - 1 + jnp.arange(strip + 2)
@@ -48,7 +48,7 @@ def convolve(layer: nnx.Conv, rows: Rows, height: int, width: int) -> jax.Array:
         )
         return y + layer.bias[...].astype(layer.dtype)
 
-    out = jax.lax.map(one, jnp.arange(strips) * strip)
+    out = jax.lax.map(one, jnp.arange(0, height, strip))
     return rearrange(out, "s b h w c -> b (s h) w c")
 
 
@@ -92,7 +92,7 @@ class SpatialNorm(nnx.Module):
         self.dtype = dtype
 
     def rows_of(self, x: jax.Array, latents: jax.Array) -> Rows:
-        """The normalised map, row by row; x (b, h, w, c), latents (b, h/f, w/f, latent channels)."""
+        """The normalised map by rows; x (b, h, w, c), latents (b, h/f, w/f, latent channels)."""
         enlarge = x.shape[1] // latents.shape[1]
         factor, offset = self.norm.affine(x)
         scale, shift = self.conv_y(latents), self.conv_b(latents)
@@ -109,7 +109,7 @@ class ResBlock(nnx.Module):
     """norm - SiLU - 3x3 - norm - SiLU - 3x3 plus a shortcut (1x1 where the width changes)."""
 
     def __init__(self, channels_in: int, channels_out: int, norm, **kwargs):
-        """`norm(channels, **kwargs)` makes the norms: PlainNorm or SpatialNorm, partially applied."""
+        """`norm(channels, **kwargs)` makes the norms: a partially applied PlainNorm or SpatialNorm."""
         self.norm1 = norm(channels_in, **kwargs)
         self.conv1 = conv(channels_in, channels_out, 3, **kwargs)
         self.norm2 = norm(channels_out, **kwargs)

@@ -3,9 +3,9 @@
 
     step(x, output, noise, row, memory) -> (x, memory)
 
-`x` is the noisy latents, `output` the U-Net's (guided) output, `noise` fresh standard noise (None for
-a deterministic sampler), `row` this step's coefficients, `memory` what a multistep sampler carries.
-All of it is float32. The tables are made in numpy, in the references' order of operations.
+`x` is the noisy latents, `output` the U-Net's (guided) output, `noise` fresh standard noise (None
+for a deterministic sampler), `row` this step's coefficients, `memory` what a multistep sampler
+carries. All of it is float32. The tables are made in numpy, in the references' order of operations.
 """
 
 import dataclasses
@@ -68,7 +68,7 @@ def _table(**columns) -> dict[str, np.ndarray]:
     return {name: np.asarray(column, np.float32) for name, column in columns.items()}
 
 
-# --- limiting of the predicted image ---------------------------------------------------------------
+# --- limiting of the predicted image ------------------------------------------------------------
 
 
 def dynamic_threshold(x0: jax.Array, percentile: float, maximum: float = float("inf")) -> jax.Array:
@@ -100,7 +100,7 @@ def _predicted_image(prediction_type: str, x, output, row):
     return (x - row["sigma"] * output) / row["alpha"]
 
 
-# --- Kandinsky's own -------------------------------------------------------------------------------
+# --- Kandinsky's own ----------------------------------------------------------------------------
 
 
 def _kandinsky(config: SamplerConfig) -> Sampler:
@@ -188,7 +188,7 @@ def _flash_step(x, output, noise, row, memory):
     return (x - row["sigma"] * output) / row["alpha"], memory
 
 
-# --- diffusers' schedulers -------------------------------------------------------------------------
+# --- diffusers' schedulers ----------------------------------------------------------------------
 
 
 def _ddpm(config: SamplerConfig) -> Sampler:

@@ -4,6 +4,7 @@
 `alphas_cumprod[t]` is the share of the signal's variance left at time t of 0..999.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -22,7 +23,7 @@ def cosine_betas(num_timesteps: int) -> np.ndarray:
         return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
 
     steps = [i / num_timesteps for i in range(num_timesteps + 1)]
-    betas = [min(1 - alpha_bar(b) / alpha_bar(a), 0.999) for a, b in zip(steps, steps[1:])]
+    betas = [min(1 - alpha_bar(b) / alpha_bar(a), 0.999) for a, b in itertools.pairwise(steps)]
     return np.asarray(betas, np.float32)
 
 
@@ -49,8 +50,8 @@ def alphas_cumprod(betas: np.ndarray) -> np.ndarray:
 def kandinsky_timesteps(num_inference_steps: int) -> np.ndarray:
     """Timesteps of the original 3.1 sampler: range(999, 0, -1000 // n).
 
-    Python's floor of the negative number makes strides of ceil(1000 / n), so the list can be shorter
-    than asked: 300 gives 250 steps. Source: t2i_pipeline.py.
+    Python's floor of the negative number makes strides of ceil(1000 / n), so the list can be
+    shorter than asked: 300 gives 250 steps. Source: t2i_pipeline.py.
     """
     return np.arange(NUM_TRAIN_TIMESTEPS - 1, 0, -NUM_TRAIN_TIMESTEPS // num_inference_steps)
 

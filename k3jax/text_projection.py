@@ -4,13 +4,14 @@
 Two families of Kandinsky 3 weights exist, and differ where a prompt ends (LN(Linear(0)) is the bias
 of the LayerNorm, not zero):
 
-- `original` (ai-forever/Kandinsky-3, condition_encoders.py): project, then zero the padding; without
-  a negative prompt, one learned null embedding as the only token.
+- `original` (ai-forever/Kandinsky-3, condition_encoders.py): project, then zero the padding;
+  without a negative prompt, one learned null embedding as the only token.
 - `diffusers` (pipeline_kandinsky3.py): zero the padding, then project; without a negative prompt,
   zero embeddings, all of them masked.
 
-In both, a prompt of n tokens is seen through a window of L = min(n + 1, 128) rows. Rows at or beyond
-L do not exist for the model; rows between n and L are padding, which counts in the pooled mean.
+In both, a prompt of n tokens is seen through a window of L = min(n + 1, 128) rows. Rows at or
+beyond L do not exist for the model; rows between n and L are padding, which counts in the pooled
+mean.
 """
 
 from dataclasses import dataclass

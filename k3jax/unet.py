@@ -37,8 +37,8 @@ class TimeEmbedding(nnx.Module):
 class Level(nnx.Module):
     """One resolution of the U-Net: residual, cross-attention, residual; `layers_per_block` times.
 
-    Down levels begin with the self-attention and end with the downsampling; up levels begin with the
-    upsampling and end with the self-attention.
+    Down levels begin with the self-attention and end with the downsampling; up levels begin with
+    the upsampling and end with the self-attention.
     """
 
     def __init__(
@@ -113,8 +113,7 @@ class UNet(nnx.Module):
         layers = config.layers_per_block
         self.down_blocks = nnx.List(
             Level(
-                [(widths[i], widths[i + 1], widths[i + 1])]
-                + [(widths[i + 1],) * 3] * (layers - 1),
+                [(widths[i], widths[i + 1], widths[i + 1])] + [(widths[i + 1],) * 3] * (layers - 1),
                 config,
                 self_attention=widths[i] if config.add_self_attention[i] else None,
                 cross_attention=config.add_cross_attention[i],

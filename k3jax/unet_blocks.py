@@ -157,7 +157,14 @@ class AttentionBlock(nnx.Module):
     """Attention over the context, or over the pixels themselves, then a pointwise feed-forward."""
 
     def __init__(
-        self, channels: int, context_dim: int | None, config: UNetConfig, *, dtype, param_dtype, rngs
+        self,
+        channels: int,
+        context_dim: int | None,
+        config: UNetConfig,
+        *,
+        dtype,
+        param_dtype,
+        rngs,
     ):
         kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.in_norm = ConditionalGroupNorm(channels, config, **kwargs)
@@ -169,9 +176,7 @@ class AttentionBlock(nnx.Module):
         self.feed_forward_in = linear(channels, hidden, ("embed", "mlp"), use_bias=False, **kwargs)
         self.feed_forward_out = linear(hidden, channels, ("mlp", "embed"), use_bias=False, **kwargs)
 
-    def __call__(
-        self, x: jax.Array, temb: jax.Array, context: Context | None = None
-    ) -> jax.Array:
+    def __call__(self, x: jax.Array, temb: jax.Array, context: Context | None = None) -> jax.Array:
         """`context` None: self-attention, whose keys are the normed pixels."""
         tokens = rearrange(self.in_norm(x, temb), "b h w c -> b (h w) c")
         if context is None:

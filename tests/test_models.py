@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 import torch
 
 from k3jax.abstract import abstract_module, parameter_count
 from k3jax.config import MAX_TOKENS, ModelConfig, UNetConfig
 from k3jax.text_projection import PromptEmbeds
+
+import tiny
 
 
 TOLERANCE = 1e-5  # of the output's scale
@@ -53,7 +54,7 @@ def test_text_encoder_at_full_length():
 
 
 def test_text_encoder_keeps_its_residual_stream_in_float32():
-    """bf16 weights and matmuls; a bf16 residual stream would lose small layers beside a large one."""
+    """bf16 weights and matmuls; a bf16 stream would lose small layers beside a large one."""
     theirs = tiny.torch_text_encoder()
     state = theirs.state_dict()
     state["shared.weight"] *= 300

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
@@ -15,6 +14,8 @@ from k3jax import schedule
 from k3jax.config import SamplerConfig
 from k3jax.denoising import denoise, draw_noise, initial_carry, loop_rows, sample_keys
 from k3jax.samplers import make_sampler
+
+import tiny
 
 
 SHAPE = (2, 8, 8, 4)
@@ -54,7 +55,9 @@ def run(sampler, latents, noise=None, key_data=None):
     )
 
 
-def run_diffusers(scheduler, monkeypatch, latents, noise, num_steps=None, timesteps=None, **step):
+def run_diffusers(
+    scheduler, monkeypatch, latents, noise, num_steps=None, timesteps=None, stop=None, **step
+):
     """diffusers' loop with the given noise arrays in the order in which they are asked for."""
     draws = iter(noise)
     for module in ("ddpm", "ddim"):
@@ -67,7 +70,7 @@ def run_diffusers(scheduler, monkeypatch, latents, noise, num_steps=None, timest
     else:
         scheduler.set_timesteps(timesteps=timesteps)
     x = tiny.nchw(latents)
-    for t in scheduler.timesteps:
+    for t in scheduler.timesteps[:stop]:
         x = scheduler.step(epsilon(x, t, torch.cos), t, x, **step).prev_sample
     return tiny.nhwc(x)
 
@@ -127,8 +130,8 @@ def test_dpm_solver(monkeypatch, steps, spacing):
 
 def test_kandinsky_with_eta_1_is_ddpm_with_a_dynamic_threshold(monkeypatch):
     """All steps but the last, which goes to alphas_cumprod[0] where diffusers goes to 1."""
-    config = SamplerConfig("kandinsky", 50)
-    sampler = make_sampler(config)
+    timesteps = list(range(999, 0, -20))
+    sampler = make_sampler(SamplerConfig("kandinsky", 50))
     latents, noise = arrays(50)
     theirs = DDPMScheduler(
         beta_schedule="squaredcos_cap_v2",
@@ -136,26 +139,18 @@ def test_kandinsky_with_eta_1_is_ddpm_with_a_dynamic_threshold(monkeypatch):
         dynamic_thresholding_ratio=0.99,
         sample_max_value=1e9,
     )
-    short = dataclasses.replace(
-        sampler, rows={name: column[:-1] for name, column in sampler.rows.items()}
-    )
-    expected = run_diffusers(
-        theirs, monkeypatch, latents, noise, timesteps=list(range(999, 19, -20)) + [19]
-    )
-    ours = run(sampler, latents, noise)
-    assert np.abs(ours - expected).max() > 1e-3  # the last step differs, as in the original
 
-    steps = list(range(999, 19, -20))
-    theirs.set_timesteps(timesteps=[*steps, 19])
-    x = tiny.nchw(latents)
-    draws = iter(noise)
-    monkeypatch.setattr(
-        "diffusers.schedulers.scheduling_ddpm.randn_tensor",
-        lambda *args, **kwargs: tiny.nchw(next(draws)),
-    )
-    for t in steps:
-        x = theirs.step(epsilon(x, t, lambda v: np.cos(v)), t, x).prev_sample
-    assert np.abs(run(short, latents, noise[:-1]) - tiny.nhwc(x)).max() < 5e-5
+    def difference(steps):
+        rows = {name: column[:steps] for name, column in sampler.rows.items()}
+        got = run(dataclasses.replace(sampler, rows=rows), latents, noise[:steps])
+        # The timestep after the last decides where the last step goes.
+        expected = run_diffusers(
+            theirs, monkeypatch, latents, noise, timesteps=timesteps, stop=steps
+        )
+        return np.abs(got - expected).max()
+
+    assert difference(49) < 5e-5
+    assert difference(50) > 1e-3
 
 
 def test_timestep_lists():

@@ -6,6 +6,7 @@ import dataclasses
 import numpy as np
 import torch
 from diffusers import Kandinsky3UNet, VQModel
+from flax import nnx
 from transformers import T5Config, T5EncoderModel
 
 from k3jax.abstract import abstract_module
@@ -18,9 +19,10 @@ from k3jax.config import (
 )
 from k3jax.convert import movq, text_encoder, text_projection, unet
 from k3jax.convert.modules import state_dict_to_module
+from k3jax.sharding import shardings
 
 
-VOCAB = 120
+VOCAB = 259  # of the byte tokenizer
 TEXT_ENCODER = TextEncoderConfig(
     vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4
 )
@@ -136,3 +138,9 @@ def relative_error(ours, theirs) -> float:
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     assert ours.shape == theirs.shape
     return np.abs(ours - theirs).max() / np.abs(theirs).max()
+
+
+def module_shardings(module, mesh):
+    """A module whose leaves are the shardings of `module` on a mesh, for jax.device_put."""
+    graph, _ = nnx.split(module)
+    return nnx.merge(graph, shardings(module, mesh))

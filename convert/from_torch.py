@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PyTorch checkpoint -> ours, planned from the headers and streamed tensor by tensor."""
+
+import functools
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from k3jax.abstract import abstract_module
+from k3jax.checkpoint import CheckpointWriter, read_checkpoint
+from k3jax.config import ModelConfig
+from k3jax.convert.arrays import is_finite
+from k3jax.convert.modules import layer_shapes, module_shapes
+from k3jax.convert.rules import ConversionError, Plan, Shape, raise_faults, to_jax_array
+from k3jax.convert.sources import Source, open_source
+from k3jax.convert.tensors import Tensors, shapes
+from k3jax.convert.tokenizer import prepare_tokenizer
+from k3jax.manifest import array_digest, combined_digest
+
+
+PARAM_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    variant: str = "base",
+    weights_variant: str | None = None,
+    text_encoder_from: str | Path | None = None,
+    param_dtype: str | None = None,
+    architecture: dict | None = None,
+    progress: bool = True,
+    overwrite: bool = False,
+) -> None:
+    """Converts a PyTorch checkpoint of any known layout.
+
+    Everything that names and shapes tell is checked before anything is written. Memory: about one
+    gigabyte, whatever the size; the weights pass through a memory map. A conversion that fails or
+    is killed leaves nothing at `destination`, and can be run again.
+
+    Args:
+        source: folder, or Hugging Face id (`owner/name`), in the layout of diffusers or in the
+            original layout of Kandinsky 3.0 or 3.1.
+        destination: folder or bucket path that does not exist.
+        variant: `base`, `flash` or `inpainting`.
+        weights_variant: `fp16` to take the files named *.fp16.*; by default the plain ones, or the
+            only ones that there are.
+        text_encoder_from: another checkpoint of ours whose text encoder is used instead of a copy.
+        param_dtype: `bfloat16`, `float16` or `float32`; None keeps each tensor's own.
+        architecture: see `k3jax.convert.sources.open_source`.
+        overwrite: replace a checkpoint at `destination`.
+
+    Raises:
+        ConversionError: what is wrong with the source, all faults together.
+        k3jax.checkpoint.CheckpointError: what is wrong with the destination.
+    """
+    if param_dtype not in (None, *PARAM_DTYPES):
+        raise ConversionError(
+            f"param_dtype is {param_dtype!r}; it must be one of {list(PARAM_DTYPES)}."
+        )
+    shared = None if text_encoder_from is None else read_checkpoint(text_encoder_from)
+    opened = open_source(
+        source,
+        variant=variant,
+        weights_variant=weights_variant,
+        shared_text_encoder=shared.config.text_encoder if shared else None,
+        architecture=architecture,
+    )
+    plans = plan(opened, str(source))
+    with CheckpointWriter(destination, overwrite=overwrite) as writer:
+        if shared is not None:
+            writer.share("text_encoder", shared.path)
+        if opened.tokenizer:
+            with tempfile.TemporaryDirectory() as folder:
+                prepare_tokenizer(opened.tokenizer, Path(folder))
+                writer.add_tokenizer(folder)
+        elif shared is not None:
+            writer.add_tokenizer(shared.path / "tokenizer")
+        digests = {}
+        with tqdm(
+            total=sum(t.nbytes for tensors in opened.tensors.values() for t in tensors.values()),
+            unit="B",
+            unit_scale=True,
+            disable=not progress,
+            smoothing=0.05,
+        ) as bar:
+            for component, steps in plans.items():
+                bar.set_description(component)
+                digests |= _stream(steps, opened.tensors[component], writer, param_dtype, bar)
+        writer.commit(
+            opened.config,
+            source={
+                "layout": opened.layout,
+                "variant": variant,
+                **opened.origin,
+                "sha256": combined_digest(digests),
+            },
+            dtype=param_dtype or _prevailing_dtype(opened),
+        )
+
+
+def plan(source: Source, where: str) -> dict[str, Plan]:
+    """Component -> plan, for all components of the source.
+
+    Raises:
+        ConversionError: everything that names, shapes and dtypes show to be wrong, together.
+    """
+    plans = {}
+    for component, tensors in source.tensors.items():
+        table = source.tables[component]
+        expected = layer_shapes(table, _model_shapes(component, source.config))
+        steps = plans[component] = table.to_jax(shapes(tensors), expected)
+        for name, tensor in tensors.items():
+            if tensor.dtype not in ("float64", "float32", "float16", "bfloat16"):
+                if not table.ignores(name):
+                    steps.add_fault(f"{name} has dtype {tensor.dtype}; weights are floats.")
+    raise_faults([fault for steps in plans.values() for fault in steps.faults], where)
+    return plans
+
+
+@functools.lru_cache(8)
+def _model_shapes(component: str, config: ModelConfig) -> dict[str, Shape]:
+    return module_shapes(abstract_module(component, config))
+
+
+def _stream(steps: Plan, tensors: Tensors, writer, param_dtype, bar) -> dict[str, str]:
+    """Writes one component. Returns a digest per PyTorch tensor.
+
+    Raises:
+        ConversionError: naming all tensors that hold NaN or infinite values, or that are stored
+            twice with different values; the component is read to its end for that.
+    """
+    digests = {}
+    faults = []
+    second_names = {first: alias for alias, first in steps.duplicates}
+    for step in steps.steps:
+        tensor = tensors[step.torch_name]
+        array = tensor.read()
+        digests[f"{steps.component}.{step.torch_name}"] = array_digest(array)
+        if not is_finite(array):
+            faults.append(f"{step.torch_name} in {tensor.file} holds NaN or infinite values.")
+        alias = second_names.get(step.torch_name)
+        if alias is not None and not _equal(array, tensors[alias].read()):
+            faults.append(
+                f"{alias} and {step.torch_name} are one tensor but have different values."
+            )
+        if not faults:
+            ours = to_jax_array(step.rule, array)
+            if param_dtype is not None:
+                with np.errstate(over="ignore"):  # reported with its name below
+                    ours = ours.astype(param_dtype, copy=False)
+                if param_dtype == "float16" and not is_finite(ours):
+                    faults.append(
+                        f"{step.torch_name} has values too large for float16: choose bfloat16."
+                    )
+            writer.write(steps.component, {step.jax_name: ours})
+        bar.update(tensor.nbytes)
+    for fault in faults:
+        steps.add_fault(fault)
+    raise_faults(steps.faults, "The source")
+    return digests
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.dtype == b.dtype and array_digest(a) == array_digest(b)
+
+
+def _prevailing_dtype(source: Source) -> str:
+    """The dtype of most of the U-Net's numbers, which stands for the whole."""
+    sizes: dict[str, int] = {}
+    for tensor in source.tensors["unet"].values():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+    return max(sizes, key=sizes.__getitem__)

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which files of a folder or repository make up a checkpoint, told from their names alone."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from k3jax.convert.rules import ConversionError
+
+
+VARIANTS = {"base": "", "flash": "_flash", "inpainting": "_inpainting"}
+"""Variant -> what the original files append to their names."""
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "spiece.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+ENCODER_FOLDERS = ("flan_ul2_encoder", "flan-ul2", "google/flan-ul2", "text_encoder")
+"""Where people who run the original code keep the encoder (3.0 used google/flan-ul2 itself)."""
+
+TEXT_STEMS = {"safetensors": "model", "bin": "pytorch_model"}
+MODEL_STEMS = {"safetensors": "diffusion_pytorch_model", "bin": "diffusion_pytorch_model"}
+
+
+@dataclass
+class Layout:
+    """Names, relative to the root, of all files to be read."""
+
+    kind: str
+    """`diffusers` or `original`."""
+    weights: dict[str, list[str]] = field(default_factory=dict)
+    """Component -> its file or shards; the original keeps several components in one."""
+    configs: dict[str, str] = field(default_factory=dict)
+    tokenizer: list[str] = field(default_factory=list)
+
+    def files(self) -> list[str]:
+        """Every file that is needed, for a download."""
+        weights = (name for names in self.weights.values() for name in names)
+        return sorted({*weights, *self.configs.values(), *self.tokenizer})
+
+
+def find_layout(
+    names: Iterable[str],
+    where: str,
+    *,
+    variant: str = "base",
+    weights_variant: str | None = None,
+    text_encoder: bool = True,
+) -> Layout:
+    """Recognises the layout and picks the files.
+
+    Args:
+        names: all files, relative to the root, with forward slashes.
+        where: the folder or repository, for error messages.
+        variant: one of VARIANTS.
+        weights_variant: `fp16` for files named *.fp16.*; None: plain files, or the only variant.
+        text_encoder: False leaves the text encoder out (another checkpoint has it).
+
+    Raises:
+        ConversionError: no known layout, or a component without files; says what was looked for.
+    """
+    names = set(names)
+    if variant not in VARIANTS:
+        raise ConversionError(f"variant is {variant!r}; it must be one of {list(VARIANTS)}.")
+    if "model_index.json" in names or any(name.startswith("unet/") for name in names):
+        return _diffusers(names, where, variant, weights_variant, text_encoder)
+    main = [f"{root}kandinsky3{VARIANTS[variant]}.pt" for root in ("", "weights/")]
+    if any(name in names for name in main):
+        return _original(names, where, variant, weights_variant, text_encoder)
+    others = [
+        v
+        for v, end in VARIANTS.items()
+        if {f"kandinsky3{end}.pt", f"weights/kandinsky3{end}.pt"} & names
+    ]
+    if others:
+        raise ConversionError(
+            f"{where} has no {' or '.join(main)}; it holds the variant {', '.join(others)}: "
+            f"choose it with --variant {others[0]}."
+        )
+    raise ConversionError(
+        f"{where} holds no checkpoint that is known: neither model_index.json or unet/ (diffusers "
+        f"layout) nor {' or '.join(main)} (original layout) is there."
+    )
+
+
+def _diffusers(names, where, variant, weights_variant, text_encoder):
+    if variant == "inpainting":
+        raise ConversionError(
+            f"{where} is in the diffusers layout, whose U-Net cannot have the 9 input channels of "
+            "the inpainting variant; convert the original kandinsky3_inpainting.pt."
+        )
+    layout = Layout("diffusers")
+    components = {"unet": MODEL_STEMS, "movq": MODEL_STEMS}
+    if text_encoder:
+        components["text_encoder"] = TEXT_STEMS
+    missing = []
+    for component, stems in components.items():
+        files = weight_files(names, f"{component}/", stems, where, weights_variant)
+        if files:
+            layout.weights[component] = files
+        else:
+            missing.append(f"{component} ({component}/{stems['safetensors']}*.safetensors or .bin)")
+        if f"{component}/config.json" in names:
+            layout.configs[component] = f"{component}/config.json"
+        elif files:
+            missing.append(f"{component}/config.json")
+    if "scheduler/scheduler_config.json" in names:
+        layout.configs["scheduler"] = "scheduler/scheduler_config.json"
+    layout.tokenizer = _tokenizer(names, ["tokenizer/"])
+    if text_encoder and not layout.tokenizer:
+        missing.append("the tokenizer (tokenizer/tokenizer.json or tokenizer/spiece.model)")
+    _refuse(missing, where)
+    return layout
+
+
+def _original(names, where, variant, weights_variant, text_encoder):
+    layout = Layout("original")
+    end = VARIANTS[variant]
+    root = "" if f"kandinsky3{end}.pt" in names else "weights/"
+    layout.weights["unet"] = [f"{root}kandinsky3{end}.pt"]
+    missing = []
+    if f"{root}movq.pt" in names:
+        layout.weights["movq"] = [f"{root}movq.pt"]
+    else:
+        missing.append(f"movq ({root}movq.pt)")
+    folders = [
+        f"{base}{folder}/" for base in dict.fromkeys((root, "")) for folder in ENCODER_FOLDERS
+    ]
+    for folder in [*folders, root]:
+        if f"{folder}projection{end}.pt" in names:  # absent in 3.0: kandinsky3.pt holds it
+            layout.weights["text_projection"] = [f"{folder}projection{end}.pt"]
+            break
+    layout.tokenizer = _tokenizer(names, [*folders, f"{root}tokenizer/"])
+    if text_encoder:
+        for folder in folders:
+            files = weight_files(names, folder, TEXT_STEMS, where, weights_variant)
+            if files:
+                layout.weights["text_encoder"] = files
+                if f"{folder}config.json" in names:
+                    layout.configs["text_encoder"] = f"{folder}config.json"
+                break
+        else:
+            missing.append(
+                f"the text encoder (pytorch_model*.bin or model*.safetensors in one of "
+                f"{', '.join(folders)}; another checkpoint's can be shared with "
+                "--text-encoder-from)"
+            )
+        if not layout.tokenizer:
+            missing.append("the tokenizer (spiece.model or tokenizer.json beside the encoder)")
+    _refuse(missing, where)
+    return layout
+
+
+def _refuse(missing, where):
+    if missing:
+        raise ConversionError(f"{where} lacks {'; '.join(missing)}.")
+
+
+def _tokenizer(names, folders):
+    for folder in folders:
+        if {f"{folder}tokenizer.json", f"{folder}spiece.model"} & names:
+            return [folder + file for file in TOKENIZER_FILES if folder + file in names]
+    return []
+
+
+def weight_files(names, folder, stems, where, weights_variant=None) -> list[str]:
+    """The weight file of a model, or all its shards in order; empty when there is none.
+
+    Both ways of writing a variant occur: `model.fp16-00001-of-00005.safetensors` and
+    `model-00001-of-00005.fp16.safetensors`. safetensors are preferred to pickles.
+    """
+    found: dict[str | None, dict[str, dict]] = {}
+    for extension, stem in stems.items():
+        pattern = re.compile(
+            rf"{re.escape(folder + stem)}(?:\.(?P<before>[\w-]+?))?"
+            rf"(?:-(?P<shard>\d+)-of-(?P<shards>\d+))?(?:\.(?P<after>[\w-]+))?\.{extension}"
+        )
+        for name in names:
+            match = pattern.fullmatch(name)
+            if match:
+                variant = match["before"] or match["after"]
+                shards = found.setdefault(variant, {}).setdefault(extension, {})
+                shards[(int(match["shards"] or 0), int(match["shard"] or 0))] = name
+    if weights_variant is None and None not in found and len(found) == 1:
+        weights_variant = next(iter(found))
+    if weights_variant not in found:
+        if not found:
+            return []
+        have = ", ".join(sorted(v or "plain" for v in found))
+        raise ConversionError(
+            f"{where}: {folder} has no {weights_variant or 'plain'} weights but {have}; choose "
+            "with --weights-variant."
+        )
+    files = next(found[weights_variant][e] for e in stems if e in found[weights_variant])
+    if (0, 0) in files:
+        return [files[0, 0]]
+    total = max(shards for shards, _ in files)
+    absent = [str(i) for i in range(1, total + 1) if (total, i) not in files]
+    if absent:
+        raise ConversionError(
+            f"{where}: {folder} lacks shard {', '.join(absent)} of {total}; fetch it again."
+        )
+    return [files[total, i] for i in range(1, total + 1)]

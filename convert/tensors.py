@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weight files of PyTorch, opened without reading them: names, shapes and dtypes now, data later.
+
+Data comes as views of a memory map, so opening and reading cost no memory of their own.
+"""
+
+import json
+import math
+import mmap
+import pickle
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import torch
+
+from k3jax.convert.arrays import as_numpy
+from k3jax.convert.rules import ConversionError, Shape
+
+
+SAFETENSORS_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a file. `read` gives a read-only view of the file's bytes."""
+
+    shape: Shape
+    dtype: str
+    file: Path
+    read: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * SAFETENSORS_SIZES[self.dtype]
+
+
+SAFETENSORS_SIZES = {dtype.name: dtype.itemsize for dtype in SAFETENSORS_DTYPES.values()}
+
+Tensors = Mapping[str, Tensor]
+
+
+def shapes(tensors: Tensors) -> dict[str, Shape]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def open_weights(files: Iterable[Path]) -> dict[str, Tensor]:
+    """All tensors of a file or of the shards of one model.
+
+    Raises:
+        ConversionError: a file is broken or not of a known kind, or two shards hold the same name.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        opened = open_file(file)
+        doubled = tensors.keys() & opened.keys()
+        if doubled:
+            name = min(doubled)
+            raise ConversionError(
+                f"{name} is in both {tensors[name].file} and {file}: the shards do not belong "
+                "together."
+            )
+        tensors.update(opened)
+    return tensors
+
+
+def open_file(file: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of a pickle that is one flat state dict."""
+    if file.suffix == ".safetensors":
+        return open_safetensors(file)
+    return flat(open_pickle(file), file)
+
+
+def open_safetensors(file: Path) -> dict[str, Tensor]:
+    """Reads the header of a .safetensors file.
+
+    Raises:
+        ConversionError: the file is truncated, or its header is not what it should be.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        header_size = int.from_bytes(start, "little")
+        if len(start) < 8 or header_size > size - 8:
+            raise ConversionError(
+                f"{file} is truncated or not a safetensors file ({size} bytes): fetch it again."
+            )
+        try:
+            header = json.loads(stream.read(header_size))
+            entries = {
+                name: (SAFETENSORS_DTYPES[e["dtype"]], tuple(e["shape"]), *e["data_offsets"])
+                for name, e in header.items()
+                if name != "__metadata__"
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConversionError(
+                f"{file} has a broken safetensors header ({error!r}): fetch it again."
+            ) from None
+        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    base = 8 + header_size
+    end = max((stop for *_, stop in entries.values()), default=0)
+    if base + end != size:
+        raise ConversionError(
+            f"{file} is truncated or damaged: its header declares {base + end} bytes, the file "
+            f"has {size}. Fetch it again."
+        )
+    for name, (dtype, shape, begin, stop) in entries.items():
+        if begin < 0 or stop - begin != math.prod(shape) * dtype.itemsize:
+            raise ConversionError(
+                f"{file} has a broken safetensors header: {name} of shape {shape} and dtype "
+                f"{dtype} does not take {stop - begin} bytes. Fetch it again."
+            )
+    mapped.madvise(mmap.MADV_SEQUENTIAL)
+
+    def reader(dtype, shape, begin):
+        def read():
+            array = np.frombuffer(mapped, dtype, math.prod(shape), base + begin).reshape(shape)
+            return array if array.flags.aligned else array.copy()
+
+        return read
+
+    return {
+        name: Tensor(shape, dtype.name, file, reader(dtype, shape, begin))
+        for name, (dtype, shape, begin, _) in entries.items()
+    }
+
+
+def open_pickle(file: Path) -> dict:
+    """What torch.save wrote, as (nested) dicts of memory-mapped tensors. Never runs code.
+
+    Raises:
+        ConversionError: the file holds something other than tensors, or is broken.
+    """
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0]
+        raise ConversionError(
+            f"{file} holds more than tensors and is refused, since loading it could run code "
+            f"({reason})"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).split("\n")[0].rstrip(".")
+        raise ConversionError(
+            f"{file} is truncated, or no file that torch.save writes today ({reason}): fetch it "
+            "again, or save it once more with a current PyTorch."
+        ) from None
+    if not isinstance(content, Mapping):
+        raise ConversionError(f"{file} holds a {type(content).__name__}, not a state dict.")
+    return content
+
+
+def flat(content: Mapping, file: Path) -> dict[str, Tensor]:
+    """Tensors of one state dict from a pickle; anything else in it is an error."""
+    tensors = {}
+    for name, value in content.items():
+        if not isinstance(value, torch.Tensor):
+            raise ConversionError(
+                f"{file}: {name!r} is a {type(value).__name__}, where a tensor is expected."
+            )
+        tensors[name] = from_tensor(value, file)
+    return tensors
+
+
+def from_tensor(value: torch.Tensor, file: Path) -> Tensor:
+    dtype = str(value.dtype).removeprefix("torch.")
+    if dtype not in SAFETENSORS_SIZES:
+        raise ConversionError(f"{file}: dtype {dtype} of a tensor is not supported.")
+    return Tensor(tuple(value.shape), dtype, file, lambda: as_numpy(value))

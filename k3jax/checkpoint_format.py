@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a checkpoint folder looks like, and reading what it says of itself.
+
+    config.json      architecture, conditioning, sampler defaults, source, dtype; written last
+    manifest.json    size and sha256 of every file, digest of every component
+    tokenizer/
+    text_encoder/ text_projection/ unet/ movq/      one Orbax checkpoint each
+
+A component may be another checkpoint's: config.json then has its path, relative to the folder when
+both are on one disk, so that the two can be moved together.
+"""
+
+import dataclasses
+import json
+import os
+import posixpath
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes  # noqa: F401  makes NumPy know bfloat16
+import numpy as np
+from etils import epath
+
+from k3jax.config import ModelConfig, from_dict, suggestion, to_dict
+from k3jax.manifest import CheckpointError, combined_digest, is_local, read_manifest
+
+
+CONFIG = "config.json"
+TOKENIZER = "tokenizer"
+FORMAT_VERSION = 1
+COMPONENTS = ("text_encoder", "text_projection", "unet", "movq")
+_OWN_KEYS = ("format_version", "source", "dtype", "components")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    path: epath.Path
+    config: ModelConfig
+    source: dict[str, Any]
+    """Where the weights come from, as the converter noted it."""
+    dtype: str
+    component_paths: dict[str, epath.Path]
+    """Component -> its folder, here or in the checkpoint that shares it."""
+    fingerprint: str
+    """sha256 of all weights: equal for equal arrays, whoever converted them. Not of the config."""
+
+    def component_path(self, component: str) -> epath.Path:
+        """The folder of a component; a CheckpointError when the checkpoint has none."""
+        if component not in self.component_paths:
+            raise CheckpointError(
+                f"{self.path} has no component {component!r}"
+                f"{suggestion(component, set(self.component_paths))}."
+            )
+        return self.component_paths[component]
+
+
+def as_path(path) -> epath.Path:
+    """An absolute path, with local links followed, so that '..' in a shared path is meaningful."""
+    path = epath.Path(path)
+    return epath.Path(os.path.realpath(os.path.expanduser(path))) if is_local(path) else path
+
+
+def read_checkpoint(path) -> Checkpoint:
+    """Reads config.json and manifest.json; touches no weights.
+
+    Raises:
+        CheckpointError: not a checkpoint, of another format version, with unknown or missing keys,
+            or with a component that is missing or no longer the one that it was made with.
+    """
+    path = as_path(path)
+    values = _read_config(path)
+    own = {key: values.pop(key) for key in _OWN_KEYS}
+    try:
+        config = from_dict(ModelConfig, values, where=str(path / CONFIG))
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    digests = read_manifest(path)["components"]
+    component_paths = {}
+    for name, shared in own["components"].items():
+        folder = path / name if shared is None else shared_path(path, shared)
+        if not folder.exists():
+            raise CheckpointError(_missing_component(path, name, folder, shared))
+        component_paths[name] = folder
+        if digests.get(name) != read_manifest(folder.parent)["components"].get(name):
+            raise CheckpointError(
+                f"{path} was made with another {name} than {folder} now holds: "
+                "bring the old one back, or convert the checkpoint again."
+            )
+    return Checkpoint(
+        path, config, own["source"], own["dtype"], component_paths, combined_digest(digests)
+    )
+
+
+def config_bytes(
+    config: ModelConfig, source: Mapping[str, Any], dtype: str, components: Mapping[str, str | None]
+) -> bytes:
+    """The content of config.json."""
+    values = {
+        "format_version": FORMAT_VERSION,
+        "dtype": dtype,
+        "source": dict(source),
+        "components": {name: components[name] for name in COMPONENTS if name in components},
+        **to_dict(config),
+    }
+    return (json.dumps(values, indent=2) + "\n").encode()
+
+
+def shared_path(path: epath.Path, shared: str) -> epath.Path:
+    """The folder that a path in config.json means for the checkpoint at `path`."""
+    if "://" in shared or os.path.isabs(shared):
+        return epath.Path(shared)
+    # Joined as text: a bucket has no folders in which '..' could be looked up.
+    scheme, separator, rest = str(path).rpartition("://")
+    return epath.Path(scheme + separator + posixpath.normpath(posixpath.join(rest, shared)))
+
+
+def looks_like_checkpoint(path: epath.Path) -> bool:
+    return (path / CONFIG).exists() and (path / "manifest.json").exists()
+
+
+def _read_config(path: epath.Path) -> dict[str, Any]:
+    if not path.exists():
+        raise CheckpointError(f"There is no checkpoint at {path}: the folder does not exist.")
+    if not (path / CONFIG).exists():
+        raise CheckpointError(
+            f"{path} is not a k3jax checkpoint: it has no {CONFIG}.{_convert_hint(path)}"
+        )
+    try:
+        values = json.loads((path / CONFIG).read_text())
+        if not isinstance(values, dict):
+            raise ValueError("not a JSON object")
+    except ValueError as error:
+        raise CheckpointError(f"{path / CONFIG} is damaged ({error}).") from None
+    if "format_version" not in values:
+        raise CheckpointError(
+            f"{path} is not a k3jax checkpoint: its {CONFIG} has no format_version."
+            f"{_convert_hint(path)}"
+        )
+    if values["format_version"] != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {values['format_version']}, but this k3jax reads "
+            f"{FORMAT_VERSION}: upgrade k3jax or convert the checkpoint again."
+        )
+    needed = (*_OWN_KEYS, *(field.name for field in dataclasses.fields(ModelConfig)))
+    missing = [key for key in needed if key not in values]
+    if missing:
+        raise CheckpointError(f"{path / CONFIG} lacks {', '.join(missing)}.")
+    try:
+        np.dtype(values["dtype"])
+    except TypeError:
+        raise CheckpointError(
+            f"{path / CONFIG} has an unknown dtype {values['dtype']!r}."
+        ) from None
+    components = values["components"]
+    if not isinstance(components, dict) or not set(components) <= set(COMPONENTS):
+        raise CheckpointError(
+            f"{path / CONFIG} has components {components!r}; known are {', '.join(COMPONENTS)}."
+        )
+    return values
+
+
+def _convert_hint(path: epath.Path) -> str:
+    pytorch = (path / "model_index.json").exists() or any(
+        next(iter(path.glob(pattern)), None) is not None
+        for pattern in ("*.pt", "*/*.pt", "*.safetensors", "*.bin")
+    )
+    if not pytorch:
+        return ""
+    return f" It holds PyTorch weights: convert them with `k3jax convert {path} DESTINATION`."
+
+
+def _missing_component(path, name, folder, shared) -> str:
+    if shared is None:
+        return f"{path} is incomplete: its folder {name} is missing; copy the checkpoint again."
+    return (
+        f"{path} shares the {name} of another checkpoint, but {folder} does not exist: "
+        "put that checkpoint there, or convert this one again."
+    )

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make images of prompts.
+
+Writes one PNG per image, with all that is needed to make it again in its text chunks, and a contact
+sheet when there are several. The paths are printed as the images come. Image k of a run has the
+seed SEED + k, and is the same whatever it is made together with.
+
+  k3jax generate "a red circle" "a blue square" --checkpoint weights/kandinsky3 --num-images 4
+  k3jax generate --prompts-file prompts.txt --config flash --output pictures
+
+Without --checkpoint (and without a config that names one) a small model with random weights shows
+that everything works; its pictures mean nothing.
+"""
+
+import argparse
+import sys
+import warnings
+from typing import get_args
+
+from k3jax.cli.output import check_folder, plan
+from k3jax.cli.prompts import check_prompts, read_prompts
+from k3jax.config import SamplerName
+from k3jax.run_config import RunConfig, architecture_differences, build, collect
+
+
+SETTINGS = {
+    "checkpoint": "checkpoint",
+    "output": "generate.output",
+    "negative_prompt": "generate.negative_prompt",
+    "height": "generate.height",
+    "width": "generate.width",
+    "steps": "generate.num_inference_steps",
+    "guidance_scale": "generate.guidance_scale",
+    "guidance_interval": "generate.guidance_interval",
+    "sampler": "generate.sampler",
+    "eta": "generate.eta",
+    "num_images": "generate.num_images_per_prompt",
+    "seed": "generate.seed",
+    "mesh": "pipeline.mesh",
+    "dtype": "pipeline.dtype",
+    "param_dtype": "pipeline.param_dtype",
+    "batch_size": "pipeline.batch_size",
+}
+"""Flag -> key of RunConfig."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("prompts", metavar="PROMPT", nargs="*", help="what to see")
+    add("--prompts-file", metavar="FILE", help="one prompt per line; - reads standard input")
+    add("--checkpoint", metavar="DIR", help="a checkpoint made by `k3jax convert`")
+    add("-o", "--output", metavar="DIR", help="folder of the images (out); or, of one, a .png file")
+    add("--overwrite", action="store_true", help="replace images that exist")
+    add("--no-progress", action="store_true", help="no progress bars")
+
+    add = parser.add_argument_group("images (by default as the checkpoint says)").add_argument
+    add("-n", "--num-images", type=int, metavar="N", help="images of each prompt (1)")
+    add("--seed", type=int, metavar="N", help="of the first image; the next ones count up (0)")
+    add("--negative-prompt", metavar="TEXT", help="what not to see")
+    add("--height", type=int, metavar="PIXELS", help="a multiple of 64")
+    add("--width", type=int, metavar="PIXELS", help="a multiple of 64")
+    add("--sampler", choices=get_args(SamplerName), help="how the noise is removed")
+    add("--steps", "--num-inference-steps", type=int, metavar="N", help="passes of the U-Net")
+    add("--guidance-scale", type=float, metavar="W", help="(W + 1) conditional - W unconditional")
+    add(
+        "--guidance-interval",
+        type=int,
+        nargs=2,
+        metavar=("FIRST", "LAST"),
+        help="guide only these steps, counted from 0; the others cost half",
+    )
+    add("--eta", type=float, metavar="X", help="share of new noise in each step, 0 to 1")
+
+    add = parser.add_argument_group("running").add_argument
+    add("--mesh", help="devices, such as data=-1 (the default) or data=2,tensor=4")
+    add("--dtype", choices=("bfloat16", "float32"), help="of the computation (bfloat16)")
+    add("--param-dtype", choices=("bfloat16", "float32"), help="of the weights (as --dtype)")
+    add("--batch-size", type=int, metavar="N", help="images at a time (one per device)")
+
+
+def run(args: argparse.Namespace) -> None:
+    settings = {key: getattr(args, flag) for flag, key in SETTINGS.items()}
+    values = collect(args.config, args.overrides, settings)
+    prompts = read_prompts(args.prompts, args.prompts_file)
+    checkpoint = _read_checkpoint(values)
+    model = _demo_model() if checkpoint is None else checkpoint.config
+    config = build(values, model)
+    if values.get("model"):
+        _check_architecture(checkpoint, model, config)
+    mesh, call = _check(config, prompts)
+    images = plan(
+        prompts,
+        config.generate.num_images_per_prompt,
+        config.generate.seed,
+        config.generate.output,
+        args.overwrite,
+    )
+    check_folder(images[0].path.parent)
+
+    from k3jax.cli.batches import make_images
+    from k3jax.compilation_cache import enable_compilation_cache
+
+    enable_compilation_cache()
+    if checkpoint is None:
+        checkpoint = _demo()
+    make_images(checkpoint, config, mesh, call, images, progress=not args.no_progress)
+
+
+def _read_checkpoint(values):
+    """The checkpoint that is asked for, its weights not read; None for the demo."""
+    if values.get("checkpoint") is None:
+        return None
+    from k3jax.checkpoint_format import read_checkpoint
+
+    return read_checkpoint(values["checkpoint"])
+
+
+def _demo_model():
+    from k3jax.demo import demo_config
+
+    return demo_config()
+
+
+def _demo():
+    from k3jax.checkpoint_format import read_checkpoint
+    from k3jax.cli.demo_checkpoint import demo_checkpoint
+
+    path = demo_checkpoint()
+    print(
+        "k3jax: note: no --checkpoint was given, so this is the demo, a small model with random "
+        "weights: its pictures mean nothing. For real ones: `k3jax convert "
+        "kandinsky-community/kandinsky-3 DIR` (36 GB), then --checkpoint DIR.",
+        file=sys.stderr,
+    )
+    return read_checkpoint(path)
+
+
+def _check_architecture(checkpoint, model, config: RunConfig) -> None:
+    differences = architecture_differences(model, config.model)
+    if differences:
+        name = "the demo checkpoint" if checkpoint is None else checkpoint.path
+        raise ValueError(
+            f"{name} is of another architecture than the config: {differences}; give the config "
+            "of this checkpoint, or none."
+        )
+
+
+def _check(config: RunConfig, prompts: list[str]):
+    """Everything that can be found out without the weights.
+
+    Returns:
+        The mesh, and the arguments that are equal for all calls of the pipeline.
+    """
+    check_prompts(prompts, config.generate.negative_prompt)
+
+    from k3jax import request
+    from k3jax.denoising import loop_rows, sample_keys
+    from k3jax.programs import image_splits
+    from k3jax.samplers import make_sampler
+    from k3jax.sharding import data_parallelism, make_mesh
+
+    wanted, model = config.generate, config.model
+    if model.unet.in_channels != model.movq.latent_channels:
+        raise ValueError(
+            f"this checkpoint's U-Net has {model.unet.in_channels} input channels: it is for "
+            "inpainting and cannot make an image from a prompt alone."
+        )
+    height, width = wanted.height or model.sample_size, wanted.width or model.sample_size
+    request.check_size(model, height, width)
+    sampler = request.override(
+        model.sampler,
+        name=wanted.sampler,
+        num_inference_steps=wanted.num_inference_steps,
+        eta=wanted.eta,
+        guidance_scale=wanted.guidance_scale,
+    )
+    loop = make_sampler(sampler)
+    loop_rows(loop, wanted.guidance_interval)
+    if loop.num_steps != sampler.num_inference_steps:
+        warnings.warn(
+            f"the sampler {sampler.name} makes {loop.num_steps} steps where "
+            f"{sampler.num_inference_steps} were asked for.",
+            stacklevel=2,
+        )
+    if wanted.num_images_per_prompt < 1:
+        raise ValueError(
+            f"--num-images is {wanted.num_images_per_prompt}; it must be 1 or more."
+        )
+    count = len(prompts) * wanted.num_images_per_prompt
+    request.guidance_scales(sampler.guidance_scale, count)
+    sample_keys([wanted.seed, wanted.seed + count - 1])
+    mesh = make_mesh(config.pipeline.mesh)
+    image_splits(mesh, config.pipeline.batch_size or data_parallelism(mesh))
+    call = {
+        "negative_prompt": wanted.negative_prompt,
+        "height": height,
+        "width": width,
+        "num_inference_steps": sampler.num_inference_steps,
+        "guidance_scale": sampler.guidance_scale,
+        "guidance_interval": wanted.guidance_interval,
+        "sampler": sampler.name,
+        "eta": sampler.eta,
+    }
+    return mesh, call

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `k3jax`. Each subcommand is a module with `add_arguments(parser)` and `run(args)`.
+
+Nothing heavy is imported before a subcommand runs, so that --help and typing errors answer at once.
+"""
+
+import argparse
+import contextlib
+import difflib
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+
+from k3jax.cli import convert, export, generate, info
+from k3jax.run_config import config_names
+
+
+COMMANDS = {"generate": generate, "info": info, "convert": convert, "export": export}
+USAGE_ERROR, INTERRUPTED = 2, 130
+
+EPILOG = """settings:
+  --config NAME|FILE       a config of k3jax (%s) or a .py file with a get_config()
+  --config.a.b=VALUE       one setting of it, for instance --config.generate.eta=0.5
+                           A flag wins over --config.a.b, that over the config file, and that over
+                           what the checkpoint itself says.
+environment:
+  K3JAX_TRACEBACK=1        show where an error comes from
+  K3JAX_COMPILATION_CACHE=0, JAX_COMPILATION_CACHE_DIR=DIR
+                           no cache of compiled programs, or another one than ~/.cache/k3jax/xla
+"""
+
+
+class UsageError(ValueError):
+    """Arguments that cannot be read."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors, that does not guess at shortened options."""
+
+    def __init__(self, **kwargs):
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        raise UsageError(f"{message} (see `{self.prog} --help`).")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    with _plain_warnings():
+        try:
+            args = parse(sys.argv[1:] if argv is None else argv)
+            code = args.run(args) or 0
+            sys.stdout.flush()
+            return code
+        except KeyboardInterrupt:
+            print("k3jax: interrupted.", file=sys.stderr)
+            return INTERRUPTED
+        except BrokenPipeError:
+            # Who read the output has gone; Python would complain once more at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except Exception as error:
+            message = _sentence(error)
+            if message is None:
+                raise
+            if os.environ.get("K3JAX_TRACEBACK", "0") not in ("", "0"):
+                traceback.print_exc()
+            print(f"k3jax: error: {message}", file=sys.stderr)
+            return USAGE_ERROR
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments; --help and --version end the program.
+
+    Raises:
+        UsageError: one sentence.
+    """
+    rest, overrides = split_overrides(argv)
+    parser, commands = _parser()
+    args, unknown = parser.parse_known_args(rest)
+    if args.command is None:
+        raise UsageError(f"give a command: {', '.join(COMMANDS)} (see `k3jax --help`).")
+    if hasattr(args, "prompts"):
+        # argparse takes only the first run of prompts; those behind an option are left over.
+        args.prompts += [word for word in unknown if not word.startswith("-")]
+        unknown = [word for word in unknown if word.startswith("-")]
+    if unknown:
+        options = [o for a in commands[args.command]._actions for o in a.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], options, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise UsageError(
+            f"{args.command} has no argument {unknown[0]!r}{hint}: see `k3jax {args.command} --help`."
+        )
+    args.overrides = overrides
+    args.run = COMMANDS[args.command].run
+    return args
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """The arguments without --config.a.b=value and --config.a.b value, and those as pairs."""
+    rest, overrides = [], []
+    words = iter(argv)
+    for word in words:
+        if word == "--":
+            rest += [word, *words]
+        elif word.startswith("--config."):
+            key, equals, text = word.removeprefix("--config.").partition("=")
+            if not equals:
+                text = next(words, None)
+                if text is None:
+                    raise UsageError(f"--config.{key} needs a value.")
+            overrides.append((key, text))
+        else:
+            rest.append(word)
+    return rest, overrides
+
+
+def _parser() -> tuple[Parser, dict[str, Parser]]:
+    epilog = EPILOG % ", ".join(config_names())
+    parser = Parser(prog="k3jax", description="Kandinsky 3 in JAX.", epilog=epilog)
+    parser.add_argument("--version", action="version", version=f"k3jax {version('k3jax')}")
+    group = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    commands = {}
+    for name, module in COMMANDS.items():
+        first, _, rest = module.__doc__.partition("\n")
+        commands[name] = group.add_parser(
+            name, help=first.rstrip("."), description=f"{first}\n{rest}".strip(), epilog=epilog
+        )
+        commands[name].add_argument(
+            "--config", metavar="NAME|FILE", help="a config of k3jax or a .py file; see below"
+        )
+        module.add_arguments(commands[name])
+    return parser, commands
+
+
+def _sentence(error: Exception) -> str | None:
+    """What to tell a person about an error that is theirs to mend; None for a defect of ours."""
+    text = " ".join(str(error).split())
+    if isinstance(error, ModuleNotFoundError) and error.name in (
+        "torch",
+        "safetensors",
+        "huggingface_hub",
+    ):
+        return f"this needs {error.name}, which is not installed: pip install 'k3jax[convert]'."
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
+    if isinstance(error, ValueError | OSError):
+        inside = _raised_in_k3jax(error)
+        return text if inside else f"{text} (K3JAX_TRACEBACK=1 shows where this comes from)"
+    if "RESOURCE_EXHAUSTED" in text:
+        return (
+            "the devices have not enough memory: choose a smaller --batch-size or size, a mesh "
+            f"that splits the weights, or --dtype bfloat16 ({text[:200]})."
+        )
+    return None
+
+
+def _raised_in_k3jax(error: Exception) -> bool:
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and frames[-1].f_globals.get("__name__", "").startswith("k3jax")
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings as one line each, without the place in the code."""
+
+    def show(message, category, filename, lineno, file=None, line=None):
+        print(f"k3jax: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled programs of the pipeline besides the denoising loop.
+
+All take the modules as arguments (a module is a pytree), so each compiles once per shape, and all
+keep the batch split as it comes in.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from k3jax.config import Conditioning
+from k3jax.denoising import draw_noise
+from k3jax.movq import MoVQ
+from k3jax.sharding import data_parallelism
+from k3jax.text_encoder import TextEncoder
+from k3jax.text_projection import Context, PromptEmbeds, TextProjection
+
+
+@jax.jit
+def encode_text(encoder: TextEncoder, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
+    """Token ids and mask (b, n) -> embeddings (b, n, d_model)."""
+    return encoder(input_ids, attention_mask)
+
+
+@functools.partial(jax.jit, static_argnames="conditioning")
+def make_contexts(
+    projection: TextProjection,
+    prompt: PromptEmbeds,
+    negative: PromptEmbeds | None,
+    has_negative: jax.Array | None,
+    *,
+    conditioning: Conditioning,
+) -> tuple[Context, Context]:
+    """Contexts of prompts and of what they are guided away from.
+
+    Args:
+        negative: embeddings of negative prompts, windows already widened to the prompts'; None
+            when no sample has any.
+        has_negative: bool (b,), false where a sample has none.
+
+    Returns:
+        (context, unconditional), batch as `prompt`.
+    """
+    context = projection(prompt, conditioning)
+    rows = prompt.embeds.shape[1]
+    if negative is None:
+        return context, projection.unconditional(prompt.lengths, rows, conditioning)
+    given = projection(negative, conditioning)
+    default = projection.unconditional(negative.lengths, rows, conditioning)
+
+    def choose(given, default):
+        return jnp.where(has_negative.reshape(-1, *(1,) * (given.ndim - 1)), given, default)
+
+    return context, jax.tree.map(choose, given, default)
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def initial_latents(key_data: jax.Array, *, shape: tuple[int, int, int]) -> jax.Array:
+    """The noise that sampling starts from, float32 (b, *shape)."""
+    return draw_noise(key_data, 0, shape)
+
+
+@functools.partial(jax.jit, static_argnames=("splits", "as_uint8"))
+def decode_latents(movq: MoVQ, latents: jax.Array, *, splits: int, as_uint8: bool) -> jax.Array:
+    """Latents (b, h/8, w/8, 4) -> images (b, h, w, 3), float32 in [0, 1] or uint8 (rounded).
+
+    Each of the `splits` devices that the batch is split over decodes its images one at a time: the
+    decoder's activations are the largest of the model, and stay those of one image.
+    """
+    b, *rest = latents.shape
+    per_device = b // splits
+    turns = latents.reshape(splits, per_device, *rest).swapaxes(0, 1)
+    images = jax.lax.map(movq.decode, turns).swapaxes(0, 1)
+    images = images.reshape(b, *images.shape[2:])
+    images = jnp.clip(images * 0.5 + 0.5, 0.0, 1.0)
+    return jnp.round(images * 255).astype(jnp.uint8) if as_uint8 else images
+
+
+def image_splits(mesh: jax.sharding.Mesh, batch_size: int) -> int:
+    """The number of devices a batch is split over, checked to divide it."""
+    splits = data_parallelism(mesh)
+    if batch_size % splits or batch_size < 1:
+        raise ValueError(
+            f"batch_size is {batch_size}, but the mesh splits a batch over {splits} devices "
+            f"(data x fsdp): choose a multiple of {splits}."
+        )
+    return splits

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts -> token ids, through transformers' T5 tokenizer."""
+
+import unicodedata
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from k3jax.config import MAX_TOKENS
+
+
+class PromptTruncatedWarning(UserWarning):
+    """A prompt has more tokens than the model sees."""
+
+
+class Tokenizer:
+    """Tokenises prompts to exactly MAX_TOKENS ids, the end-of-sequence token included.
+
+    No cleaning and no lower-casing, as in the references.
+    """
+
+    def __init__(self, folder: str | Path):
+        """
+        Args:
+            folder: holds tokenizer.json, or only spiece.model as the published folders do.
+        """
+        from transformers import AutoTokenizer
+
+        folder = Path(folder)
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):
+            raise ValueError(
+                f"{folder} is not a tokenizer: it holds neither tokenizer.json nor spiece.model."
+            )
+        self._tokenizer = AutoTokenizer.from_pretrained(str(folder))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special ones included."""
+        return len(self._tokenizer)
+
+    def __call__(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and mask of each prompt.
+
+        A prompt with more than MAX_TOKENS tokens loses its end (not the end-of-sequence token), and
+        a PromptTruncatedWarning says what was cut.
+
+        Returns:
+            int32 (b, MAX_TOKENS) ids, padded with 0; bool (b, MAX_TOKENS), true at tokens.
+        """
+        for number, prompt in enumerate(prompts):
+            check_prompt(prompt, number)
+        whole = self._tokenizer(list(prompts), truncation=False, verbose=False)["input_ids"]
+        ids = np.zeros((len(prompts), MAX_TOKENS), np.int32)
+        mask = np.zeros((len(prompts), MAX_TOKENS), bool)
+        for number, tokens in enumerate(whole):
+            if len(tokens) > MAX_TOKENS:
+                cut = self._tokenizer.decode(tokens[MAX_TOKENS - 1 : -1])
+                warnings.warn(
+                    f"prompt {number} has {len(tokens)} tokens and the model sees {MAX_TOKENS}; "
+                    f"cut off: {_shorten(cut)!r}",
+                    PromptTruncatedWarning,
+                    stacklevel=3,
+                )
+                tokens = [*tokens[: MAX_TOKENS - 1], tokens[-1]]
+            ids[number, : len(tokens)] = tokens
+            mask[number, : len(tokens)] = True
+        return ids, mask
+
+
+def check_prompt(prompt: str, number: int) -> None:
+    """Raises ValueError for what is not a printable string; line breaks and tabs are allowed."""
+    if not isinstance(prompt, str):
+        raise ValueError(f"prompt {number} must be a string, not {type(prompt).__name__}.")
+    for position, character in enumerate(prompt):
+        if character not in "\n\r\t" and unicodedata.category(character) in ("Cc", "Cs"):
+            raise ValueError(
+                f"prompt {number} has the control character U+{ord(character):04X} at position "
+                f"{position}: remove it."
+            )
+
+
+def _shorten(text: str, limit: int = 80) -> str:
+    return text if len(text) <= limit else f"{text[:limit]}..."

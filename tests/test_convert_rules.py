@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The key tables: complete at full size, invertible, strict, and bit for bit."""
+
+import functools
+import hashlib
+import itertools
+import math
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import tiny
+import torch
+import torch_checkpoints
+from diffusers import Kandinsky3UNet, VQModel
+from transformers import T5Config, T5EncoderModel
+
+from k3jax.abstract import abstract_module
+from k3jax.config import ModelConfig, MoVQConfig
+from k3jax.convert import movq, text_encoder, text_projection, unet
+from k3jax.convert.arrays import as_numpy, as_torch, is_finite, permuted
+from k3jax.convert.modules import (
+    layer_shapes,
+    module_shapes,
+    module_to_state_dict,
+    state_dict_to_module,
+)
+from k3jax.convert.rules import (
+    ConversionError,
+    Rule,
+    Table,
+    to_jax_array,
+    to_torch_array,
+    under,
+)
+
+
+TABLES = {
+    "text_encoder": text_encoder.table(),
+    "text_projection diffusers": text_projection.table("diffusers"),
+    "text_projection original": text_projection.table("original"),
+    "text_projection original30": text_projection.table("original30"),
+    "text_projection fork": text_projection.table("fork"),
+    "unet diffusers": unet.table("diffusers"),
+    "unet original": unet.table("original"),
+    "movq diffusers": movq.table("diffusers"),
+    "movq original": movq.table("original", 4),
+}
+
+
+@functools.cache
+def released(component: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a released model in diffusers' dialect; no weights are made."""
+    with torch.device("meta"):
+        if component == "unet":
+            module = Kandinsky3UNet()
+        elif component == "movq":
+            module = VQModel(
+                down_block_types=["DownEncoderBlock2D"] * 3 + ["AttnDownEncoderBlock2D"],
+                up_block_types=["AttnUpDecoderBlock2D"] + ["UpDecoderBlock2D"] * 3,
+                block_out_channels=(256, 512, 512, 1024),
+                layers_per_block=2,
+                latent_channels=4,
+                vq_embed_dim=4,
+                num_vq_embeddings=16384,
+                norm_type="spatial",
+            )
+        else:
+            config = T5Config(
+                vocab_size=32128,
+                d_model=4096,
+                d_kv=256,
+                d_ff=16384,
+                num_layers=32,
+                num_heads=16,
+                feed_forward_proj="gated-silu",
+            )
+            module = T5EncoderModel(config)
+    return {name: tuple(t.shape) for name, t in module.state_dict().items()}
+
+
+def expected(component: str, config: ModelConfig, table: Table):
+    return layer_shapes(table, module_shapes(abstract_module(component, config)))
+
+
+def count(shapes) -> int:
+    return sum(map(math.prod, shapes.values()))
+
+
+def original_names(component: str) -> dict[str, tuple[int, ...]]:
+    """The released model in the names of the original code, by way of ours."""
+    theirs, original = TABLES[f"{component} diffusers"], TABLES[f"{component} original"]
+    names = {}
+    for name, shape in released(component).items():
+        for rule, ours in theirs.from_torch(name):
+            for back, original_name in original.from_jax(ours):
+                names[original_name] = back.torch_shape(rule.jax_shape(shape))
+    return names
+
+
+def test_unet_of_diffusers_has_a_place_for_every_tensor():
+    found = released("unet")
+    assert (len(found), count(found)) == (1071, 3_055_348_228)
+    config = ModelConfig()
+    tables = TABLES["unet diffusers"], TABLES["text_projection diffusers"]
+    plan = tables[0].to_jax(found, expected("unet", config, tables[0]))
+    assert not plan.faults and len(plan.steps) == 1068
+    mine = {name for name in found if tables[1].from_torch(name)}
+    assert {step.torch_name for step in plan.steps} | mine == set(found)
+    assert not mine & {step.torch_name for step in plan.steps}
+
+
+def test_movq_of_diffusers_has_a_place_for_every_tensor():
+    found = released("movq")
+    config = ModelConfig(movq=MoVQConfig(num_vq_embeddings=16384))
+    table = TABLES["movq diffusers"]
+    plan = table.to_jax(found, expected("movq", config, table))
+    assert not plan.faults and len(plan.steps) == 431
+    assert count(found) == 270_603_567 + 16384 * 4
+
+
+def test_text_encoder_has_a_place_for_every_tensor():
+    found = released("text_encoder")
+    table = TABLES["text_encoder"]
+    plan = table.to_jax(found, expected("text_encoder", ModelConfig(), table))
+    assert not plan.faults
+    assert plan.duplicates == [("encoder.embed_tokens.weight", "shared.weight")]
+    assert sum(math.prod(step.jax_shape) for step in plan.steps) == 8_721_797_632
+
+
+@pytest.mark.parametrize(
+    "component, tensors, parameters, digest",
+    [
+        (
+            "unet",
+            1068,
+            3_038_562_820,
+            "1daa198f8318c806e7bc19700162451c6538f8741f88dbe84dd1db5b515b79d5",
+        ),
+        (
+            "movq",
+            430,
+            270_603_567,
+            "9c066b67f05412b2297264aa3883b03d4913f48338c599b9d64444a8dd121cb3",
+        ),
+    ],
+)
+def test_original_names_are_those_of_the_original_code(component, tensors, parameters, digest):
+    """No package ships the original code. Its state dicts' names and shapes were listed once; the
+    digest of that list is compared."""
+    names = original_names(component)
+    assert (len(names), count(names)) == (tensors, parameters)
+    lines = "".join(f"{name} {shape}\n" for name, shape in sorted(names.items()))
+    assert hashlib.sha256(lines.encode()).hexdigest() == digest
+    table = TABLES[f"{component} original"]
+    plan = table.to_jax(names, expected(component, ModelConfig(), table))
+    assert not plan.faults and len(plan.steps) == tensors
+
+
+def test_known_pairs_of_names():
+    pairs = {
+        "unet": {
+            "up_samples.2.resnet_attn_blocks.1.1.attention.output_layer.weight": (
+                "up_blocks.2.attentions.2.attention.to_out.0.weight"
+            ),
+            "down_samples.1.self_attention_block.feed_forward.2.weight": (
+                "down_blocks.1.attentions.0.feed_forward.2.weight"
+            ),
+            "to_time_embed.3.bias": "time_embedding.linear_2.bias",
+        },
+        "movq": {
+            "decoder.up.3.block.2.norm1.conv_y.weight": (
+                "decoder.up_blocks.0.resnets.2.norm1.conv_y.weight"
+            ),
+            "encoder.mid.block_2.norm2.norm_layer.bias": ("encoder.mid_block.resnets.1.norm2.bias"),
+            "decoder.mid.attn_1.norm.norm_layer.weight": (
+                "decoder.mid_block.attentions.0.spatial_norm.norm_layer.weight"
+            ),
+        },
+    }
+    for component, names in pairs.items():
+        for original, diffusers in names.items():
+            ((_, ours),) = TABLES[f"{component} original"].from_torch(original)
+            ((_, theirs),) = TABLES[f"{component} diffusers"].from_jax(ours)
+            assert theirs == diffusers
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_row_is_a_bijection(name):
+    """Each name that a row can make is read back by that row alone, on both sides."""
+    table = TABLES[name]
+    for rule, torch_side, jax_side in table._compiled:
+        fields = {field[1]: len(field[4]) or 4 for field in jax_side._fields}
+        for values in itertools.product(*map(range, fields.values())):
+            values = dict(zip(fields, values, strict=True))
+            theirs, ours = torch_side.write(values), jax_side.write(values)
+            assert table.from_torch(theirs) == [(rule, ours)]
+            if not rule.alias:
+                assert table.from_jax(ours) == [(rule, theirs)]
+        if rule.layout:
+            shape = tuple(
+                1 if axis == "1" else size for size, axis in enumerate(rule.layout.split()[:4], 2)
+            )[: len(rule.layout.split("->")[0].split())]
+            assert rule.torch_shape(rule.jax_shape(shape)) == shape
+
+
+def test_templates_that_count_from_the_other_end():
+    table = Table("x", [Rule("up.{last-i}.w", "up.{i}.w")], constants={"last": 2})
+    assert [table.from_torch(f"up.{i}.w")[0][1] for i in range(3)] == ["up.2.w", "up.1.w", "up.0.w"]
+    assert table.from_torch("up.3.w") == []  # there is no level 3
+    assert table.from_torch("up.01.w") == []  # nor any other way to write 1
+
+
+def test_under_prefixes_both_sides():
+    (rule,) = under("a.{n}", "b.{n}", [Rule("w", "k", "o i -> i o", alias=True)])
+    assert rule == Rule("a.{n}.w", "b.{n}.k", "o i -> i o", alias=True)
+
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("component", ["text_encoder", "unet", "movq"])
+def test_state_dicts_come_back_bit_for_bit(component, dtype):
+    state = torch_checkpoints.cast(torch_checkpoints.state_dicts()[component], dtype)
+    table = TABLES[component if component == "text_encoder" else f"{component} diffusers"]
+    module = abstract_module(component, tiny.CONFIG, str(dtype).removeprefix("torch."))
+    back = module_to_state_dict(table, state_dict_to_module(table, state, module))
+    kept = {name: tensor for name, tensor in state.items() if not table.ignores(name)}
+    assert back.keys() == kept.keys()
+    for name, tensor in kept.items():
+        assert back[name].dtype == dtype and torch.equal(back[name], tensor), name
+
+
+def test_the_forks_names_hold_the_projection():
+    width = tiny.PROJECTION.cross_attention_dim
+    state = {
+        "projection_lin.weight": torch.randn(width, tiny.PROJECTION.d_model),
+        "projection_ln.weight": torch.randn(width),
+        "projection_ln.bias": torch.randn(width),
+        "in_layer.weight": torch.zeros(1),
+    }
+    module = abstract_module("text_projection", tiny.CONFIG)
+    table = TABLES["text_projection fork"]
+    state_dict_to_module(table, state, module)
+    np.testing.assert_array_equal(module.linear.kernel[...], state["projection_lin.weight"].T)
+    assert all(TABLES["unet original"].ignores(name) for name in state if "projection" in name)
+
+
+def test_loading_casts_to_the_dtype_of_the_module():
+    state = torch_checkpoints.state_dicts()["text_encoder"]
+    module = abstract_module("text_encoder", tiny.CONFIG, "bfloat16")
+    state_dict_to_module(TABLES["text_encoder"], state, module)
+    assert module.layers.mlp.wo.kernel.dtype == jnp.bfloat16
+    ours = np.asarray(module.layers.mlp.wo.kernel[...])[1]
+    theirs = state["encoder.block.1.layer.1.DenseReluDense.wo.weight"].T
+    np.testing.assert_array_equal(ours, theirs.numpy().astype(ml_dtypes.bfloat16))
+
+
+def test_all_faults_are_reported_together():
+    state = dict(torch_checkpoints.state_dicts()["unet"])
+    state["conv_in.bias"] = torch.zeros(5)
+    state["conv_out.weight"] = torch.zeros(4, 16, 3)
+    state["up_blocks.9.wrong"] = torch.zeros(2, 3)
+    del state["conv_norm_out.weight"]
+    state["down_blocks.0.attentions.0.feed_forward.0.weight"] = torch.zeros(2, 2, 1, 1)
+    bias = state["conv_norm_out.bias"].clone()
+    bias[1] = torch.nan
+    state["conv_norm_out.bias"] = bias
+    with pytest.raises(ConversionError) as caught:
+        state_dict_to_module(TABLES["unet diffusers"], state, abstract_module("unet", tiny.CONFIG))
+    text = str(caught.value)
+    assert "6 faults" in text and len(caught.value.faults) == 6
+    for part in (
+        "conv_in.bias (conv_in.bias) has shape (5); the model wants (16)",
+        "conv_out.weight (conv_out.kernel) has shape (4, 16, 3); the model wants (4, 16, 3, 3)",
+        "unknown tensor up_blocks.9.wrong of shape (2, 3)",
+        "missing tensor conv_norm_out.weight of shape (16) (our norm_out.scale)",
+        "down_blocks.0.self_attention.feed_forward_in.kernel, which a model of this configuration",
+        "conv_norm_out.bias holds NaN",
+    ):
+        assert part in text
+
+
+def test_doubled_tensors_are_faults_and_aliases_must_be_equal():
+    table = Table("x", [Rule("a", "w"), Rule("b", "w"), Rule("c", "w", alias=True)])
+    assert "a and b are both w" in str(table.to_jax({"a": (1,), "b": (1,)}, {"w": (1,)}).faults[0])
+    plan = table.to_jax({"c": (1,), "a": (1,)}, {"w": (1,)})
+    assert plan.duplicates == [("c", "a")] and not plan.faults
+    assert not table.to_jax({"c": (1,)}, {"w": (1,)}).faults
+    overlapping = Table("x", [Rule("a.{n}", "b.{n}"), Rule("a.0", "c")])
+    assert "more than one row" in str(overlapping.to_jax({"a.0": (1,)}, {"c": (1,)}).faults[0])
+
+    state = dict(torch_checkpoints.state_dicts()["text_encoder"])
+    state["encoder.embed_tokens.weight"] = state["shared.weight"] + 1
+    with pytest.raises(ConversionError, match="have different values"):
+        module = abstract_module("text_encoder", tiny.CONFIG)
+        state_dict_to_module(TABLES["text_encoder"], state, module)
+
+
+def test_the_decoder_of_a_whole_t5_is_left_out():
+    table = TABLES["text_encoder"]
+    assert table.ignores("decoder.block.3.layer.0.SelfAttention.q.weight")
+    assert table.ignores("lm_head.weight")
+    assert not table.ignores("encoder.block.3.something.weight")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.float64])
+def test_permuted_is_transpose(dtype):
+    rng = np.random.default_rng(0)
+    for axes in range(1, 5):
+        for order in itertools.permutations(range(axes)):
+            array = rng.standard_normal(rng.integers(1, 7, axes)).astype(dtype)
+            array.flags.writeable = False  # as a memory map is
+            moved = permuted(array, order)
+            assert moved.flags.c_contiguous and moved.dtype == array.dtype
+            np.testing.assert_array_equal(moved, array.transpose(order))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.float64])
+def test_nan_payloads_survive_and_are_seen(dtype):
+    bits = np.random.default_rng(1).integers(0, 256, (64, 48, np.dtype(dtype).itemsize), np.uint8)
+    array = bits.view(dtype)[..., 0]
+    assert not is_finite(array)
+    rule = Rule("w", "k", "o i -> i o")
+    back = to_torch_array(rule, to_jax_array(rule, array))
+    assert back.tobytes() == array.tobytes()
+    assert as_numpy(as_torch(array)).tobytes() == array.tobytes()
+    for value in (np.nan, np.inf, -np.inf):
+        array = np.zeros((3, 5), dtype)
+        assert is_finite(array)
+        array[2, 4] = value
+        assert not is_finite(array)

@@ -1,0 +1,402 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finding, opening and refusing PyTorch checkpoints; nothing is converted here."""
+
+import json
+import os
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import torch_checkpoints
+from torch_checkpoints import ARCHITECTURE, write_diffusers, write_original
+
+from k3jax.config import SamplerConfig
+from k3jax.convert import hub
+from k3jax.convert.architecture import movq_config, sampler_config, text_encoder_config, unet_config
+from k3jax.convert.from_torch import convert, plan
+from k3jax.convert.layouts import find_layout
+from k3jax.convert.rules import ConversionError
+from k3jax.convert.sources import open_source
+from k3jax.convert.tokenizer import prepare_tokenizer
+
+
+@pytest.fixture(scope="module")
+def diffusers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("diffusers")
+    write_diffusers(folder, shards=3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """All three variants of 3.1 in one folder, as published."""
+    folder = tmp_path_factory.mktemp("original")
+    for variant in ("base", "flash", "inpainting"):
+        write_original(folder, variant=variant)
+    return folder
+
+
+@pytest.fixture
+def copy(diffusers, tmp_path):
+    """A copy of the diffusers checkpoint, to be damaged."""
+    return shutil.copytree(diffusers, tmp_path / "copy")
+
+
+def refused(folder, tmp_path, **kwargs) -> str:
+    """The one-line message with which a conversion is refused; nothing may be left behind."""
+    with pytest.raises(ConversionError) as caught:
+        convert(folder, tmp_path / "out", progress=False, **kwargs)
+    assert [p for p in tmp_path.iterdir() if p.name.startswith("out")] == []
+    return str(caught.value)
+
+
+# Architecture
+
+
+def test_diffusers_checkpoint_is_described_by_its_configs(diffusers):
+    source = open_source(diffusers)
+    assert source.layout == "diffusers"
+    assert source.config == tiny.CONFIG.__class__(
+        tiny.TEXT_ENCODER,
+        tiny.PROJECTION,
+        tiny.UNET,
+        tiny.MOVQ,
+        conditioning="diffusers",
+        sampler=SamplerConfig(name="ddpm", num_inference_steps=25),
+    )
+    plan(source, "it")
+
+
+@pytest.mark.parametrize(
+    "variant, sampler",
+    [
+        ("base", SamplerConfig("kandinsky", 50, 3.0, 1.0, 0.99)),
+        ("flash", SamplerConfig("flash", 4, 0.0)),
+        ("inpainting", SamplerConfig("kandinsky", 50, 4.0, 1.0, 0.95)),
+    ],
+)
+def test_original_checkpoint_is_described_by_its_shapes(original, variant, sampler):
+    source = open_source(original, variant=variant, architecture=ARCHITECTURE)
+    channels = 9 if variant == "inpainting" else 4
+    assert source.config.unet == tiny.UNET.__class__(**{**vars(tiny.UNET), "in_channels": channels})
+    assert source.config.movq == tiny.MOVQ.__class__(**{**vars(tiny.MOVQ), "num_vq_embeddings": 0})
+    assert source.config.text_projection.null_embedding
+    assert source.config.conditioning == "original"
+    assert source.config.sampler == sampler
+    plan(source, "it")
+
+
+def test_original_in_a_weights_folder_and_without_config_json(original, tmp_path):
+    shutil.copytree(original, tmp_path / "weights")
+    (tmp_path / "weights" / "flan_ul2_encoder" / "config.json").unlink()
+    source = open_source(tmp_path, architecture=ARCHITECTURE)
+    assert source.config.text_encoder == tiny.TEXT_ENCODER  # read off the shapes
+    assert source.config.unet.attention_head_dim == tiny.UNET.attention_head_dim
+    assert open_source(tmp_path).config.unet.attention_head_dim == 64
+
+
+def test_original_30_has_its_projection_inside(tmp_path):
+    write_original(tmp_path, version="3.0")
+    source = open_source(tmp_path, architecture=ARCHITECTURE)
+    assert (source.layout, source.config.sampler.name) == ("original30", "kandinsky30")
+    plans = plan(source, "it")
+    names = {step.torch_name for step in plans["text_projection"].steps}
+    assert names == {"t5.0.weight", "t5.1.weight", "t5.1.bias", "null_embedding"}
+    assert plans["text_encoder"].duplicates == [("encoder.embed_tokens.weight", "shared.weight")]
+
+
+@pytest.mark.parametrize("levels", [2, 3])
+def test_flags_of_models_with_fewer_levels(levels):
+    """The references zip 4 flags from both ends with the levels (semantics of the up path)."""
+    from diffusers import Kandinsky3UNet
+
+    from k3jax.convert import unet
+    from k3jax.convert.architecture import Shapes, inferred_unet
+
+    model = Kandinsky3UNet(
+        block_out_channels=(32, 64, 64)[:levels],
+        layers_per_block=2,
+        groups=8,
+        attention_head_dim=8,
+        time_embedding_dim=16,
+        cross_attention_dim=16,
+        encoder_hid_dim=16,
+    )
+    found = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    config = inferred_unet(Shapes(unet.table("diffusers"), found))
+    assert config.add_cross_attention == config.add_self_attention == (False, True, True, True)
+    assert config.block_out_channels == (32, 64, 64)[:levels]
+
+
+def test_configs_that_are_not_kandinsky():
+    with pytest.raises(ConversionError, match="only the encoder of Flan-UL2"):
+        text_encoder_config({"feed_forward_proj": "relu"}, "config.json")
+    with pytest.raises(ConversionError, match="'group_count' is no setting"):
+        unet_config({"group_count": 3}, "config.json")
+    with pytest.raises(ConversionError, match="norm_type is 'group'"):
+        movq_config({"norm_type": "group"}, "config.json")
+    with pytest.raises(ConversionError, match="EulerDiscreteScheduler is not supported"):
+        sampler_config({"_class_name": "EulerDiscreteScheduler"}, "scheduler_config.json")
+    with pytest.raises(ConversionError, match="rescale_betas_zero_snr"):
+        sampler_config({"rescale_betas_zero_snr": True}, "scheduler_config.json")
+    with pytest.raises(ConversionError, match=r"beta_start must be float"):
+        sampler_config({"beta_start": "x"}, "scheduler_config.json")
+    with pytest.warns(UserWarning, match="sigma_min are settings without effect"):
+        found = sampler_config({"sigma_min": 1, "clip_sample": False}, "scheduler_config.json")
+    assert not found.clip_sample and found.steps_offset == 0 and found.beta_schedule == "linear"
+
+
+# Files
+
+
+PUBLISHED = [
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "tokenizer/spiece.model",
+    "tokenizer/tokenizer_config.json",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.fp16.safetensors",
+    "movq/config.json",
+    "movq/diffusion_pytorch_model.fp16.safetensors",
+    "text_encoder/config.json",
+    "text_encoder/model.safetensors.index.fp16.json",
+    *(f"text_encoder/model.fp16-0000{i}-of-00005.safetensors" for i in range(1, 6)),
+]
+
+
+def test_only_what_is_needed_is_picked():
+    other = ["README.md", "unet/diffusion_pytorch_model.fp16.bin", "movq/model.onnx"]
+    layout = find_layout([*PUBLISHED, *other], "it")
+    needed = set(PUBLISHED) - {"model_index.json", "text_encoder/model.safetensors.index.fp16.json"}
+    assert set(layout.files()) == needed
+    without = find_layout(PUBLISHED, "it", text_encoder=False)
+    assert "text_encoder" not in without.weights
+
+
+def test_plain_files_are_preferred_and_variants_can_be_asked_for():
+    names = [*PUBLISHED, *(name.replace(".fp16", "") for name in PUBLISHED)]
+    assert "fp16" not in "".join(find_layout(names, "it").files())
+    chosen = find_layout(names, "it", weights_variant="fp16")
+    assert all("fp16" in file for files in chosen.weights.values() for file in files)
+    new = [
+        name.replace("model.fp16-", "model-").replace("-of-00005.", "-of-00005.fp16.")
+        for name in PUBLISHED
+    ]
+    assert len(find_layout(new, "it").weights["text_encoder"]) == 5
+    with pytest.raises(ConversionError, match="no bf16 weights but fp16"):
+        find_layout(PUBLISHED, "it", weights_variant="bf16")
+
+
+@pytest.mark.parametrize(
+    "missing, message",
+    [
+        ("unet/diffusion_pytorch_model.fp16.safetensors", "lacks unet"),
+        ("movq/config.json", "lacks movq/config.json"),
+        ("tokenizer/spiece.model", "lacks the tokenizer"),
+        ("text_encoder/model.fp16-00003-of-00005.safetensors", "lacks shard 3 of 5"),
+    ],
+)
+def test_missing_files_are_named(missing, message):
+    with pytest.raises(ConversionError, match=message):
+        find_layout([name for name in PUBLISHED if name != missing], "here")
+
+
+def test_unknown_layouts_say_what_was_looked_for(tmp_path, original):
+    message = refused(tmp_path, tmp_path)
+    assert "neither model_index.json" in message and "kandinsky3.pt" in message
+    with pytest.raises(ConversionError, match=r"lacks movq.*text encoder.*tokenizer"):
+        find_layout(["kandinsky3.pt"], "here")
+    with pytest.raises(ConversionError, match="--variant flash"):
+        find_layout(["weights/kandinsky3_flash.pt"], "here")
+    with pytest.raises(ConversionError, match="9 input channels"):
+        find_layout(PUBLISHED, "here", variant="inpainting")
+    (original / "flan_ul2_encoder" / "projection_flash.pt").rename(tmp_path / "away")
+    with pytest.raises(ConversionError, match="no projection file of the variant flash"):
+        open_source(original, variant="flash")
+    (tmp_path / "away").rename(original / "flan_ul2_encoder" / "projection_flash.pt")
+
+
+def test_places_that_are_no_checkpoint(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "is a file" in refused(tmp_path / "file", tmp_path)
+    for place in ("nowhere", "./no/where", "a/b/c", str(tmp_path / "none")):
+        assert "neither a folder nor a Hugging Face id" in refused(place, tmp_path)
+
+
+def test_hugging_face_id(tmp_path, monkeypatch, diffusers):
+    """The listing tells what is needed; only that is fetched; a folder of that name would win."""
+    calls = []
+
+    def snapshot_download(repo, **kwargs):
+        calls.append((repo, kwargs))
+        return str(diffusers)
+
+    names = [p.relative_to(diffusers).as_posix() for p in diffusers.rglob("*") if p.is_file()]
+    monkeypatch.setattr(hub, "list_repo_files", lambda repo: [*names, "README.md", "images/a.png"])
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    source = open_source("someone/kandinsky-3")
+    assert source.origin == {"repo": "someone/kandinsky-3"}
+    ((repo, kwargs),) = calls
+    assert repo == "someone/kandinsky-3"
+    assert set(kwargs["allow_patterns"]) == set(names) - {"model_index.json"}
+
+    # Without a network, an earlier download is used.
+    def unreachable(repo):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(hub, "list_repo_files", unreachable)
+    open_source("someone/kandinsky-3")
+    assert calls[-1] == (repo, {"local_files_only": True})
+
+    def nothing(repo, **kwargs):
+        raise FileNotFoundError("not in the cache")
+
+    monkeypatch.setattr(hub, "snapshot_download", nothing)
+    assert "cannot be fetched" in refused("someone/kandinsky-3", tmp_path)
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(diffusers, tmp_path / "someone" / "kandinsky-3")
+    assert "path" in open_source("someone/kandinsky-3").origin
+
+
+# Damage
+
+
+def test_truncated_and_broken_safetensors(copy, tmp_path):
+    file = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    whole = file.read_bytes()
+    for content in (whole[:-1000], whole[:4], whole[:100], b"\xff" * 100, b""):
+        file.write_bytes(content)
+        message = refused(copy, tmp_path)
+        assert "truncated" in message and str(file) in message
+    file.write_bytes(whole[:8] + b"#" + whole[9:])
+    assert "broken safetensors header" in refused(copy, tmp_path)
+    file.write_bytes(whole.replace(b'"F32"', b'"F99"', 1))
+    assert "broken safetensors header" in refused(copy, tmp_path)
+
+
+def test_broken_pickles_and_json(original, tmp_path):
+    folder = shutil.copytree(original, tmp_path / "copy")
+    for name in ("kandinsky3.pt", "flan_ul2_encoder/pytorch_model-00002-of-00002.bin"):
+        file = folder / name
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        message = refused(folder, tmp_path)
+        assert "truncated" in message and str(file) in message
+        file.write_bytes(whole)
+    (folder / "flan_ul2_encoder" / "config.json").write_text("{")
+    assert "not readable JSON" in refused(folder, tmp_path)
+
+
+class Code:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def test_pickles_that_hold_code_are_refused_and_not_run(original, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = shutil.copytree(original, tmp_path / "copy")
+    torch.save({"unet": {}, "null_embedding": Code()}, folder / "kandinsky3.pt")
+    assert "holds more than tensors and is refused" in refused(folder, tmp_path)
+    (folder / "kandinsky3.pt").write_bytes(pickle.dumps(Code()))
+    assert "kandinsky3.pt" in refused(folder, tmp_path)
+    assert not (tmp_path / "ran").exists()
+    torch.save([torch.zeros(1)], folder / "kandinsky3.pt")
+    assert "holds a list, not a state dict" in refused(folder, tmp_path)
+    torch.save({"model": {}}, folder / "kandinsky3.pt")
+    assert "has no 'unet' (it has model)" in refused(folder, tmp_path)
+    torch.save({"unet": {}, "null_embedding": 3}, folder / "kandinsky3.pt")
+    assert "null_embedding is a int" in refused(folder, tmp_path)
+
+
+def test_faults_of_all_components_come_together(tmp_path):
+    unet = torch_checkpoints.state_dicts()["unet"]
+    write_diffusers(
+        tmp_path / "bad",
+        changes={
+            "unet": {
+                "conv_in.weight": unet["conv_in.weight"][:, :3].clone(),
+                "conv_out.bias": None,
+            },
+            "movq": {"quant_conv.weight": None, "loss.weight": torch.zeros(2)},
+            "text_encoder": {"encoder.final_layer_norm.weight": torch.zeros(32).to(torch.int8)},
+        },
+    )
+    message = refused(tmp_path / "bad", tmp_path)
+    assert "5 faults" in message
+    for part in (
+        "unet: conv_in.weight (conv_in.kernel) has shape (16, 3, 3, 3); the model wants (16, 4",
+        "unet: missing tensor conv_out.bias of shape (4)",
+        "movq: missing tensor quant_conv.weight of shape (4, 4, 1, 1)",
+        "movq: unknown tensor loss.weight of shape (2)",
+        "text_encoder: encoder.final_layer_norm.weight has dtype int8",
+    ):
+        assert part in message
+
+
+def test_checkpoint_of_another_architecture(copy, tmp_path):
+    file = copy / "unet" / "config.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps({**values, "block_out_channels": [32, 32, 64, 128]}))
+    assert "up_blocks.0" in refused(copy, tmp_path)
+    file.write_text(json.dumps({**values, "encoder_hid_dim": 64}))
+    assert "text_encoder.d_model is 32 but the text projection has 64" in refused(copy, tmp_path)
+
+
+def test_nan_weights_are_all_named_and_nothing_is_left(tmp_path):
+    unet = torch_checkpoints.state_dicts()["unet"]
+    bad = {}
+    for name in ("conv_in.bias", "down_blocks.3.resnets_in.0.resnet_blocks.1.projection.weight"):
+        bad[name] = unet[name].clone()
+        bad[name].view(-1)[-1] = torch.nan if name == "conv_in.bias" else torch.inf
+    write_diffusers(tmp_path / "bad", changes={"unet": bad})
+    message = refused(tmp_path / "bad", tmp_path)
+    assert "2 faults" in message and all(name in message for name in bad)
+
+
+def test_values_too_large_for_float16(tmp_path):
+    large = torch.full((tiny.UNET.init_channels,), 1e6)
+    write_diffusers(tmp_path / "large", changes={"unet": {"conv_in.bias": large}})
+    message = refused(tmp_path / "large", tmp_path, param_dtype="float16")
+    assert "conv_in.bias has values too large for float16" in message
+    assert "must be one of" in refused(tmp_path / "large", tmp_path, param_dtype="int8")
+
+
+# Tokenizers
+
+
+def test_spiece_alone_becomes_a_whole_tokenizer(tmp_path):
+    from transformers import AutoTokenizer
+
+    torch_checkpoints.write_spiece(tmp_path / "published")
+    prepare_tokenizer((tmp_path / "published").iterdir(), tmp_path / "ours")
+    assert {"spiece.model", "tokenizer.json"} <= {p.name for p in (tmp_path / "ours").iterdir()}
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ours")
+    ids = tokenizer("A cute corgi lives in a house.").input_ids
+    import sentencepiece
+
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=torch_checkpoints.spiece_model())
+    assert ids == [*pieces.encode("A cute corgi lives in a house."), 1]
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
+
+    (tmp_path / "published" / "spiece.model").write_bytes(b"not a model")
+    with pytest.raises(ConversionError, match="not a T5 vocabulary"):
+        prepare_tokenizer((tmp_path / "published").iterdir(), tmp_path / "broken")
+
+
+@pytest.mark.skipif(torch_checkpoints.real_tokenizer() is None, reason="no T5 vocabulary here")
+def test_real_vocabulary(tmp_path):
+    from transformers import AutoTokenizer
+
+    real = torch_checkpoints.real_tokenizer()
+    prepare_tokenizer([real / "spiece.model"], tmp_path)
+    ours, theirs = AutoTokenizer.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(real)
+    prompt = "A cute corgi lives in a house made out of sushi."
+    expected = [71, 5295, 4301, 122, 23, 1342, 16, 3, 9, 629, 263, 91, 13, 26297, 5, 1]
+    assert ours(prompt).input_ids == expected
+    for text in (prompt, "", "  Ünïcödé 中文 \n\t x", "<pad> </s> <extra_id_0> a", "A" * 300):
+        assert ours(text).input_ids == theirs(text).input_ids, text
+    np.testing.assert_equal(len(ours), len(theirs))
