@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiled programs kept on disk, so that only the first run on a machine waits for the compiler."""
+"""Compiled programs kept on disk: only the first run on a machine waits for the compiler."""
 
 import os
 from pathlib import Path

@@ -35,7 +35,7 @@ def convolve(layer: nnx.Conv, rows: Rows, height: int, width: int) -> jax.Array:
     if strip == height:
         return layer(rows(None))
 
-    def one(first):
+    def one(out, first):
         index = first - 1 + jnp.arange(strip + 2)
         inside = (index >= 0) & (index < height)
         x = jnp.where(inside[:, None, None], rows(jnp.clip(index, 0, height - 1)), 0)
@@ -46,10 +46,15 @@ def convolve(layer: nnx.Conv, rows: Rows, height: int, width: int) -> jax.Array:
             padding=((0, 0), (1, 1)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        return y + layer.bias[...].astype(layer.dtype)
+        y = y + layer.bias[...].astype(layer.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(out, y, first, axis=1), None
 
-    out = jax.lax.map(one, jnp.arange(0, height, strip))
-    return rearrange(out, "s b h w c -> b (s h) w c")
+    # Every value is overwritten. Starting from one that depends on the input keeps the compiler from
+    # making the buffers of all convolutions at the start of the program.
+    start = rows(jnp.zeros(1, jnp.int32))[:, :1, :1, :1].astype(layer.dtype)
+    shape = (start.shape[0], height, width, layer.out_features)
+    out, _ = jax.lax.scan(one, jnp.broadcast_to(start, shape), jnp.arange(0, height, strip))
+    return out
 
 
 def take_rows(x: jax.Array, index: jax.Array | None, factor: int = 1) -> jax.Array:

@@ -6,6 +6,7 @@ names: {"layers.0.attention.q.kernel": array}.
 """
 
 import contextlib
+import ctypes
 import gc
 import logging
 import math
@@ -88,8 +89,11 @@ def load_arrays(
             raise ValueError(f"it does not hold {', '.join(lost)}")
         return {name: arrays[name] for name in structs}
 
-    # A limit below one shard is an error in Orbax, not a slow-down.
-    return _read(folder, processes, read, max(READ_BYTES, 2 * largest))
+    try:
+        # A limit below one shard is an error in Orbax, not a slow-down.
+        return _read(folder, processes, read, max(READ_BYTES, 2 * largest))
+    finally:
+        _give_memory_back()
 
 
 def iterate_arrays(folder: epath.Path, batch_bytes: int) -> Iterator[tuple[str, np.ndarray]]:
@@ -110,6 +114,17 @@ def _load_numpy(folder, batch):
     while arrays:
         name = next(iter(arrays))
         yield name, arrays.pop(name)
+
+
+def _give_memory_back() -> None:
+    """Returns freed memory to the system.
+
+    The chunks are freed in TensorStore's many threads, each with a heap of its own, and glibc keeps
+    them all: without this a process held 4.6 GB after restoring 2.2 GB onto 8 devices.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # glibc only
+        trim(0)
 
 
 def _beside(folder: epath.Path, suffix: str) -> epath.Path:

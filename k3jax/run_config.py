@@ -171,13 +171,13 @@ def load_config(name: str) -> dict[str, Any]:
 
 
 def architecture_differences(theirs: ModelConfig, ours: ModelConfig, limit: int = 6) -> str | None:
-    """'unet.in_channels (9 and 4), ...' for what differs in what weights were trained with.
+    """'unet.in_channels is 9 (config: 4), ...': what differs in what weights were trained with.
 
     The sampler and the size are not part of that. None when nothing differs.
     """
     flat = [dict(_leaves(to_dict(model))) for model in (theirs, ours)]
     parts = [
-        f"{key} ({flat[0][key]} and {flat[1][key]})"
+        f"{key} is {flat[0][key]} (config: {flat[1][key]})"
         for key in flat[0]
         if key != "sample_size" and not key.startswith("sampler.") and flat[0][key] != flat[1][key]
     ]

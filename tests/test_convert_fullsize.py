@@ -14,8 +14,6 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-import tiny
-import torch_checkpoints
 from diffusers import Kandinsky3UNet
 
 from k3jax.checkpoint import iterate_leaves
@@ -24,6 +22,9 @@ from k3jax.convert import text_encoder
 from k3jax.convert.rules import to_torch_array
 from k3jax.convert.safetensors_writer import SafetensorsWriter, shards, write_index
 from k3jax.convert.tensors import open_weights
+
+import tiny
+import torch_checkpoints
 
 
 LAYERS = int(os.environ.get("K3JAX_FULLSIZE_LAYERS", "32"))

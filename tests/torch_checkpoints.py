@@ -8,12 +8,13 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-import tiny
 import torch
 from diffusers import DDPMScheduler, Kandinsky3Pipeline
 from safetensors.torch import save_file
 
 from k3jax.convert import movq, text_projection, unet
+
+import tiny
 
 
 ARCHITECTURE = {

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The images of a run, batch by batch, each written as soon as it is made."""
 
-import itertools
+import dataclasses
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import jax
 from tqdm import tqdm
 
-import k3jax
 from k3jax.checkpoint_format import Checkpoint
 from k3jax.cli.output import PlannedImage, free_path
 from k3jax.config import to_dict
@@ -18,3 +18,98 @@ from k3jax.images import ContactSheet, write_png
 from k3jax.pipeline import Kandinsky3Pipeline
 from k3jax.run_config import RunConfig
 from k3jax.tokenizer import PromptTruncatedWarning
+
+
+def make_images(
+    checkpoint: Checkpoint,
+    config: RunConfig,
+    mesh: jax.sharding.Mesh,
+    call: dict[str, Any],
+    images: Sequence[PlannedImage],
+    progress: bool,
+) -> None:
+    """Makes, writes and lists the images, and a contact sheet when there are several.
+
+    Args:
+        call: what all calls of the pipeline have in common; see `Kandinsky3Pipeline.__call__`.
+    """
+    pipe = Kandinsky3Pipeline.from_pretrained(
+        checkpoint.path,
+        mesh=mesh,
+        dtype=config.pipeline.dtype,
+        param_dtype=config.pipeline.param_dtype,
+        batch_size=config.pipeline.batch_size,
+    )
+    pipe.config = config.model
+    _warn_of_cuts(pipe, images, call["negative_prompt"])
+    settings = _settings(checkpoint, config, pipe, call)
+    sheet = ContactSheet(len(images), call["width"], call["height"]) if len(images) > 1 else None
+    several = progress and len(images) > pipe.batch_size
+    with tqdm(total=len(images), unit="image", disable=not several) as bar:
+        for first in range(0, len(images), pipe.batch_size):
+            batch = images[first : first + pipe.batch_size]
+            for planned, image in _make(pipe, batch, call, progress):
+                own = {"prompt": planned.prompt, "seed": planned.seed}
+                write_png(image, planned.path, {**settings, "call": {**own, **call}})
+                tqdm.write(str(planned.path), file=sys.stdout)
+                if sheet is not None:
+                    number = planned.path.name.split("_")[0]
+                    sheet.add(image, f"{number} seed {planned.seed} {planned.prompt}")
+                bar.update()
+    if sheet is not None:
+        path = free_path(images[0].path.with_name("contact_sheet.png"))
+        write_png(sheet.image(), path)
+        print(path)
+
+
+def _make(
+    pipe: Kandinsky3Pipeline, batch: Sequence[PlannedImage], call: dict[str, Any], progress: bool
+) -> Iterator[tuple[PlannedImage, Any]]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PromptTruncatedWarning)  # said once for the whole run
+        made = pipe(
+            prompt=[planned.prompt for planned in batch],
+            seed=[planned.seed for planned in batch],
+            progress_bar=progress,
+            **call,
+        )
+    return zip(batch, made.images, strict=True)
+
+
+def _warn_of_cuts(
+    pipe: Kandinsky3Pipeline, images: Sequence[PlannedImage], negative_prompt: str | None
+) -> None:
+    """Tokenises everything once, so that a prompt's number in a warning is that of the run."""
+    pipe.tokenizer(list(dict.fromkeys(image.prompt for image in images)))
+    if negative_prompt is not None:
+        with warnings.catch_warnings(record=True) as cuts:
+            warnings.simplefilter("always", PromptTruncatedWarning)
+            pipe.tokenizer([negative_prompt])
+        for cut in cuts:
+            message = str(cut.message).removeprefix("prompt 0 ")
+            warnings.warn(f"the negative prompt {message}", PromptTruncatedWarning, stacklevel=2)
+
+
+def _settings(
+    checkpoint: Checkpoint, config: RunConfig, pipe: Kandinsky3Pipeline, call: dict[str, Any]
+) -> dict[str, Any]:
+    """What an image depends on besides its call, and what decides on its last bits."""
+    sampler = dataclasses.replace(
+        config.model.sampler,
+        name=call["sampler"],
+        num_inference_steps=call["num_inference_steps"],
+        guidance_scale=call["guidance_scale"],
+        eta=call["eta"],
+    )
+    return {
+        "k3jax": version("k3jax"),
+        "jax": jax.__version__,
+        "device": pipe.mesh.devices.flat[0].device_kind,
+        "mesh": dict(pipe.mesh.shape),
+        "batch_size": pipe.batch_size,
+        "dtype": config.pipeline.dtype,
+        "param_dtype": config.pipeline.param_dtype or config.pipeline.dtype,
+        "checkpoint": {"fingerprint": checkpoint.fingerprint, "source": checkpoint.source},
+        "conditioning": config.model.conditioning,
+        "sampler": to_dict(sampler),
+    }

@@ -42,7 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the weights; by default each keeps its own",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint at DST")
-    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -65,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
         text_encoder_from=config.convert.text_encoder_from,
         param_dtype=config.convert.param_dtype,
         architecture=_architecture(config, values.get("model") or {}),
-        progress=not args.no_progress,
+        progress=args.progress,
         overwrite=args.overwrite,
     )
     print(args.destination)

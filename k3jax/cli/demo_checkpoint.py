@@ -10,8 +10,13 @@ from pathlib import Path
 
 from k3jax.checkpoint_format import CheckpointError, read_checkpoint
 from k3jax.compilation_cache import user_cache
-from k3jax.config import to_dict
-from k3jax.demo import demo_config, write_demo_checkpoint
+from k3jax.config import ModelConfig, to_dict
+from k3jax.run_config import build, collect
+
+
+def demo_model() -> ModelConfig:
+    """The architecture of the demo."""
+    return build(collect("tiny")).model
 
 
 def demo_checkpoint() -> Path:
@@ -21,7 +26,7 @@ def demo_checkpoint() -> Path:
         ValueError: the cache cannot be written.
     """
     # Another architecture in another version of k3jax is another folder.
-    content = json.dumps(to_dict(demo_config()), sort_keys=True)
+    content = json.dumps(to_dict(demo_model()), sort_keys=True)
     folder = user_cache() / f"demo-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -30,6 +35,8 @@ def demo_checkpoint() -> Path:
             if not _is_good(folder):
                 print(f"k3jax: note: writing the demo checkpoint to {folder}.", file=sys.stderr)
                 shutil.rmtree(folder, ignore_errors=True)
+                from k3jax.demo import write_demo_checkpoint
+
                 write_demo_checkpoint(folder)
     except OSError as error:
         raise ValueError(

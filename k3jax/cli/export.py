@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turn a checkpoint of k3jax back into PyTorch's files, bit for bit.
 
-  k3jax export weights/kandinsky3 torch/ --layout original
+k3jax export weights/kandinsky3 torch/ --layout original
 """
 
 import argparse
@@ -23,7 +23,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("base", "flash", "inpainting"),
         help="for the names of the original files; by default what it was converted from",
     )
-    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -37,6 +36,6 @@ def run(args: argparse.Namespace) -> None:
         args.destination,
         config.export.layout,
         variant=config.export.variant,
-        progress=not args.no_progress,
+        progress=args.progress,
     )
     print(args.destination)

@@ -51,7 +51,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint", metavar="DIR", help="a checkpoint made by `k3jax convert`")
     add("-o", "--output", metavar="DIR", help="folder of the images (out); or, of one, a .png file")
     add("--overwrite", action="store_true", help="replace images that exist")
-    add("--no-progress", action="store_true", help="no progress bars")
 
     add = parser.add_argument_group("images (by default as the checkpoint says)").add_argument
     add("-n", "--num-images", type=int, metavar="N", help="images of each prompt (1)")
@@ -103,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
     enable_compilation_cache()
     if checkpoint is None:
         checkpoint = _demo()
-    make_images(checkpoint, config, mesh, call, images, progress=not args.no_progress)
+    make_images(checkpoint, config, mesh, call, images, args.progress)
 
 
 def _read_checkpoint(values):
@@ -116,9 +115,9 @@ def _read_checkpoint(values):
 
 
 def _demo_model():
-    from k3jax.demo import demo_config
+    from k3jax.cli.demo_checkpoint import demo_model
 
-    return demo_config()
+    return demo_model()
 
 
 def _demo():
@@ -183,9 +182,7 @@ def _check(config: RunConfig, prompts: list[str]):
             stacklevel=2,
         )
     if wanted.num_images_per_prompt < 1:
-        raise ValueError(
-            f"--num-images is {wanted.num_images_per_prompt}; it must be 1 or more."
-        )
+        raise ValueError(f"--num-images is {wanted.num_images_per_prompt}; it must be 1 or more.")
     count = len(prompts) * wanted.num_images_per_prompt
     request.guidance_scales(sampler.guidance_scale, count)
     sample_keys([wanted.seed, wanted.seed + count - 1])

@@ -50,6 +50,8 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
+    # Where torch is not installed, transformers would advise to install it.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     with _plain_warnings():
         try:
             args = parse(sys.argv[1:] if argv is None else argv)
@@ -93,9 +95,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         near = difflib.get_close_matches(unknown[0].split("=")[0], options, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise UsageError(
-            f"{args.command} has no argument {unknown[0]!r}{hint}: see `k3jax {args.command} --help`."
+            f"{args.command} has no argument {unknown[0]!r}{hint}; "
+            f"see `k3jax {args.command} --help`."
         )
     args.overrides = overrides
+    args.progress = not args.no_progress and sys.stderr.isatty()
     args.run = COMMANDS[args.command].run
     return args
 
@@ -134,6 +138,9 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
             "--config", metavar="NAME|FILE", help="a config of k3jax or a .py file; see below"
         )
         module.add_arguments(commands[name])
+        commands[name].add_argument(
+            "--no-progress", action="store_true", help="no progress bars, not even on a terminal"
+        )
     return parser, commands
 
 

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Damaged, dangerous and foreign PyTorch checkpoints are refused, and nothing is left behind."""
+
+import json
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+
+from k3jax.convert.from_torch import convert
+from k3jax.convert.rules import ConversionError
+
+import tiny
+import torch_checkpoints
+from torch_checkpoints import write_diffusers, write_original
+
+
+@pytest.fixture(scope="module")
+def diffusers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("diffusers")
+    write_diffusers(folder, shards=3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """All three variants of 3.1 in one folder, as published."""
+    folder = tmp_path_factory.mktemp("original")
+    for variant in ("base", "flash", "inpainting"):
+        write_original(folder, variant=variant)
+    return folder
+
+
+@pytest.fixture
+def copy(diffusers, tmp_path):
+    """A copy of the diffusers checkpoint, to be damaged."""
+    return shutil.copytree(diffusers, tmp_path / "copy")
+
+
+def refused(folder, tmp_path, **kwargs) -> str:
+    """The one-line message with which a conversion is refused; nothing may be left behind."""
+    with pytest.raises(ConversionError) as caught:
+        convert(folder, tmp_path / "out", progress=False, **kwargs)
+    assert [p for p in tmp_path.iterdir() if p.name.startswith("out")] == []
+    return str(caught.value)
+
+
+def test_truncated_and_broken_safetensors(copy, tmp_path):
+    file = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    whole = file.read_bytes()
+    for content in (whole[:-1000], whole[:4], whole[:100], b"\xff" * 100, b""):
+        file.write_bytes(content)
+        message = refused(copy, tmp_path)
+        assert "truncated" in message and str(file) in message
+    file.write_bytes(whole[:8] + b"#" + whole[9:])
+    assert "broken safetensors header" in refused(copy, tmp_path)
+    file.write_bytes(whole.replace(b'"F32"', b'"F99"', 1))
+    assert "broken safetensors header" in refused(copy, tmp_path)
+
+
+def test_broken_pickles_and_json(original, tmp_path):
+    folder = shutil.copytree(original, tmp_path / "copy")
+    for name in ("kandinsky3.pt", "flan_ul2_encoder/pytorch_model-00002-of-00002.bin"):
+        file = folder / name
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        message = refused(folder, tmp_path)
+        assert "truncated" in message and str(file) in message
+        file.write_bytes(whole)
+    (folder / "flan_ul2_encoder" / "config.json").write_text("{")
+    assert "not readable JSON" in refused(folder, tmp_path)
+
+
+class Code:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def test_pickles_that_hold_code_are_refused_and_not_run(original, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = shutil.copytree(original, tmp_path / "copy")
+    torch.save({"unet": {}, "null_embedding": Code()}, folder / "kandinsky3.pt")
+    assert "holds more than tensors and is refused" in refused(folder, tmp_path)
+    (folder / "kandinsky3.pt").write_bytes(pickle.dumps(Code()))
+    assert "kandinsky3.pt" in refused(folder, tmp_path)
+    assert not (tmp_path / "ran").exists()
+    torch.save([torch.zeros(1)], folder / "kandinsky3.pt")
+    assert "holds a list, not a state dict" in refused(folder, tmp_path)
+    torch.save({"model": {}}, folder / "kandinsky3.pt")
+    assert "has no 'unet' (it has model)" in refused(folder, tmp_path)
+    torch.save({"unet": {}, "null_embedding": 3}, folder / "kandinsky3.pt")
+    assert "null_embedding is a int" in refused(folder, tmp_path)
+
+
+def test_faults_of_all_components_come_together(tmp_path):
+    unet = torch_checkpoints.state_dicts()["unet"]
+    write_diffusers(
+        tmp_path / "bad",
+        changes={
+            "unet": {
+                "conv_in.weight": unet["conv_in.weight"][:, :3].clone(),
+                "conv_out.bias": None,
+            },
+            "movq": {"quant_conv.weight": None, "loss.weight": torch.zeros(2)},
+            "text_encoder": {"encoder.final_layer_norm.weight": torch.zeros(32).to(torch.int8)},
+        },
+    )
+    message = refused(tmp_path / "bad", tmp_path)
+    assert "5 faults" in message
+    for part in (
+        "unet: conv_in.weight (conv_in.kernel) has shape (16, 3, 3, 3); the model wants (16, 4",
+        "unet: missing tensor conv_out.bias of shape (4)",
+        "movq: missing tensor quant_conv.weight of shape (4, 4, 1, 1)",
+        "movq: unknown tensor loss.weight of shape (2)",
+        "text_encoder: encoder.final_layer_norm.weight has dtype int8",
+    ):
+        assert part in message
+
+
+def test_checkpoint_of_another_architecture(copy, tmp_path):
+    file = copy / "unet" / "config.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps({**values, "block_out_channels": [32, 32, 64, 128]}))
+    assert "up_blocks.0" in refused(copy, tmp_path)
+    file.write_text(json.dumps({**values, "encoder_hid_dim": 64}))
+    assert "text_encoder.d_model is 32 but the text projection has 64" in refused(copy, tmp_path)
+
+
+def test_nan_weights_are_all_named_and_nothing_is_left(tmp_path):
+    unet = torch_checkpoints.state_dicts()["unet"]
+    bad = {}
+    for name in ("conv_in.bias", "down_blocks.3.resnets_in.0.resnet_blocks.1.projection.weight"):
+        bad[name] = unet[name].clone()
+        bad[name].view(-1)[-1] = torch.nan if name == "conv_in.bias" else torch.inf
+    write_diffusers(tmp_path / "bad", changes={"unet": bad})
+    message = refused(tmp_path / "bad", tmp_path)
+    assert "2 faults" in message and all(name in message for name in bad)
+
+
+def test_values_too_large_for_float16(tmp_path):
+    large = torch.full((tiny.UNET.init_channels,), 1e6)
+    write_diffusers(tmp_path / "large", changes={"unet": {"conv_in.bias": large}})
+    message = refused(tmp_path / "large", tmp_path, param_dtype="float16")
+    assert "conv_in.bias has values too large for float16" in message
+    assert "must be one of" in refused(tmp_path / "large", tmp_path, param_dtype="int8")
