@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The form of Kandinsky 3 in seconds on a laptop: every part, small. The demo has it.
 
-    k3jax generate "a red circle" --config tiny
+k3jax generate "a red circle" --config tiny
 """
 
 from k3jax.configs.kandinsky3 import get_config as kandinsky3

@@ -1,23 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """PyTorch checkpoint -> ours, planned from the headers and streamed tensor by tensor."""
 
+import contextlib
 import functools
 import tempfile
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from k3jax.abstract import abstract_module
 from k3jax.checkpoint import CheckpointWriter, read_checkpoint
 from k3jax.config import ModelConfig
-from k3jax.convert.arrays import is_finite
+from k3jax.convert.arrays import inspect, is_finite
 from k3jax.convert.modules import layer_shapes, module_shapes
 from k3jax.convert.rules import ConversionError, Plan, Shape, raise_faults, to_jax_array
 from k3jax.convert.sources import Source, open_source
 from k3jax.convert.tensors import Tensors, shapes
 from k3jax.convert.tokenizer import prepare_tokenizer
-from k3jax.manifest import array_digest, combined_digest
+from k3jax.manifest import combined_digest
 
 
 PARAM_DTYPES = ("bfloat16", "float16", "float32")
@@ -70,7 +72,7 @@ def convert(
         architecture=architecture,
     )
     plans = plan(opened, str(source))
-    with CheckpointWriter(destination, overwrite=overwrite) as writer:
+    with CheckpointWriter(destination, overwrite=overwrite) as writer, _one_thread():
         if shared is not None:
             writer.share("text_encoder", shared.path)
         if opened.tokenizer:
@@ -100,6 +102,17 @@ def convert(
             },
             dtype=param_dtype or _prevailing_dtype(opened),
         )
+
+
+@contextlib.contextmanager
+def _one_thread():
+    """PyTorch's transposes gain nothing from threads that wait busily; the writer needs them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def plan(source: Source, where: str) -> dict[str, Plan]:
@@ -139,11 +152,12 @@ def _stream(steps: Plan, tensors: Tensors, writer, param_dtype, bar) -> dict[str
     for step in steps.steps:
         tensor = tensors[step.torch_name]
         array = tensor.read()
-        digests[f"{steps.component}.{step.torch_name}"] = array_digest(array)
-        if not is_finite(array):
+        digest, finite = inspect(array)
+        digests[f"{steps.component}.{step.torch_name}"] = digest
+        if not finite:
             faults.append(f"{step.torch_name} in {tensor.file} holds NaN or infinite values.")
         alias = second_names.get(step.torch_name)
-        if alias is not None and not _equal(array, tensors[alias].read()):
+        if alias is not None and inspect(tensors[alias].read())[0] != digest:
             faults.append(
                 f"{alias} and {step.torch_name} are one tensor but have different values."
             )
@@ -162,10 +176,6 @@ def _stream(steps: Plan, tensors: Tensors, writer, param_dtype, bar) -> dict[str
         steps.add_fault(fault)
     raise_faults(steps.faults, "The source")
     return digests
-
-
-def _equal(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.dtype == b.dtype and array_digest(a) == array_digest(b)
 
 
 def _prevailing_dtype(source: Source) -> str:

@@ -79,6 +79,8 @@ def open_source(
     if shared_text_encoder is not None:
         opened.parts["text_encoder"] = shared_text_encoder
     for component, values in (architecture or {}).items():
+        if component not in opened.parts:
+            raise ConversionError(f"architecture names {component!r}, which is no component here.")
         part = opened.parts[component]
         opened.parts[component] = from_dict(type(part), {**to_dict(part), **values}, component)
     return Source(

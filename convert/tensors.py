@@ -4,6 +4,7 @@
 Data comes as views of a memory map, so opening and reading cost no memory of their own.
 """
 
+import contextlib
 import json
 import math
 import mmap
@@ -127,6 +128,7 @@ def open_safetensors(file: Path) -> dict[str, Tensor]:
 
     def reader(dtype, shape, begin):
         def read():
+            _populate(mapped, base + begin, math.prod(shape) * dtype.itemsize)
             array = np.frombuffer(mapped, dtype, math.prod(shape), base + begin).reshape(shape)
             return array if array.flags.aligned else array.copy()
 
@@ -136,6 +138,16 @@ def open_safetensors(file: Path) -> dict[str, Tensor]:
         name: Tensor(shape, dtype.name, file, reader(dtype, shape, begin))
         for name, (dtype, shape, begin, _) in entries.items()
     }
+
+
+_MADV_POPULATE_READ = 22  # Linux 5.14; not named in Python's mmap
+
+
+def _populate(mapped: mmap.mmap, start: int, size: int) -> None:
+    """Brings a range of a file into the page tables at once, instead of in thousands of faults."""
+    page = start % mmap.PAGESIZE
+    with contextlib.suppress(OSError, ValueError):
+        mapped.madvise(_MADV_POPULATE_READ, start - page, size + page)
 
 
 def open_pickle(file: Path) -> dict:

@@ -49,8 +49,8 @@ def convolve(layer: nnx.Conv, rows: Rows, height: int, width: int) -> jax.Array:
         y = y + layer.bias[...].astype(layer.dtype)
         return jax.lax.dynamic_update_slice_in_dim(out, y, first, axis=1), None
 
-    # Every value is overwritten. Starting from one that depends on the input keeps the compiler from
-    # making the buffers of all convolutions at the start of the program.
+    # Every value is overwritten. Starting from one that depends on the input keeps the compiler
+    # from making the buffers of all convolutions at the start of the program.
     start = rows(jnp.zeros(1, jnp.int32))[:, :1, :1, :1].astype(layer.dtype)
     shape = (start.shape[0], height, width, layer.out_features)
     out, _ = jax.lax.scan(one, jnp.broadcast_to(start, shape), jnp.arange(0, height, strip))

@@ -40,7 +40,7 @@ def test_file_name():
 
 
 def test_settings_come_back(tmp_path):
-    settings = {"call": {"prompt": "кот\nи \"пёс\" 🐈", "seed": 2**64 - 1}, "dtype": "float32"}
+    settings = {"call": {"prompt": 'кот\nи "пёс" 🐈', "seed": 2**64 - 1}, "dtype": "float32"}
     path = tmp_path / "a.png"
     images.write_png(picture(), path, settings)
     assert images.read_settings(path) == settings

@@ -115,7 +115,7 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str
             key, equals, text = word.removeprefix("--config.").partition("=")
             if not equals:
                 text = next(words, None)
-                if text is None:
+                if text is None or text.startswith("--"):
                     raise UsageError(f"--config.{key} needs a value.")
             overrides.append((key, text))
         else:

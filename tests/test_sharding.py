@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Logical axis names, meshes, and the full-size model on them, without any weights."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from k3jax.abstract import COMPONENTS, abstract_module
+from k3jax.config import MAX_TOKENS, ModelConfig, SamplerConfig
+from k3jax.denoising import denoise_program, initial_carry, loop_rows
+from k3jax.programs import encode_text
+from k3jax.samplers import make_sampler
+from k3jax.sharding import RULES, axes, batch_sharding, make_mesh, shardings
+from k3jax.text_projection import Context
+
+
+FULL = ModelConfig()
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_every_weight_that_is_large_has_known_axes(component):
+    names = {name for name, _ in RULES}
+    for path, variable in nnx.to_flat_state(nnx.state(abstract_module(component, FULL))):
+        used = variable.get_metadata().get("out_sharding") or ()
+        assert set(used) <= names | {None}, path
+        shape = variable.get_value().shape
+        assert len(used) in (0, len(shape)), path
+        # Time modulation is the exception: small matmuls on (b, 1536), replicated on purpose.
+        if np.prod(shape) > 10e6 and "modulation" not in path:
+            assert any(name is not None for name in used), path
+
+
+def test_an_unknown_axis_is_an_error():
+    class Layer(nnx.Module):
+        def __init__(self):
+            self.kernel = nnx.Param(jnp.zeros((4, 4)), **axes("embed", "bogus"))
+
+    with pytest.raises(ValueError, match="'bogus'.*not in the sharding rules"):
+        shardings(Layer(), make_mesh("data=8"))
+
+
+def test_weights_are_split_as_the_rules_say():
+    mesh = make_mesh("data=2,fsdp=2,tensor=2")
+    placed = shardings(abstract_module("text_encoder", FULL), mesh)
+    kernel = placed["layers"]["mlp"]["wi_0"]["kernel"].get_value()
+    assert kernel.spec == P(None, "fsdp", "tensor")
+    assert placed["final_norm"]["scale"].get_value().spec == P(None)
+    unet = shardings(abstract_module("unet", FULL), mesh)
+    assert unet["conv_in"]["kernel"].get_value().spec == P(None, None, "fsdp", "tensor")
+    # 3 input channels do not split into two: replicated rather than refused.
+    movq = shardings(abstract_module("movq", FULL), mesh)
+    assert movq["encoder"]["conv_in"]["kernel"].get_value().spec == P(None, None, None, "tensor")
+
+
+def on_mesh(module, mesh):
+    """An abstract module whose leaves carry their shardings."""
+    graph, state = nnx.split(module)
+    placed = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        shardings(module, mesh),
+    )
+    return nnx.merge(graph, placed)
+
+
+def abstract(shape, dtype, mesh):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+
+
+def test_full_size_denoising_lowers_without_weights():
+    """50 guided steps at 1024x1024 with batch 8, on a data x tensor mesh."""
+    mesh = make_mesh("data=4,tensor=2")
+    unet = on_mesh(abstract_module("unet", FULL, "bfloat16"), mesh)
+    sampler = make_sampler(SamplerConfig())
+    context = Context(
+        abstract((8, MAX_TOKENS, 4096), jnp.bfloat16, mesh),
+        abstract((8, MAX_TOKENS), jnp.float32, mesh),
+        abstract((8,), jnp.int32, mesh),
+    )
+    lowered = denoise_program.lower(
+        unet,
+        context,
+        context,
+        abstract((8,), jnp.float32, mesh),
+        None,
+        initial_carry(sampler, abstract((8, 128, 128, 4), jnp.float32, mesh)),
+        loop_rows(sampler),
+        abstract((8, 2), jnp.uint32, mesh),
+        None,
+        step=sampler.step,
+        stochastic=True,
+        renoise=False,
+    )
+    latents = jax.tree.leaves(lowered.out_info)[0]
+    assert latents.shape == (8, 128, 128, 4) and latents.dtype == jnp.float32
+    # One loop over the steps, not 50 copies of the U-Net.
+    text = lowered.as_text()
+    assert text.count("stablehlo.while") >= 1
+    assert text.count("stablehlo.convolution") < 400
+
+
+def test_full_size_text_encoder_and_decoder_lower_without_weights():
+    mesh = make_mesh("data=4,tensor=2")
+    encoder = on_mesh(abstract_module("text_encoder", FULL, "bfloat16"), mesh)
+    ids = abstract((4, MAX_TOKENS), jnp.int32, mesh)
+    mask = abstract((4, MAX_TOKENS), jnp.bool_, mesh)
+    lowered = encode_text.lower(encoder, ids, mask)
+    assert lowered.out_info.shape == (4, MAX_TOKENS, 4096)
+    # 32 layers scanned: the program has one layer's matmuls.
+    assert lowered.as_text().count("stablehlo.dot_general") < 16
+
+    movq = on_mesh(abstract_module("movq", FULL, "bfloat16"), mesh)
+    latents = abstract((4, 128, 128, 4), jnp.float32, mesh)
+    decoded = jax.jit(lambda m, x: m.decode(x)).lower(movq, latents)
+    assert decoded.out_info.shape == (4, 1024, 1024, 3)
+    # Never 16,384 x 16,384 scores, in any of its attention blocks.
+    assert "16384x16384" not in decoded.as_text()
+    encoded = jax.jit(lambda m, x: m.encode(x)).lower(
+        movq, abstract((4, 1024, 1024, 3), jnp.float32, mesh)
+    )
+    assert encoded.out_info.shape == (4, 128, 128, 4)
+    assert "16384x16384" not in encoded.as_text()
+
+
+def test_decoder_memory_at_1024_is_bounded(monkeypatch):
+    """Strips against whole maps, on the decoder as released in float32."""
+    from k3jax import movq_blocks
+
+    movq = abstract_module("movq", FULL)
+    latents = jax.ShapeDtypeStruct((1, 128, 128, 4), jnp.float32)
+
+    def temporaries():
+        compiled = jax.jit(lambda m, x: m.decode(x)).lower(movq, latents).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    strips = temporaries()
+    assert strips < 5.5e9
+    monkeypatch.setattr(movq_blocks, "STRIP_PIXELS", 1024**2)
+    assert strips < 0.75 * temporaries()
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3, 5])
+def test_any_number_of_levels(levels):
+    flags = (False, *[True] * max(levels - 1, 3))
+    unet = dataclasses.replace(
+        FULL.unet,
+        block_out_channels=(64,) * levels,
+        init_channels=64,
+        add_cross_attention=flags,
+        add_self_attention=flags,
+    )
+    module = abstract_module("unet", dataclasses.replace(FULL, unet=unet))
+    context = Context(
+        jax.ShapeDtypeStruct((1, 8, 4096), jnp.float32),
+        jax.ShapeDtypeStruct((1, 8), jnp.float32),
+        jax.ShapeDtypeStruct((1,), jnp.int32),
+    )
+    sample = jax.ShapeDtypeStruct((1, 32, 16, 4), jnp.float32)
+    out = jax.eval_shape(
+        lambda m, *a: m(*a), module, sample, jax.ShapeDtypeStruct((1,), jnp.float32), context
+    )
+    assert out.shape == sample.shape
