@@ -127,7 +127,7 @@ def test_config_files_that_are_wrong(content, message, tmp_path):
 def test_config_names_that_are_wrong():
     with pytest.raises(ValueError, match=r"no config 'kandinski3' \(did you mean 'kandinsky3'"):
         collect("kandinski3")
-    with pytest.raises(ValueError, match="config file own.py does not exist"):
+    with pytest.raises(ValueError, match=r"config file own\.py does not exist"):
         collect("own.py")
 
 

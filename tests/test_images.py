@@ -16,7 +16,7 @@ def picture(width=64, height=64, colour=(200, 30, 30)):
     "prompt, expected",
     [
         ("A red circle, 50% grey!", "a-red-circle-50-grey"),
-        ("рыжий КОТ", "рыжий-кот"),
+        ("Рыжий ЩЕНОК", "рыжий-щенок"),
         ("../../etc/passwd", "etc-passwd"),
         ("हिन्दी", "हिन्दी"),
         ("🐈", ""),

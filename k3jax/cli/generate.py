@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
     settings = {key: getattr(args, flag) for flag, key in SETTINGS.items()}
     values = collect(args.config, args.overrides, settings)
     prompts = read_prompts(args.prompts, args.prompts_file)
-    checkpoint = _read_checkpoint(values)
+    checkpoint = _read_checkpoint(values, named_by_config=args.checkpoint is None)
     model = _demo_model() if checkpoint is None else checkpoint.config
     config = build(values, model)
     if values.get("model"):
@@ -105,13 +105,19 @@ def run(args: argparse.Namespace) -> None:
     make_images(checkpoint, config, mesh, call, images, args.progress)
 
 
-def _read_checkpoint(values):
+def _read_checkpoint(values, named_by_config: bool):
     """The checkpoint that is asked for, its weights not read; None for the demo."""
-    if values.get("checkpoint") is None:
+    path = values.get("checkpoint")
+    if path is None:
         return None
-    from k3jax.checkpoint_format import read_checkpoint
+    from k3jax.checkpoint_format import as_path, read_checkpoint
 
-    return read_checkpoint(values["checkpoint"])
+    if named_by_config and not as_path(path).exists():
+        raise ValueError(
+            f"the config's checkpoint {path} does not exist: make it with `k3jax convert`, or give "
+            "--checkpoint DIR."
+        )
+    return read_checkpoint(path)
 
 
 def _demo_model():

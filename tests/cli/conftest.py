@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line in this process, with a cache folder and a demo checkpoint of its own."""
+
+import threading
+
+import pytest
+
+from k3jax.cli.demo_checkpoint import demo_checkpoint
+from k3jax.cli.main import main
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """A user's cache folder of this test session."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def demo(cache):
+    """The demo checkpoint, asked for by two at once."""
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(demo_checkpoint())) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found[0] == found[1]
+    return found[0]
+
+
+@pytest.fixture
+def run(capsys, cache):
+    """main() -> (exit code, lines of stdout, lines of stderr)."""
+
+    def call(*args):
+        capsys.readouterr()
+        code = main([str(arg) for arg in args])
+        out, err = capsys.readouterr()
+        return code, out.splitlines(), err.splitlines()
+
+    return call
+
+
+@pytest.fixture
+def refuses(run):
+    """The one line with which main() refuses."""
+
+    def call(*args):
+        code, out, err = run(*args)
+        assert code == 2 and not out
+        assert len(err) == 1 and err[0].startswith("k3jax: error: "), err
+        return err[0].removeprefix("k3jax: error: ")
+
+    return call

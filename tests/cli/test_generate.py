@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`k3jax generate`: what it makes, what it says, and how it refuses."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import warnings
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from k3jax.cli import generate
+from k3jax.cli.output import PlannedImage
+from k3jax.images import read_settings
+from k3jax.pipeline import Kandinsky3Pipeline
+
+
+SMALL = ["--steps", "2", "--height", "64", "--width", "64", "--dtype", "float32"]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What `generate` would make: the arguments of make_images, which is not run."""
+    from k3jax.cli import batches
+
+    calls = []
+    monkeypatch.setattr(batches, "make_images", lambda *args, **kwargs: calls.append(args))
+    return calls
+
+
+def test_generate(run, refuses, demo, tmp_path):
+    (tmp_path / "prompts.txt").write_text("рыжий кот\n\n  a blue square \r\n")
+    out = tmp_path / "out"
+    code, paths, err = run(
+        *("generate", "a red circle", "--prompts-file", tmp_path / "prompts.txt", "-n", "2"),
+        *("--checkpoint", demo, "--seed", "7", "-o", out, *SMALL),
+    )
+    assert code == 0 and err == []
+    names = [
+        "0000_seed7_a-red-circle.png",
+        "0001_seed8_a-red-circle.png",
+        "0002_seed9_рыжий-кот.png",
+        "0003_seed10_рыжий-кот.png",
+        "0004_seed11_a-blue-square.png",
+        "0005_seed12_a-blue-square.png",
+        "contact_sheet.png",
+    ]
+    assert paths == [str(out / name) for name in names]
+    assert sorted(p.name for p in out.iterdir()) == names
+    pixels = [np.asarray(Image.open(out / name)) for name in names[:-1]]
+    assert {p.shape for p in pixels} == {(64, 64, 3)}
+    assert len({p.tobytes() for p in pixels}) == 6
+
+    settings = read_settings(out / names[3])
+    assert settings["call"]["prompt"] == "рыжий кот" and settings["call"]["seed"] == 10
+    assert settings["dtype"] == "float32" and settings["sampler"]["num_inference_steps"] == 2
+    assert len(settings["checkpoint"]["fingerprint"]) == 64
+    pipe = Kandinsky3Pipeline.from_pretrained(demo, dtype=settings["dtype"])
+    (again,) = pipe(**settings["call"]).images
+    np.testing.assert_array_equal(np.asarray(again), pixels[3])
+
+    # What is there is not replaced, and a contact sheet never.
+    same = ["generate", "a red circle", "-n", "2", "--checkpoint", demo, "--seed", "7", "-o", out]
+    message = refuses(*same, *SMALL)
+    assert "a-red-circle.png exists already (and 1 more)" in message and "--overwrite" in message
+    code, paths, err = run(*same, *SMALL, "--overwrite")
+    assert code == 0 and paths[-1] == str(out / "contact_sheet_2.png")
+    np.testing.assert_array_equal(np.asarray(Image.open(paths[0])), pixels[0])
+
+
+def test_generate_end_to_end_without_a_checkpoint(demo, tmp_path):
+    """As a person would, in a process of its own: one image, a long prompt, a file as output."""
+    environment = {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_DEFAULT_MATMUL_PRECISION": "highest",  # as in this process, for the compiled programs
+    }
+    prompt = "a red circle " * 800
+    command = [sys.executable, "-m", "k3jax", "generate", prompt, "-o", "circle.png", *SMALL]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "circle.png\n"
+    assert [p.name for p in tmp_path.iterdir()] == ["circle.png"]
+    assert read_settings(tmp_path / "circle.png")["call"]["prompt"] == prompt
+    notes = [line for line in done.stderr.splitlines() if line.startswith("k3jax:")]
+    assert len(notes) == 2, done.stderr
+    assert "its pictures mean nothing" in notes[0] and "k3jax convert" in notes[0]
+    assert notes[1].startswith("k3jax: warning: prompt 0 has 10401 tokens and the model sees 128")
+
+
+def test_flags_win_over_overrides_and_these_over_the_config(run, demo, asked, tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(
+        "from k3jax.configs.tiny import get_config as tiny\n"
+        "def get_config():\n"
+        "    config = tiny()\n"
+        f"    config.checkpoint = {str(demo)!r}\n"
+        "    config.model.sampler.eta = 0.25\n"
+        "    config.generate = dict(seed=1, height=128, width=128, negative_prompt='dull')\n"
+        "    return config\n"
+    )
+    code, _, err = run(
+        *("generate", "a", "--config", file, "--config.generate.height=192", "-o", tmp_path / "o"),
+        *("--config.generate.seed", "2", "--seed", "3", "--steps", "5", "b"),
+    )
+    assert code == 0, err
+    ((checkpoint, config, _, call, images, _),) = asked
+    assert checkpoint.path == demo and config.generate.seed == 3
+    assert (call["height"], call["width"], call["eta"]) == (192, 128, 0.25)
+    assert (call["negative_prompt"], call["num_inference_steps"]) == ("dull", 5)
+    assert [(i.prompt, i.seed) for i in images] == [("a", 3), ("b", 4)]
+
+
+def test_a_checkpoint_has_its_own_defaults(run, demo, asked, tmp_path):
+    assert run("generate", "a", "--checkpoint", demo, "-o", tmp_path / "o")[0] == 0
+    ((_, config, mesh, call, _, _),) = asked
+    assert (call["height"], call["num_inference_steps"], call["sampler"]) == (128, 25, "kandinsky")
+    assert config.pipeline.dtype == "bfloat16" and mesh.shape["data"] == len(jax.devices())
+
+
+def test_a_sampler_that_makes_other_steps_says_so(run, demo, asked, tmp_path):
+    _, _, err = run("generate", "a", "--checkpoint", demo, "-o", tmp_path, "--sampler", "flash")
+    assert err == ["k3jax: warning: the sampler flash makes 4 steps where 25 were asked for."]
+
+
+def test_a_long_negative_prompt_is_named(demo):
+    from k3jax.cli.batches import _warn_of_cuts
+    from k3jax.tokenizer import Tokenizer
+
+    class Pipe:
+        tokenizer = Tokenizer(demo / "tokenizer")
+
+    images = [PlannedImage(pathlib.Path("a.png"), "y" * n, 0) for n in (5, 5, 150)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _warn_of_cuts(Pipe, images, "x" * 200)
+    assert [str(w.message).split(";")[0] for w in caught] == [
+        "prompt 1 has 151 tokens and the model sees 128",
+        "the negative prompt has 201 tokens and the model sees 128",
+    ]
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ([], "give at least one prompt, or --prompts-file FILE."),
+        (["--prompts-file", "{tmp}/none.txt"], "file of prompts {tmp}/none.txt does not exist"),
+        (["--prompts-file", "{tmp}/empty.txt"], "{tmp}/empty.txt holds none"),
+        (["--prompts-file", "{tmp}/control.txt"], "control.txt, line 3: has the control char"),
+        (["--prompts-file", "{tmp}/latin.txt"], "latin.txt, line 2: byte 4 is not UTF-8"),
+        (["bad \x07 prompt"], "prompt 0 has the control character U+0007 at position 4"),
+        (["a", "--negative-prompt", "\x1b"], "the negative prompt: has the control character"),
+        (["a", "--height", "100"], "height is 100; it must be a positive multiple of 64"),
+        (["a", "--width", "-64"], "width is -64; it must be a positive multiple of 64"),
+        (["a", "--steps", "0"], "num_inference_steps is 0; it must be between 1 and 1000"),
+        (["a", "--eta", "2"], "eta is 2.0; it must be between 0 and 1"),
+        (["a", "--guidance-scale", "-1"], "guidance_scale is -1.0; it must be 0 or more"),
+        (["a", "--guidance-interval", "3", "1"], "guidance_interval is (3, 1)"),
+        (["a", "--seed", "-1"], "seed -1 is not between 0 and 2^64 - 1"),
+        (["a", "-n", "0"], "--num-images is 0; it must be 1 or more"),
+        (["a", "--mesh", "data=3"], "mesh 'data=3' takes 3 devices, but there are"),
+        (["a", "--mesh", "rows=2"], "'rows=2' is not AXIS=SIZE with AXIS one of data, fsdp"),
+        (["a", "--batch-size", "3"], "batch_size is 3, but the mesh splits a batch over"),
+        (["a", "--output", "{tmp}/empty.txt/out"], "cannot be written: Not a directory"),
+        (["a", "--output", "gs://bucket/out"], "gs://bucket/out is not on this machine"),
+        (["a", "b", "--output", "{tmp}/one.png"], "one.png is one file, but there are 2 images"),
+        (["a", "--output", "{tmp}/there.png"], "there.png exists already: choose another"),
+        (["a", "--checkpoint", "{tmp}/none"], "There is no checkpoint at {tmp}/none"),
+        (["a", "--checkpoint", "{tmp}"], "{tmp} is not a k3jax checkpoint: it has no config.json"),
+        (["a", "--config", "tini"], "there is no config 'tini' (did you mean 'tiny'?)"),
+        (["a", "--config.generate.hight=64"], "(did you mean --config.generate.height?)"),
+        (["a", "--config.generate.height"], "--config.generate.height needs a value"),
+        (["a", "--config", "flash"], "the config's checkpoint weights/flash does not exist"),
+        (
+            ["a", "--config", "tiny", "--config.model.unet.groups=8"],
+            "is of another architecture than the config: unet.groups is 16 (config: 8)",
+        ),
+        (["a", "--stesp", "4"], "generate has no argument '--stesp' (did you mean --steps?)"),
+        (["a", "--steps", "four"], "invalid int value: 'four' (see `k3jax generate --help`)"),
+        (["a", "--sampler", "euler"], "argument --sampler: invalid choice: 'euler'"),
+        (["a", "--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
+    ],
+)
+def test_generate_refuses(refuses, demo, tmp_path, args, message):
+    (tmp_path / "empty.txt").write_text(" \n\n")
+    (tmp_path / "control.txt").write_bytes(b"good\n\nbad \x00 line\n")
+    (tmp_path / "latin.txt").write_bytes(b"good\ncaf\xe9\n")
+    (tmp_path / "there.png").touch()
+    args = [arg.format(tmp=tmp_path) for arg in args]
+    if "--checkpoint" not in args and "--config" not in args:
+        args += ["--checkpoint", str(demo)]
+    if "--output" not in args:
+        args += ["--output", str(tmp_path / "out")]
+    assert message.format(tmp=tmp_path) in refuses("generate", *args)
+    assert not (tmp_path / "out").exists()
+
+
+def test_inpainting_checkpoints_cannot_make_images_of_prompts(refuses, demo, monkeypatch, tmp_path):
+    override = "--config.model.unet.in_channels=9"
+    monkeypatch.setattr(generate, "architecture_differences", lambda *args: None)
+    message = refuses("generate", "a", "--checkpoint", demo, override, "-o", tmp_path / "out")
+    assert "9 input channels: it is for inpainting" in message

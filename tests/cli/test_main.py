@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all commands share: help, errors, the demo checkpoint and the compilation cache."""
+
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from k3jax.cli import generate
+from k3jax.cli.demo_checkpoint import demo_checkpoint
+from k3jax.cli.main import split_overrides
+from k3jax.compilation_cache import enable_compilation_cache
+
+
+HEAVY = ("jax", "torch", "transformers", "ml_collections", "orbax", "flax")
+
+
+def test_help_and_usage_errors_import_nothing_heavy():
+    script = f"""
+import contextlib, io, sys, time
+start = time.perf_counter()
+from k3jax.cli.output import PlannedImage
+from k3jax.cli.main import main
+for args in ([], ["generate"], ["info"], ["convert"], ["export"]):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            main([*args, "--help"])
+        except SystemExit as end:
+            assert end.code == 0
+    assert "--config" in out.getvalue()
+assert main(["generate", "a", "--stesp", "3"]) == 2
+assert main(["generate", "a", "--config.generate.sede=3"]) == 2
+assert main(["info"]) == 2
+heavy = [name for name in {HEAVY} if name in sys.modules]
+assert not heavy, heavy
+print(f"{{time.perf_counter() - start:.2f}} s")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    print("all helps together:", done.stdout)
+
+
+@pytest.mark.parametrize(
+    "error, expected",
+    [
+        (KeyboardInterrupt(), (130, "k3jax: interrupted.")),
+        (OSError(28, "No space left on device", "/x"), (2, "/x: No space left on device.")),
+        (ValueError("line one\n  line two"), (2, "k3jax: error: line one line two")),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), (2, "have not enough memory")),
+    ],
+)
+def test_errors_are_one_line(run, monkeypatch, error, expected):
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr(generate, "run", fail)
+    code, _, err = run("generate", "a")
+    assert code == expected[0] and len(err) == 1 and expected[1] in err[0]
+    if isinstance(error, ValueError):
+        assert "K3JAX_TRACEBACK=1" in err[0]  # raised outside of k3jax: perhaps a defect of ours
+        monkeypatch.setenv("K3JAX_TRACEBACK", "1")
+        assert any("in fail" in line for line in run("generate", "a")[2])
+
+
+def test_defects_keep_their_traceback(run, monkeypatch):
+    def fail(args):
+        raise TypeError("a defect")
+
+    monkeypatch.setattr(generate, "run", fail)
+    with pytest.raises(TypeError, match="a defect"):
+        run("generate", "a")
+
+
+def test_overrides_are_split_off():
+    words = ["a", "--config.b.c=1=2", "--config", "d", "--config.e", "-1", "--", "--config.f=3"]
+    assert split_overrides(words) == (
+        ["a", "--config", "d", "--", "--config.f=3"],
+        [("b.c", "1=2"), ("e", "-1")],
+    )
+
+
+def test_the_demo_is_written_once_and_mended(demo):
+    (demo / "manifest.json").write_text("{")
+    before = (demo / "unet").stat().st_ino
+    assert demo_checkpoint() == demo
+    mended = (demo / "unet").stat().st_ino
+    assert demo_checkpoint() == demo
+    assert before != mended == (demo / "unet").stat().st_ino
+
+
+def test_a_cache_that_cannot_be_written(refuses, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    message = refuses("generate", "a", "-o", tmp_path / "out")
+    assert "XDG_CACHE_HOME" in message and "--checkpoint DIR" in message
+
+
+def test_compilation_cache(tmp_path, monkeypatch):
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    assert enable_compilation_cache() == before["jax_compilation_cache_dir"]
+    assert {name: getattr(jax.config, name) for name in names} == before
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        monkeypatch.setenv("K3JAX_COMPILATION_CACHE", "0")
+        assert enable_compilation_cache() is None
+        monkeypatch.delenv("K3JAX_COMPILATION_CACHE")
+        assert enable_compilation_cache() == str(tmp_path / "k3jax" / "xla")
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "k3jax" / "xla")
+        assert pathlib.Path(tmp_path / "k3jax" / "xla").stat().st_mode & 0o777 == 0o700
+        jax.config.update("jax_compilation_cache_dir", None)
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+        assert enable_compilation_cache() is None
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
