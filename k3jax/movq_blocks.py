@@ -114,7 +114,7 @@ class ResBlock(nnx.Module):
     """norm - SiLU - 3x3 - norm - SiLU - 3x3 plus a shortcut (1x1 where the width changes)."""
 
     def __init__(self, channels_in: int, channels_out: int, norm, **kwargs):
-        """`norm(channels, **kwargs)` makes the norms: a partially applied PlainNorm or SpatialNorm."""
+        """`norm(channels, **kwargs)` makes the norms: PlainNorm or SpatialNorm, partly applied."""
         self.norm1 = norm(channels_in, **kwargs)
         self.conv1 = conv(channels_in, channels_out, 3, **kwargs)
         self.norm2 = norm(channels_out, **kwargs)

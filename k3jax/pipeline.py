@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text to image: prompt -> tokens -> embeddings -> context -> latents -> images."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from k3jax import request
 from k3jax.abstract import COMPONENTS
 from k3jax.checkpoint import read_checkpoint, restore
+from k3jax.compilation_cache import enable_compilation_cache
 from k3jax.config import ModelConfig, SamplerName
 from k3jax.denoising import denoise_program, initial_carry, loop_rows
 from k3jax.programs import (
@@ -59,6 +60,12 @@ class Kandinsky3Pipeline:
             batch_size: images per compiled batch over the whole mesh; one per device by default. A
                 call of any other size is cut into such batches, the last one padded.
         """
+        if config.unet.in_channels != config.movq.latent_channels:
+            raise ValueError(
+                f"this is an inpainting checkpoint (its U-Net takes {config.unet.in_channels} "
+                f"channels, not {config.movq.latent_channels}): text to image needs a base or "
+                "Flash checkpoint."
+            )
         self.config, self.tokenizer, self.mesh = config, tokenizer, mesh
         self.text_encoder = components["text_encoder"]
         self.text_projection = components["text_projection"]
@@ -91,6 +98,7 @@ class Kandinsky3Pipeline:
             CheckpointError: not a checkpoint, damaged, or of another architecture.
             ValueError: a mesh that does not divide the devices.
         """
+        enable_compilation_cache()
         checkpoint = read_checkpoint(path)
         mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
         dtypes = [jnp.dtype(dtype), jnp.dtype(param_dtype or dtype)]
@@ -161,8 +169,10 @@ class Kandinsky3Pipeline:
         factor = self.config.movq.scale_factor
         shape = (height // factor, width // factor, self.config.movq.latent_channels)
 
+        embeds = (prompt_embeds, negative_prompt_embeds)
+        prompts, negatives = request.texts(self.config, prompt, negative_prompt, *embeds)
         images = request.spread(
-            *self._embeds(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds),
+            *self._encoded(prompts, negatives, *embeds),
             num_images_per_prompt,
             seed,
             guidance_scale,
@@ -176,15 +186,10 @@ class Kandinsky3Pipeline:
             total=batches * loop.num_steps, unit="step", disable=not progress_bar, leave=False
         ) as bar:
             parts = []
-            for first in range(0, len(images), self.batch_size):
-                index = np.arange(first, first + self.batch_size)
-                batch = images.rows(np.minimum(index, len(images) - 1))
-                made = self._make_batch(batch, loop, rows, shape, output_type, bar)
-                parts.append(np.asarray(made)[: len(images) - first])
-        result = np.concatenate(parts)
-        if output_type == "pil":
-            return Output([Image.fromarray(image) for image in result])
-        return Output(result)
+            for index, kept in self._batches(len(images)):
+                made = self._make_batch(images.rows(index), loop, rows, shape, output_type, bar)
+                parts.append(np.asarray(made)[:kept])
+        return _output(parts, output_type)
 
     def encode_prompt(self, prompts: str | Sequence[str]) -> PromptEmbeds:
         """Embeddings of prompts with masks and lengths, on the host; float32.
@@ -195,46 +200,26 @@ class Kandinsky3Pipeline:
         prompts = request.prompt_list(prompts)
         input_ids, attention_mask = self.tokenizer(prompts)
         parts = []
-        for first in range(0, len(prompts), self.batch_size):
-            index = np.minimum(np.arange(first, first + self.batch_size), len(prompts) - 1)
+        for index, kept in self._batches(len(prompts)):
             ids, mask = self._put(input_ids[index]), self._put(attention_mask[index])
             embeds = encode_text(self.text_encoder, ids, mask)
-            parts.append(np.asarray(embeds, np.float32)[: len(prompts) - first])
+            parts.append(np.asarray(embeds, np.float32)[:kept])
         lengths = np.asarray(window_length(attention_mask.sum(1)), np.int32)
         return PromptEmbeds(np.concatenate(parts), attention_mask, lengths)
 
     def decode(self, latents: np.ndarray, output_type: OutputType = "pil") -> Output:
         """Images of latents (b, h/8, w/8, 4), as "pil" or "np"."""
         parts = []
-        for first in range(0, len(latents), self.batch_size):
-            index = np.minimum(np.arange(first, first + self.batch_size), len(latents) - 1)
+        for index, kept in self._batches(len(latents)):
             images = self._decode(self._put(latents[index]), output_type)
-            parts.append(np.asarray(images)[: len(latents) - first])
-        result = np.concatenate(parts)
-        return Output([Image.fromarray(i) for i in result] if output_type == "pil" else result)
+            parts.append(np.asarray(images)[:kept])
+        return _output(parts, output_type)
 
-    def _embeds(self, prompt, negative_prompt, prompt_embeds, negative_embeds):
-        """(embeddings, those of the negatives or None, which prompts have a negative)."""
-        for name, text, embeds in (
-            ("prompt", prompt, prompt_embeds),
-            ("negative_prompt", negative_prompt, negative_embeds),
-        ):
-            if text is not None and embeds is not None:
-                raise ValueError(f"give {name} or {name}_embeds, not both.")
-        if prompt is None and prompt_embeds is None:
-            raise ValueError("give prompt or prompt_embeds.")
-        prompts = [] if prompt is None else request.prompt_list(prompt)
-        count = len(prompts) if prompt_embeds is None else len(prompt_embeds)
-        negatives = request.negative_list(negative_prompt, count)
-        if prompt_embeds is not None:
-            request.check_embeds(prompt_embeds, self.config, "prompt_embeds")
-        if negative_embeds is not None:
-            request.check_embeds(negative_embeds, self.config, "negative_prompt_embeds")
-            if len(negative_embeds) != count:
-                raise ValueError(
-                    f"negative_prompt_embeds has {len(negative_embeds)} rows for {count} prompts."
-                )
-        # Each distinct text is encoded once, prompts and negatives in one go.
+    def _encoded(self, prompts, negatives, prompt_embeds, negative_embeds):
+        """(embeddings, those of the negatives or None, which prompts have a negative).
+
+        Each distinct text is encoded once, prompts and negatives in one go.
+        """
         texts = list(dict.fromkeys([*prompts, *(n for n in negatives if n is not None)]))
         encoded = self.encode_prompt(texts) if texts else None
         place = {text: row for row, text in enumerate(texts)}
@@ -242,7 +227,7 @@ class Kandinsky3Pipeline:
             prompt_embeds = encoded[np.array([place[p] for p in prompts])]
         has_negative = np.array([n is not None for n in negatives])
         if negative_embeds is not None:
-            has_negative = np.ones(count, bool)
+            has_negative = np.ones(len(prompt_embeds), bool)
         elif has_negative.any():
             negative_embeds = encoded[np.array([place.get(n, 0) for n in negatives])]
         return prompt_embeds, negative_embeds, has_negative
@@ -306,9 +291,20 @@ class Kandinsky3Pipeline:
         splits = image_splits(self.mesh, latents.shape[0])
         return decode_latents(self.movq, latents, splits=splits, as_uint8=output_type == "pil")
 
+    def _batches(self, count: int) -> Iterator[tuple[np.ndarray, int]]:
+        """(rows of a compiled batch, how many of them count); the last batch repeats its last."""
+        for first in range(0, count, self.batch_size):
+            rows = np.arange(first, first + self.batch_size)
+            yield np.minimum(rows, count - 1), count - first
+
     def _put(self, tree, batch_dim: int = 0):
         """Host arrays onto the mesh, split along the batch."""
         return jax.device_put(tree, batch_sharding(self.mesh, batch_dim))
+
+
+def _output(parts: list[np.ndarray], output_type: OutputType) -> Output:
+    images = np.concatenate(parts)
+    return Output([Image.fromarray(i) for i in images] if output_type == "pil" else images)
 
 
 def _window(num_steps: int) -> int:

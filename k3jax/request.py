@@ -50,6 +50,33 @@ def negative_list(negative: str | Sequence[str | None] | None, count: int) -> li
     return negatives
 
 
+def texts(
+    config: ModelConfig,
+    prompt: str | Sequence[str] | None,
+    negative_prompt: str | Sequence[str | None] | None,
+    prompt_embeds: PromptEmbeds | None,
+    negative_embeds: PromptEmbeds | None,
+) -> tuple[list[str], list[str | None]]:
+    """What is to be encoded: prompts (none where there are embeddings), a negative for each."""
+    for name, text, embeds in (
+        ("prompt", prompt, prompt_embeds),
+        ("negative_prompt", negative_prompt, negative_embeds),
+    ):
+        if text is not None and embeds is not None:
+            raise ValueError(f"give {name} or {name}_embeds, not both.")
+        if embeds is not None:
+            check_embeds(embeds, config, f"{name}_embeds")
+    if prompt is None and prompt_embeds is None:
+        raise ValueError("give prompt or prompt_embeds.")
+    prompts = [] if prompt is None else prompt_list(prompt)
+    count = len(prompts) if prompt_embeds is None else len(prompt_embeds)
+    if negative_embeds is not None and len(negative_embeds) != count:
+        raise ValueError(
+            f"negative_prompt_embeds has {len(negative_embeds)} rows for {count} prompts."
+        )
+    return prompts, negative_list(negative_prompt, count)
+
+
 def image_seeds(seed: int | Sequence[int], count: int) -> list[int]:
     """One seed per image: `seed + k` for image k, or those given."""
     seeds = [seed + k for k in range(count)] if isinstance(seed, int | np.integer) else list(seed)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole pipeline against diffusers' Kandinsky3Pipeline, with the same noise."""
 
+import dataclasses
 import warnings
 
 import jax
@@ -396,3 +397,11 @@ def test_a_long_prompt_is_truncated_with_a_warning(ours, theirs):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ours.encode_prompt("word " * 25)
+
+
+def test_an_inpainting_checkpoint_is_refused(ours):
+    unet = dataclasses.replace(tiny.UNET, in_channels=9)
+    config = dataclasses.replace(tiny.CONFIG, unet=unet)
+    components = dict.fromkeys(("text_encoder", "text_projection", "unet", "movq"))
+    with pytest.raises(ValueError, match=r"inpainting checkpoint .* 9 channels, not 4"):
+        Kandinsky3Pipeline(config, ours.tokenizer, components, ours.mesh)

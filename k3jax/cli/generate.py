@@ -134,7 +134,7 @@ def _demo():
     print(
         "k3jax: note: no --checkpoint was given, so this is the demo, a small model with random "
         "weights: its pictures mean nothing. For real ones: `k3jax convert "
-        "kandinsky-community/kandinsky-3 DIR` (36 GB), then --checkpoint DIR.",
+        "kandinsky-community/kandinsky-3 DIR` (28 GB), then --checkpoint DIR.",
         file=sys.stderr,
     )
     return read_checkpoint(path)
