@@ -1,25 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """PyTorch checkpoint -> ours, planned from the headers and streamed tensor by tensor."""
 
-import contextlib
 import functools
 import tempfile
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from k3jax.abstract import abstract_module
 from k3jax.checkpoint import CheckpointWriter, read_checkpoint
 from k3jax.config import ModelConfig
-from k3jax.convert.arrays import inspect, is_finite
+from k3jax.convert.arrays import bits_of, is_finite
 from k3jax.convert.modules import layer_shapes, module_shapes
 from k3jax.convert.rules import ConversionError, Plan, Shape, raise_faults, to_jax_array
 from k3jax.convert.sources import Source, open_source
 from k3jax.convert.tensors import Tensors, shapes
 from k3jax.convert.tokenizer import prepare_tokenizer
-from k3jax.manifest import combined_digest
+from k3jax.manifest import array_digest, combined_digest
 
 
 PARAM_DTYPES = ("bfloat16", "float16", "float32")
@@ -72,7 +70,7 @@ def convert(
         architecture=architecture,
     )
     plans = plan(opened, str(source))
-    with CheckpointWriter(destination, overwrite=overwrite) as writer, _one_thread():
+    with CheckpointWriter(destination, overwrite=overwrite) as writer:
         if shared is not None:
             writer.share("text_encoder", shared.path)
         if opened.tokenizer:
@@ -102,17 +100,6 @@ def convert(
             },
             dtype=param_dtype or _prevailing_dtype(opened),
         )
-
-
-@contextlib.contextmanager
-def _one_thread():
-    """PyTorch's transposes gain nothing from threads that wait busily; the writer needs them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def plan(source: Source, where: str) -> dict[str, Plan]:
@@ -152,25 +139,27 @@ def _stream(steps: Plan, tensors: Tensors, writer, param_dtype, bar) -> dict[str
     for step in steps.steps:
         tensor = tensors[step.torch_name]
         array = tensor.read()
-        digest, finite = inspect(array)
-        digests[f"{steps.component}.{step.torch_name}"] = digest
-        if not finite:
-            faults.append(f"{step.torch_name} in {tensor.file} holds NaN or infinite values.")
         alias = second_names.get(step.torch_name)
-        if alias is not None and inspect(tensors[alias].read())[0] != digest:
+        if alias is not None and not np.array_equal(bits_of(array), bits_of(tensors[alias].read())):
             faults.append(
                 f"{alias} and {step.torch_name} are one tensor but have different values."
             )
+        if step.rule.layout is not None:
+            array = to_jax_array(step.rule, array)
+        digest = array_digest(array)
+        digests[f"{steps.component}.{step.torch_name}"] = digest
+        if not is_finite(array):
+            faults.append(f"{step.torch_name} in {tensor.file} holds NaN or infinite values.")
+        if param_dtype is not None and param_dtype != tensor.dtype:
+            with np.errstate(over="ignore"):  # reported with its name below
+                array = array.astype(param_dtype)
+            digest = array_digest(array)
+            if param_dtype == "float16" and not is_finite(array):
+                faults.append(
+                    f"{step.torch_name} has values too large for float16: choose bfloat16."
+                )
         if not faults:
-            ours = to_jax_array(step.rule, array)
-            if param_dtype is not None:
-                with np.errstate(over="ignore"):  # reported with its name below
-                    ours = ours.astype(param_dtype, copy=False)
-                if param_dtype == "float16" and not is_finite(ours):
-                    faults.append(
-                        f"{step.torch_name} has values too large for float16: choose bfloat16."
-                    )
-            writer.write(steps.component, {step.jax_name: ours})
+            writer.write(steps.component, {step.jax_name: array}, {step.jax_name: digest})
         bar.update(tensor.nbytes)
     for fault in faults:
         steps.add_fault(fault)

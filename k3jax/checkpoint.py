@@ -68,8 +68,8 @@ def restore(
         mesh: where the weights go; this process's first device by default.
         param_dtype: dtype of the weights, cast while reading; the checkpoint's own by default.
         dtype: dtype of the computation; that of the weights by default.
-        verify: hash the files first, because Orbax does not notice flipped bytes. The default is
-            yes for local folders. It costs about 1 s per 1.5 GB and core, once per user and
+        verify: check the files first, because Orbax does not notice flipped bytes. The default is
+            yes for local folders. It costs about 1 s per 3 GB and core, once per user and
             machine: files that were found good are not hashed again until their size or
             modification time changes. With several processes each hashes its share of the
             files, which is all of them on a shared disk. In a bucket the default is no: there

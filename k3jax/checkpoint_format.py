@@ -2,7 +2,7 @@
 """What a checkpoint folder looks like, and reading what it says of itself.
 
     config.json      architecture, conditioning, sampler defaults, source, dtype; written last
-    manifest.json    size and sha256 of every file, digest of every component
+    manifest.json    size and CRC-32 of every file, digest of every component
     tokenizer/
     text_encoder/ text_projection/ unet/ movq/      one Orbax checkpoint each
 

@@ -37,7 +37,7 @@ from k3jax.manifest import (
 
 
 # Each save leaves a folder of its own in the checkpoint: small arrays are gathered to this size.
-GROUP_BYTES = 128 << 20
+GROUP_BYTES = 256 << 20
 _MARK = ".incomplete"
 
 
@@ -106,12 +106,18 @@ class CheckpointWriter:
             if kind is None:
                 raise RuntimeError(f"the writer of {self.path} was closed without commit().")
 
-    def write(self, component: str, arrays: Mapping[str, np.ndarray]) -> None:
+    def write(
+        self,
+        component: str,
+        arrays: Mapping[str, np.ndarray],
+        digests: Mapping[str, str] | None = None,
+    ) -> None:
         """Adds arrays to a component, any number of times.
 
         Args:
             arrays: dotted on-disk name -> array. They are not copied and must not be changed
                 afterwards.
+            digests: `array_digest` of each, where the caller has it already.
         """
         if component not in COMPONENTS or component in self._shared:
             raise CheckpointError(f"{self.path}: {component!r} cannot be written here.")
@@ -120,7 +126,7 @@ class CheckpointWriter:
         for name, array in arrays.items():
             if name in names:
                 raise CheckpointError(f"{component}: {name} is there twice.")
-            names[name] = ""  # taken; the digest follows in the background
+            names[name] = (digests or {}).get(name, "")  # "": made in the background
             if component != self._group_component:
                 self._flush()
                 self._group_component = component
@@ -195,7 +201,8 @@ class CheckpointWriter:
     def _save(self, component: str, group: dict[str, np.ndarray]) -> None:
         group = {name: np.ascontiguousarray(array) for name, array in group.items()}
         with orbax_io.saving(self._folder / component, group):
-            self._digests[component] |= {name: array_digest(a) for name, a in group.items()}
+            digests = self._digests[component]
+            digests |= {n: array_digest(a) for n, a in group.items() if not digests[n]}
         if is_local(self._folder):
             self._hash_new_files()
 

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Digests of a checkpoint: what makes flipped, truncated and lost bytes noticeable.
 
-Orbax reads a file with flipped bytes without complaint, so manifest.json keeps the size and sha256
-of every file. Beside them stands one digest per component, made of the arrays rather than of the
-files (whose names are random): the same weights converted twice, on two machines, have the same.
+Orbax reads a file with flipped bytes without complaint, so manifest.json keeps the size and CRC-32
+of every file. It finds accidents at three times the speed of a cryptographic hash, which a 17 GB
+encoder feels at every first load. Beside the files stands one digest per component, made of the
+arrays rather than of the files (whose names are random): the same weights converted twice, on two
+machines, have the same.
 """
 
 import hashlib
@@ -22,6 +24,9 @@ from tqdm import tqdm
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
 
+_LANES = 1009  # a prime: rows of any width that are exchanged change lanes
+_PIECE = 64 * _LANES  # words that stay in the processor's cache
+
 
 class CheckpointError(ValueError):
     """A checkpoint, or a destination for one, that cannot be used; one sentence for people."""
@@ -32,10 +37,23 @@ def is_local(path: epath.Path) -> bool:
 
 
 def array_digest(array: np.ndarray) -> str:
-    """Dtype, shape and CRC-32 of the bytes: 4 GB/s, and only chance differences matter here."""
+    """A digest of dtype, shape and bytes at the speed of memory.
+
+    Sums of 64-bit words, by piece and by lane, under sha256: every change that training or an
+    accident makes to weights shows, also an exchange of rows, but it is no protection against
+    somebody who wants two arrays to look the same.
+    """
     shape = "x".join(map(str, array.shape))
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    return f"{array.dtype.name} {shape} {zlib.crc32(data):08x}"
+    whole = data.size // 8 * 8
+    words = data[:whole].view(np.uint64)
+    digest = hashlib.sha256(data[whole:].tobytes())
+    for start in range(0, words.size, _PIECE):
+        piece = words[start : start + _PIECE]
+        lanes = piece.size // _LANES * _LANES
+        digest.update(piece[:lanes].reshape(-1, _LANES).sum(0, dtype=np.uint64).tobytes())
+        digest.update(piece[lanes:].tobytes())
+    return f"{array.dtype.name} {shape} {digest.hexdigest()[:32]}"
 
 
 def combined_digest(parts: Mapping[str, str]) -> str:
@@ -45,8 +63,12 @@ def combined_digest(parts: Mapping[str, str]) -> str:
 
 
 def file_digest(path: epath.Path) -> str:
+    """CRC-32 of a file, as 8 hexadecimal digits."""
+    crc = 0
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while part := file.read(1 << 20):
+            crc = zlib.crc32(part, crc)
+    return f"{crc:08x}"
 
 
 def files_below(folder: epath.Path) -> Iterator[epath.Path]:
@@ -68,7 +90,7 @@ def write_manifest(
 
     Args:
         components: component -> digest of its arrays; also of those shared with other checkpoints.
-        digest: sha256 of a file.
+        digest: `file_digest`, or what knows its result already.
         extra: name -> content of files at the top that will be written after the manifest.
     """
     paths = list(files_below(folder))
@@ -76,11 +98,11 @@ def write_manifest(
     with ThreadPoolExecutor(2) as pool:
         digests = pool.map(digest, paths)
     files = {
-        str(path.relative_to(folder)): {"size": path.stat().length, "sha256": sha256}
-        for path, sha256 in zip(paths, digests, strict=True)
+        str(path.relative_to(folder)): {"size": path.stat().length, "crc32": crc}
+        for path, crc in zip(paths, digests, strict=True)
     }
     for name, content in extra.items():
-        files[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        files[name] = {"size": len(content), "crc32": f"{zlib.crc32(content):08x}"}
     manifest = {"version": MANIFEST_VERSION, "components": dict(components), "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
@@ -124,8 +146,8 @@ def file_fault(folder: epath.Path, name: str, entry: Mapping, hashed: bool = Tru
         size = path.stat().length
         if size != entry["size"]:
             return f"{path} has {size} bytes instead of {entry['size']}"
-        if hashed and file_digest(path) != entry["sha256"]:
-            return f"{path} has other bytes than when it was written (sha256 differs)"
+        if hashed and file_digest(path) != entry["crc32"]:
+            return f"{path} has other bytes than when it was written (its checksum differs)"
     except FileNotFoundError:
         return f"{path} is missing"
     except OSError as error:
@@ -138,7 +160,7 @@ def file_faults(
 ) -> list[str]:
     """Hashes files and says what is wrong with each that differs from its manifest entry."""
     faults = []
-    workers = min(8, max(2, os.cpu_count() or 2))  # hashlib releases the GIL: 1.5 GB/s a core
+    workers = min(8, max(2, os.cpu_count() or 2))  # zlib releases the GIL
     total = sum(entry["size"] for entry in entries.values())
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=not progress)
     with ThreadPoolExecutor(workers) as pool, bar:
@@ -213,7 +235,7 @@ class _VerifiedFiles:
 
     def _stamp(self, name: str, entry: Mapping) -> list:
         stat = os.stat(self._folder / name)
-        return [stat.st_size, stat.st_mtime_ns, stat.st_ino, entry["sha256"]]
+        return [stat.st_size, stat.st_mtime_ns, stat.st_ino, entry["crc32"]]
 
     def holds(self, name: str, entry: Mapping) -> bool:
         return is_local(self._folder) and self._stamps.get(name) == self._stamp(name, entry)

@@ -24,7 +24,7 @@ from k3jax.manifest import CheckpointError, is_local
 
 # A process reads whole chunks, so small ones let it read little more than its own shards; Orbax's
 # default is one chunk per array, of which every process reads everything.
-CHUNK_BYTES = 2 << 20
+CHUNK_BYTES = 4 << 20
 READ_BYTES = 512 << 20  # host memory for reads in flight
 
 
@@ -43,6 +43,7 @@ def saving(folder: epath.Path, arrays: Mapping[str, np.ndarray]):
         # 60 saves of 1,000 arrays. Names are unique here, so what is finished is put out of sight.
         if is_local(folder):
             _move_all(_beside(folder, ".partial_save"), _beside(folder, ".saved"))
+    _give_memory_back()
 
 
 def finish(folder: epath.Path) -> None:

@@ -92,7 +92,7 @@ class Kandinsky3Pipeline:
             mesh: a mesh, or axis sizes such as "data=-1,tensor=2".
             dtype: of the computation, "bfloat16" or "float32".
             param_dtype: of the weights; that of the computation by default.
-            verify: check the files' sha256 first; see `k3jax.checkpoint.restore`.
+            verify: check the files' checksums first; see `k3jax.checkpoint.restore`.
 
         Raises:
             CheckpointError: not a checkpoint, damaged, or of another architecture.

@@ -35,7 +35,7 @@ def test_flipped_byte(ckpt):
     assert str(file) in one_sentence(error)
     restore(ckpt, "text_encoder", verify=False)  # Orbax itself sees nothing
     assert verify(ckpt) == [
-        f"{file} has other bytes than when it was written (sha256 differs)",
+        f"{file} has other bytes than when it was written (its checksum differs)",
     ]
     restore(ckpt, "text_projection")
 

@@ -40,7 +40,7 @@ def test_tokenizer_is_copied(tmp_path):
     (tmp_path / "c" / "tokenizer" / "spiece.model").write_bytes(b"abd")
     (tmp_path / "c" / "stranger").touch()
     assert [fault.split(" ", 1)[1] for fault in verify(tmp_path / "c")] == [
-        "has other bytes than when it was written (sha256 differs)",
+        "has other bytes than when it was written (its checksum differs)",
         "is not in the manifest",
     ]
     with pytest.raises(CheckpointError, match="not a folder with a tokenizer"):

@@ -11,7 +11,7 @@ import torch
 
 from k3jax.abstract import abstract_module
 from k3jax.convert import movq, text_encoder, text_projection, unet
-from k3jax.convert.arrays import as_numpy, as_torch, inspect, is_finite, permuted
+from k3jax.convert.arrays import as_numpy, as_torch, is_finite, permuted
 from k3jax.convert.modules import module_to_state_dict, state_dict_to_module
 from k3jax.convert.rules import ConversionError, Rule, to_jax_array, to_torch_array
 
@@ -126,14 +126,3 @@ def test_nan_payloads_survive_and_are_seen(dtype):
         assert is_finite(array)
         array[2, 4] = value
         assert not is_finite(array)
-
-
-def test_digests_follow_every_value():
-    array = np.random.default_rng(2).standard_normal((700, 501)).astype(np.float32)
-    digest, finite = inspect(array)
-    assert finite and inspect(array.copy()) == (digest, True)
-    for row, column in ((0, 0), (350, 7), (699, 500)):
-        changed = array.copy()
-        changed[row, column] = np.nextafter(changed[row, column], np.float32(9))
-        assert inspect(changed)[0] != digest
-    assert inspect(array.T.copy())[0] != digest and inspect(array.view(np.int32))[0] != digest

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
-import torch_checkpoints
 from diffusers import DDPMScheduler
 from diffusers import Kandinsky3Pipeline as TorchPipeline
 from PIL import Image
@@ -18,6 +16,9 @@ from transformers import AutoTokenizer
 from k3jax import Kandinsky3Pipeline
 from k3jax.cli.main import main
 from k3jax.images import ContactSheet
+
+import tiny
+import torch_checkpoints
 
 
 PROMPTS = """\

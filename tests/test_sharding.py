@@ -40,7 +40,7 @@ def test_an_unknown_axis_is_an_error():
         def __init__(self):
             self.kernel = nnx.Param(jnp.zeros((4, 4)), **axes("embed", "bogus"))
 
-    with pytest.raises(ValueError, match="'bogus'.*not in the sharding rules"):
+    with pytest.raises(ValueError, match=r"'bogus'.*not in the sharding rules"):
         shardings(Layer(), make_mesh("data=8"))
 
 

@@ -70,7 +70,7 @@ def test_convert_info_export(run, refuses, tmp_path):
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
     code, lines, _ = run("info", ours, "--verify")
-    assert code == 1 and str(victim) in "\n".join(lines) and "sha256 differs" in lines[1]
+    assert code == 1 and str(victim) in "\n".join(lines) and "its checksum differs" in lines[1]
     code, lines, _ = run("info", ours, "--verify", "--json")
     assert code == 1 and len(json.loads("\n".join(lines))["faults"]) == 1
     message = refuses("generate", "a", "--checkpoint", ours, "-o", tmp_path / "out")
