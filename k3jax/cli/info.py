@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="read and check all files (1 s per 3 GB); the exit code is 1 if one is missing or changed",
+        help="check all files (1 s per 3 GB); the exit code is 1 if one is missing or changed",
     )
     parser.add_argument("--json", action="store_true", help="as JSON, with the whole config")
 
