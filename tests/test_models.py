@@ -202,6 +202,17 @@ def test_movq_decode(movqs, monkeypatch, strip_pixels):
     assert tiny.relative_error(got, tiny.nhwc(expected)) < TOLERANCE
 
 
+def test_decoding_never_quantises(movqs):
+    """VQModel.decode looks latents up in the codebook unless told not to; the model was not
+    trained to be sampled that way."""
+    theirs, ours = movqs
+    latents = np.random.default_rng(9).standard_normal((1, 4, 6, 4), np.float32)
+    with torch.no_grad():
+        quantised = theirs.decode(tiny.nchw(latents)).sample.numpy()
+    got = jax.jit(lambda m, x: m.decode(x))(ours, latents)
+    assert tiny.relative_error(got, tiny.nhwc(quantised)) > 0.05
+
+
 def test_full_size_parameter_counts():
     config = ModelConfig()
     counts = {

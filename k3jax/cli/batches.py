@@ -4,11 +4,12 @@
 import dataclasses
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from k3jax.checkpoint_format import Checkpoint
@@ -17,6 +18,7 @@ from k3jax.config import to_dict
 from k3jax.images import ContactSheet, write_png
 from k3jax.pipeline import Kandinsky3Pipeline
 from k3jax.run_config import RunConfig
+from k3jax.text_projection import PromptEmbeds
 from k3jax.tokenizer import PromptTruncatedWarning
 
 
@@ -41,14 +43,20 @@ def make_images(
         batch_size=config.pipeline.batch_size,
     )
     pipe.config = config.model
-    _warn_of_cuts(pipe, images, call["negative_prompt"])
+    embeds = _Embeds(pipe, images, call["negative_prompt"])
     settings = _settings(checkpoint, config, pipe, call)
     sheet = ContactSheet(len(images), call["width"], call["height"]) if len(images) > 1 else None
     several = progress and len(images) > pipe.batch_size
     with tqdm(total=len(images), unit="image", disable=not several) as bar:
         for first in range(0, len(images), pipe.batch_size):
             batch = images[first : first + pipe.batch_size]
-            for planned, image in _make(pipe, batch, call, progress):
+            made = pipe(
+                **embeds.of(batch),
+                seed=[planned.seed for planned in batch],
+                progress_bar=progress,
+                **{name: value for name, value in call.items() if name != "negative_prompt"},
+            )
+            for planned, image in zip(batch, made.images, strict=True):
                 own = {"prompt": planned.prompt, "seed": planned.seed}
                 write_png(image, planned.path, {**settings, "call": {**own, **call}})
                 tqdm.write(str(planned.path), file=sys.stdout)
@@ -62,32 +70,31 @@ def make_images(
         print(path)
 
 
-def _make(
-    pipe: Kandinsky3Pipeline, batch: Sequence[PlannedImage], call: dict[str, Any], progress: bool
-) -> Iterator[tuple[PlannedImage, Any]]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PromptTruncatedWarning)  # said once for the whole run
-        made = pipe(
-            prompt=[planned.prompt for planned in batch],
-            seed=[planned.seed for planned in batch],
-            progress_bar=progress,
-            **call,
-        )
-    return zip(batch, made.images, strict=True)
+class _Embeds:
+    """The prompts of a run, each encoded once however many images it has."""
 
+    def __init__(
+        self, pipe: Kandinsky3Pipeline, images: Sequence[PlannedImage], negative_prompt: str | None
+    ):
+        prompts = list(dict.fromkeys(image.prompt for image in images))
+        self._row = {prompt: row for row, prompt in enumerate(prompts)}
+        self._prompts = pipe.encode_prompt(prompts)
+        self._negative = None
+        if negative_prompt is not None:
+            with warnings.catch_warnings(record=True) as cuts:
+                warnings.simplefilter("always", PromptTruncatedWarning)
+                self._negative = pipe.encode_prompt(negative_prompt)
+            for cut in cuts:
+                message = str(cut.message).removeprefix("prompt 0 ")
+                warnings.warn(f"the negative prompt {message}", cut.category, stacklevel=3)
 
-def _warn_of_cuts(
-    pipe: Kandinsky3Pipeline, images: Sequence[PlannedImage], negative_prompt: str | None
-) -> None:
-    """Tokenises everything once, so that a prompt's number in a warning is that of the run."""
-    pipe.tokenizer(list(dict.fromkeys(image.prompt for image in images)))
-    if negative_prompt is not None:
-        with warnings.catch_warnings(record=True) as cuts:
-            warnings.simplefilter("always", PromptTruncatedWarning)
-            pipe.tokenizer([negative_prompt])
-        for cut in cuts:
-            message = str(cut.message).removeprefix("prompt 0 ")
-            warnings.warn(f"the negative prompt {message}", PromptTruncatedWarning, stacklevel=2)
+    def of(self, batch: Sequence[PlannedImage]) -> dict[str, PromptEmbeds]:
+        """The pipeline's arguments for these images."""
+        rows = np.array([self._row[planned.prompt] for planned in batch])
+        embeds = {"prompt_embeds": self._prompts[rows]}
+        if self._negative is not None:
+            embeds["negative_prompt_embeds"] = self._negative[np.zeros_like(rows)]
+        return embeds
 
 
 def _settings(
