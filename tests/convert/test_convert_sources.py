@@ -8,44 +8,15 @@ import pytest
 from k3jax.config import SamplerConfig
 from k3jax.convert import hub
 from k3jax.convert.architecture import movq_config, sampler_config, text_encoder_config, unet_config
-from k3jax.convert.from_torch import convert, plan
+from k3jax.convert.from_torch import plan
 from k3jax.convert.layouts import find_layout
 from k3jax.convert.rules import ConversionError
 from k3jax.convert.sources import open_source
 
 import tiny
 import torch_checkpoints
+from conversions import refused
 from torch_checkpoints import ARCHITECTURE, write_diffusers, write_original
-
-
-@pytest.fixture(scope="module")
-def diffusers(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("diffusers")
-    write_diffusers(folder, shards=3)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    """All three variants of 3.1 in one folder, as published."""
-    folder = tmp_path_factory.mktemp("original")
-    for variant in ("base", "flash", "inpainting"):
-        write_original(folder, variant=variant)
-    return folder
-
-
-@pytest.fixture
-def copy(diffusers, tmp_path):
-    """A copy of the diffusers checkpoint, to be damaged."""
-    return shutil.copytree(diffusers, tmp_path / "copy")
-
-
-def refused(folder, tmp_path, **kwargs) -> str:
-    """The one-line message with which a conversion is refused; nothing may be left behind."""
-    with pytest.raises(ConversionError) as caught:
-        convert(folder, tmp_path / "out", progress=False, **kwargs)
-    assert [p for p in tmp_path.iterdir() if p.name.startswith("out")] == []
-    return str(caught.value)
 
 
 # Architecture

@@ -9,13 +9,14 @@ import sys
 import textwrap
 
 import numpy as np
+
+from k3jax.config import TextEncoderConfig, TextProjectionConfig
+
 from checkpoints import (
     CONFIG,
     disk_arrays,
     write,
 )
-
-from k3jax.config import TextEncoderConfig, TextProjectionConfig
 
 
 PROCESS = """

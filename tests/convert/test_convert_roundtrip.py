@@ -2,13 +2,11 @@
 """PyTorch -> ours -> PyTorch: bit for bit, in every layout; and what interruptions leave behind."""
 
 import os
-import pathlib
 
 import numpy as np
 import pytest
 import torch
 from diffusers import Kandinsky3Pipeline
-from safetensors.torch import load_file
 
 from k3jax.checkpoint import leaf_shapes, read_checkpoint, restore
 from k3jax.convert import from_torch, to_torch
@@ -18,37 +16,8 @@ from k3jax.convert.to_torch import export
 
 import tiny
 import torch_checkpoints
+from conversions import assert_equal, load, quiet
 from torch_checkpoints import ARCHITECTURE, write_diffusers, write_original, write_pipeline
-
-
-def quiet(function, *args, **kwargs):
-    return function(*args, progress=False, **kwargs)
-
-
-def assert_equal(found, expected):
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
-
-
-def load(folder: pathlib.Path, pattern: str) -> dict[str, torch.Tensor]:
-    """All tensors of the files that match."""
-    tensors = {}
-    for file in sorted(folder.glob(pattern)):
-        is_safetensors = file.suffix == ".safetensors"
-        tensors |= load_file(file) if is_safetensors else torch.load(file, weights_only=True)
-    return tensors
-
-
-@pytest.fixture(scope="module")
-def diffusers(tmp_path_factory):
-    """(source, checkpoint, state dicts) of a diffusers checkpoint, as fp16 with fp32 `wo`."""
-    folder = tmp_path_factory.mktemp("diffusers")
-    states = write_diffusers(
-        folder / "src", torch.float16, variant="fp16", shards=3, float32_wo=True
-    )
-    quiet(convert, folder / "src", folder / "ours")
-    return folder / "src", folder / "ours", states
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +29,8 @@ def original(tmp_path_factory):
     return folder / "src", folder / "ours", states
 
 
-def test_diffusers_fp16_with_fp32_wo(diffusers, tmp_path, monkeypatch):
-    _, ours, states = diffusers
+def test_diffusers_fp16_with_fp32_wo(converted, tmp_path, monkeypatch):
+    _, ours, states = converted
     monkeypatch.setattr(to_torch, "SHARD_BYTES", 20_000)  # so that the encoder is sharded again
     quiet(export, ours, tmp_path / "back")
     for component, state in states.items():
@@ -172,8 +141,8 @@ def test_original_to_diffusers(original, tmp_path):
     assert_equal(found, expected)
 
 
-def test_diffusers_to_original(diffusers, tmp_path):
-    _, ours, states = diffusers
+def test_diffusers_to_original(converted, tmp_path):
+    _, ours, states = converted
     with pytest.warns(UserWarning, match="null embedding of the original layout is set to"):
         quiet(export, ours, tmp_path / "back", "original", variant="flash")
     main = torch.load(tmp_path / "back" / "kandinsky3_flash.pt", weights_only=True)
@@ -187,8 +156,8 @@ def test_diffusers_to_original(diffusers, tmp_path):
     from_torch.plan(source, "it")
 
 
-def test_param_dtype_and_restored_weights(diffusers, tmp_path):
-    source, ours, states = diffusers
+def test_param_dtype_and_restored_weights(converted, tmp_path):
+    source, ours, states = converted
     quiet(convert, source, tmp_path / "ours", param_dtype="bfloat16")
     for component in states:
         dtypes = {
@@ -203,8 +172,8 @@ def test_param_dtype_and_restored_weights(diffusers, tmp_path):
     np.testing.assert_array_equal(encoder.layers.attention.q.kernel[0], q.T.float())
 
 
-def test_the_source_hash_follows_the_weights(diffusers, tmp_path):
-    source, ours, states = diffusers
+def test_the_source_hash_follows_the_weights(converted, tmp_path):
+    source, ours, states = converted
     noted = read_checkpoint(ours).source
     assert noted["layout"] == "diffusers" and noted["variant"] == "base"
     assert noted["path"] == str(source)
@@ -224,6 +193,6 @@ def test_the_source_hash_follows_the_weights(diffusers, tmp_path):
     assert other.fingerprint != read_checkpoint(ours).fingerprint
 
 
-def test_tiny_config_is_what_the_fixtures_hold(diffusers):
+def test_tiny_config_is_what_the_fixtures_hold(converted):
     """So that the other tests of this file really compare the tiny models."""
-    assert read_checkpoint(diffusers[1]).config.unet == tiny.UNET
+    assert read_checkpoint(converted[1]).config.unet == tiny.UNET

@@ -6,45 +6,12 @@ import os
 import pickle
 import shutil
 
-import pytest
 import torch
-
-from k3jax.convert.from_torch import convert
-from k3jax.convert.rules import ConversionError
 
 import tiny
 import torch_checkpoints
-from torch_checkpoints import write_diffusers, write_original
-
-
-@pytest.fixture(scope="module")
-def diffusers(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("diffusers")
-    write_diffusers(folder, shards=3)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    """All three variants of 3.1 in one folder, as published."""
-    folder = tmp_path_factory.mktemp("original")
-    for variant in ("base", "flash", "inpainting"):
-        write_original(folder, variant=variant)
-    return folder
-
-
-@pytest.fixture
-def copy(diffusers, tmp_path):
-    """A copy of the diffusers checkpoint, to be damaged."""
-    return shutil.copytree(diffusers, tmp_path / "copy")
-
-
-def refused(folder, tmp_path, **kwargs) -> str:
-    """The one-line message with which a conversion is refused; nothing may be left behind."""
-    with pytest.raises(ConversionError) as caught:
-        convert(folder, tmp_path / "out", progress=False, **kwargs)
-    assert [p for p in tmp_path.iterdir() if p.name.startswith("out")] == []
-    return str(caught.value)
+from conversions import refused
+from torch_checkpoints import write_diffusers
 
 
 def test_truncated_and_broken_safetensors(copy, tmp_path):

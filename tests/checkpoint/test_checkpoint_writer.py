@@ -8,7 +8,6 @@ import textwrap
 
 import numpy as np
 import pytest
-from checkpoints import CONFIG, disk_arrays, write
 
 from k3jax import checkpoint_writer
 from k3jax.checkpoint import (
@@ -18,15 +17,7 @@ from k3jax.checkpoint import (
     verify,
 )
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-
-
-@pytest.fixture
-def ckpt(tmp_path):
-    return write(tmp_path / "ckpt")
+from checkpoints import CONFIG, disk_arrays, write
 
 
 def test_tokenizer_is_copied(tmp_path):

@@ -7,7 +7,6 @@ import os
 
 import numpy as np
 import pytest
-from checkpoints import disk_arrays, flip, largest_file, one_sentence, write
 
 from k3jax.checkpoint import (
     CheckpointError,
@@ -16,15 +15,7 @@ from k3jax.checkpoint import (
     verify,
 )
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-
-
-@pytest.fixture
-def ckpt(tmp_path):
-    return write(tmp_path / "ckpt")
+from checkpoints import disk_arrays, flip, largest_file, one_sentence, write
 
 
 def test_flipped_byte(ckpt):

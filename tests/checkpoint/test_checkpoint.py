@@ -10,14 +10,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoints import (
-    CONFIG,
-    disk_arrays,
-    flip,
-    module_arrays,
-    stacked,
-    write,
-)
 from jax.sharding import PartitionSpec
 
 from k3jax import abstract, checkpoint_format, checkpoint_writer
@@ -33,15 +25,14 @@ from k3jax.checkpoint import (
 )
 from k3jax.sharding import make_mesh
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-
-
-@pytest.fixture
-def ckpt(tmp_path):
-    return write(tmp_path / "ckpt")
+from checkpoints import (
+    CONFIG,
+    disk_arrays,
+    flip,
+    module_arrays,
+    stacked,
+    write,
+)
 
 
 def test_components_are_those_of_the_models():

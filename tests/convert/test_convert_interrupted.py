@@ -3,7 +3,6 @@
 
 import fcntl
 import os
-import pathlib
 import shutil
 import signal
 import subprocess
@@ -11,8 +10,6 @@ import sys
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from k3jax.checkpoint import CheckpointError, read_checkpoint, verify
 from k3jax.convert import from_torch, to_torch
@@ -20,41 +17,11 @@ from k3jax.convert.from_torch import convert
 from k3jax.convert.rules import ConversionError
 from k3jax.convert.to_torch import export
 
-from torch_checkpoints import write_diffusers
+from conversions import quiet
 
 
-def quiet(function, *args, **kwargs):
-    return function(*args, progress=False, **kwargs)
-
-
-def assert_equal(found, expected):
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
-
-
-def load(folder: pathlib.Path, pattern: str) -> dict[str, torch.Tensor]:
-    """All tensors of the files that match."""
-    tensors = {}
-    for file in sorted(folder.glob(pattern)):
-        is_safetensors = file.suffix == ".safetensors"
-        tensors |= load_file(file) if is_safetensors else torch.load(file, weights_only=True)
-    return tensors
-
-
-@pytest.fixture(scope="module")
-def diffusers(tmp_path_factory):
-    """(source, checkpoint, state dicts) of a diffusers checkpoint, as fp16 with fp32 `wo`."""
-    folder = tmp_path_factory.mktemp("diffusers")
-    states = write_diffusers(
-        folder / "src", torch.float16, variant="fp16", shards=3, float32_wo=True
-    )
-    quiet(convert, folder / "src", folder / "ours")
-    return folder / "src", folder / "ours", states
-
-
-def test_destinations_that_exist(diffusers, tmp_path):
-    source, ours, _ = diffusers
+def test_destinations_that_exist(converted, tmp_path):
+    source, ours, _ = converted
     for destination in (ours, tmp_path):
         (tmp_path / "file").write_text("something")
         with pytest.raises(CheckpointError, match="exists"):
@@ -65,8 +32,8 @@ def test_destinations_that_exist(diffusers, tmp_path):
     assert not verify(ours)
 
 
-def test_exports_of_damaged_checkpoints_and_other_layouts(diffusers, tmp_path):
-    ours = shutil.copytree(diffusers[1], tmp_path / "ours")
+def test_exports_of_damaged_checkpoints_and_other_layouts(converted, tmp_path):
+    ours = shutil.copytree(converted[1], tmp_path / "ours")
     with pytest.raises(ConversionError, match="must be 'diffusers' or 'original'"):
         quiet(export, ours, tmp_path / "back", "onnx")
     with pytest.raises(ConversionError, match="must be one of"):
@@ -82,8 +49,8 @@ def test_exports_of_damaged_checkpoints_and_other_layouts(diffusers, tmp_path):
     assert os.listdir(tmp_path) == ["ours"]
 
 
-def test_a_failure_leaves_nothing_and_can_be_run_again(diffusers, tmp_path, monkeypatch):
-    source, ours, _ = diffusers
+def test_a_failure_leaves_nothing_and_can_be_run_again(converted, tmp_path, monkeypatch):
+    source, ours, _ = converted
     with monkeypatch.context() as patch:
         calls = []
 
@@ -121,8 +88,8 @@ from_torch.convert(sys.argv[1], sys.argv[2], progress=False)
 """
 
 
-def test_a_kill_leaves_nothing_that_looks_like_a_checkpoint(diffusers, tmp_path):
-    source, ours, _ = diffusers
+def test_a_kill_leaves_nothing_that_looks_like_a_checkpoint(converted, tmp_path):
+    source, ours, _ = converted
     with subprocess.Popen(
         [sys.executable, "-c", SLOW, str(source), str(tmp_path / "out")], stdout=subprocess.PIPE
     ) as process:
@@ -138,15 +105,15 @@ def test_a_kill_leaves_nothing_that_looks_like_a_checkpoint(diffusers, tmp_path)
     assert read_checkpoint(tmp_path / "out").fingerprint == read_checkpoint(ours).fingerprint
 
 
-def test_an_export_clears_what_a_killed_one_left(diffusers, tmp_path):
+def test_an_export_clears_what_a_killed_one_left(converted, tmp_path):
     left = tmp_path / "out.incomplete" / "unet"
     left.mkdir(parents=True)
     (left / "diffusion_pytorch_model-00001-of-00002.safetensors").write_bytes(b"half")
     lock = os.open(left.parent, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     with pytest.raises(ConversionError, match="Another run is writing"):
-        quiet(export, diffusers[1], tmp_path / "out")
+        quiet(export, converted[1], tmp_path / "out")
     os.close(lock)
-    quiet(export, diffusers[1], tmp_path / "out")
+    quiet(export, converted[1], tmp_path / "out")
     assert os.listdir(tmp_path) == ["out"]
     assert os.listdir(tmp_path / "out" / "movq") == os.listdir(tmp_path / "out" / "unet")
