@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text to image: prompt -> tokens -> embeddings -> context -> latents -> images."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -187,7 +188,9 @@ class Kandinsky3Pipeline:
         ) as bar:
             parts = []
             for index, kept in self._batches(len(images)):
-                made = self._make_batch(images.rows(index), loop, rows, shape, output_type, bar)
+                batch = images.rows(index)
+                with self._precision():
+                    made = self._make_batch(batch, loop, rows, shape, output_type, bar)
                 parts.append(np.asarray(made)[:kept])
         return _output(parts, output_type)
 
@@ -202,7 +205,8 @@ class Kandinsky3Pipeline:
         parts = []
         for index, kept in self._batches(len(prompts)):
             ids, mask = self._put(input_ids[index]), self._put(attention_mask[index])
-            embeds = encode_text(self.text_encoder, ids, mask)
+            with self._precision():
+                embeds = encode_text(self.text_encoder, ids, mask)
             parts.append(np.asarray(embeds, np.float32)[:kept])
         lengths = np.asarray(window_length(attention_mask.sum(1)), np.int32)
         return PromptEmbeds(np.concatenate(parts), attention_mask, lengths)
@@ -211,7 +215,8 @@ class Kandinsky3Pipeline:
         """Images of latents (b, h/8, w/8, 4), as "pil" or "np"."""
         parts = []
         for index, kept in self._batches(len(latents)):
-            images = self._decode(self._put(latents[index]), output_type)
+            with self._precision():
+                images = self._decode(self._put(latents[index]), output_type)
             parts.append(np.asarray(images)[:kept])
         return _output(parts, output_type)
 
@@ -296,6 +301,12 @@ class Kandinsky3Pipeline:
         for first in range(0, count, self.batch_size):
             rows = np.arange(first, first + self.batch_size)
             yield np.minimum(rows, count - 1), count - first
+
+    def _precision(self) -> contextlib.AbstractContextManager:
+        """float32 in full: TPUs and GPUs multiply it in bfloat16 or TF32 unless told otherwise."""
+        if self.unet.dtype == jnp.float32:
+            return jax.default_matmul_precision("highest")
+        return contextlib.nullcontext()
 
     def _put(self, tree, batch_dim: int = 0):
         """Host arrays onto the mesh, split along the batch."""

@@ -21,7 +21,14 @@ class TimeEmbedding(nnx.Module):
     """Sinusoids and two linear layers, in float32: timesteps (b,) -> (b, time_embedding_dim)."""
 
     def __init__(self, config: UNetConfig, *, param_dtype, rngs):
-        make = functools.partial(linear, dtype=jnp.float32, param_dtype=param_dtype, rngs=rngs)
+        # TPUs multiply float32 in bfloat16 unless told otherwise.
+        make = functools.partial(
+            linear,
+            precision=jax.lax.Precision.HIGHEST,
+            dtype=jnp.float32,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
         self.linear_1 = make(config.init_channels, config.time_embedding_dim, (None, None))
         self.linear_2 = make(config.time_embedding_dim, config.time_embedding_dim, (None, None))
         self.channels = config.init_channels

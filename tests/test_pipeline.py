@@ -345,6 +345,29 @@ def test_guidance_interval(ours):
     assert np.abs(part - everywhere).max() > 2 / 255
 
 
+def test_float32_means_float32(ours, monkeypatch):
+    """On TPUs and GPUs the default multiplies float32 in fewer bits."""
+    from k3jax import pipeline
+
+    seen = []
+
+    def spy(name):
+        program = getattr(pipeline, name)
+
+        def call(*args, **kwargs):
+            seen.append((name, jax.config.jax_default_matmul_precision))
+            return program(*args, **kwargs)
+
+        monkeypatch.setattr(pipeline, name, call)
+
+    for name in ("encode_text", "make_contexts", "denoise_program", "decode_latents"):
+        spy(name)
+    with jax.default_matmul_precision("default"):
+        run_ours(ours, "a cat")
+    assert len({name for name, _ in seen}) == 4
+    assert {precision for _, precision in seen} == {"highest"}
+
+
 # --- bad input ----------------------------------------------------------------------------------
 
 
