@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompts -> token ids, through transformers' T5 tokenizer."""
 
+import tempfile
 import unicodedata
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 from k3jax.config import MAX_TOKENS
+from k3jax.manifest import is_local
 
 
 class PromptTruncatedWarning(UserWarning):
@@ -21,19 +23,28 @@ class Tokenizer:
     No cleaning and no lower-casing, as in the references.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: epath.PathLike):
         """
         Args:
-            folder: holds tokenizer.json, or only spiece.model as the published folders do.
+            folder: holds tokenizer.json, or only spiece.model as the published folders do; local or
+                in a bucket.
         """
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, T5Tokenizer
 
-        folder = Path(folder)
-        if not any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):
+        folder = epath.Path(folder)
+        if not any((folder / name).exists() for name in ("tokenizer.json", "spiece.model")):
             raise ValueError(
                 f"{folder} is not a tokenizer: it holds neither tokenizer.json nor spiece.model."
             )
-        self._tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        with tempfile.TemporaryDirectory() as copy:
+            if not is_local(folder):  # transformers reads local files
+                for file in folder.iterdir():
+                    file.copy(epath.Path(copy) / file.name)
+                folder = epath.Path(copy)
+            # Without tokenizer.json, AutoTokenizer does not know that it is T5's.
+            described = (folder / "tokenizer.json").exists()
+            kind = AutoTokenizer if described else T5Tokenizer
+            self._tokenizer = kind.from_pretrained(str(folder))
 
     @property
     def vocab_size(self) -> int:

@@ -11,7 +11,7 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers import Kandinsky3Pipeline as TorchPipeline
 from PIL import Image
-from transformers import AutoTokenizer
+from transformers import T5Tokenizer
 
 from k3jax import Kandinsky3Pipeline
 from k3jax.cli.main import main
@@ -54,7 +54,7 @@ def source(tmp_path_factory):
     if vocabulary is None:
         vocabulary = folder / "spiece"
         torch_checkpoints.write_spiece(vocabulary)
-    tokenizer = AutoTokenizer.from_pretrained(vocabulary)
+    tokenizer = T5Tokenizer.from_pretrained(vocabulary)
     config = dataclasses.replace(tiny.TEXT_ENCODER, vocab_size=-(-len(tokenizer) // 128) * 128)
     TorchPipeline(
         tokenizer=tokenizer,
