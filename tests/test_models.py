@@ -62,11 +62,7 @@ def test_text_encoder_keeps_its_residual_stream_in_float32():
     ids = np.random.default_rng(2).integers(2, tiny.VOCAB, (2, 16))
     mask = np.ones_like(ids)
     wide = module(ids, mask)
-    half = abstract_module("text_encoder", tiny.CONFIG, "bfloat16")
-    from k3jax.convert import text_encoder
-    from k3jax.convert.modules import state_dict_to_module
-
-    half = state_dict_to_module(text_encoder.table(), state, half)
+    half = in_bfloat16("text_encoder", state)
     jaxpr = str(jax.make_jaxpr(lambda ids: half(ids, mask))(ids))
     assert "bf16[2,16,32] = add" not in jaxpr
     assert half(ids, mask).dtype == jnp.bfloat16
@@ -171,6 +167,28 @@ def test_unet_with_two_levels_has_the_flags_of_the_reference():
     assert tiny.relative_error(got, tiny.nhwc(expected)) < TOLERANCE
 
 
+def in_bfloat16(component, state):
+    """The module with bfloat16 weights and matmuls."""
+    from k3jax.convert.modules import state_dict_to_module
+
+    make = tiny.TABLES[component]
+    table = make() if component == "text_encoder" else make("diffusers")
+    module = abstract_module(component, tiny.CONFIG, "bfloat16")
+    return state_dict_to_module(table, state, module)
+
+
+def test_unet_in_bfloat16(unets):
+    theirs, unet, projection = unets
+    state = {k: v for k, v in theirs.state_dict().items() if "encoder_hid_proj" not in k}
+    rng = np.random.default_rng(10)
+    sample = rng.standard_normal((1, 16, 8, 4), np.float32)
+    arguments = (projection, sample, np.array([480.0], np.float32), prompt(rng, (9,)))
+    got = our_unet_output(in_bfloat16("unet", state), *arguments)
+    expected = our_unet_output(unet, *arguments)
+    assert got.dtype == jnp.float32
+    assert 0 < np.abs(got - expected).mean() < 0.05 * np.abs(expected).mean()
+
+
 @pytest.fixture(scope="module")
 def movqs():
     theirs = tiny.torch_movq()
@@ -200,6 +218,16 @@ def test_movq_decode(movqs, monkeypatch, strip_pixels):
         expected = theirs.decode(tiny.nchw(latents), force_not_quantize=True).sample.numpy()
     got = jax.jit(lambda m, x: m.decode(x))(ours, latents)
     assert tiny.relative_error(got, tiny.nhwc(expected)) < TOLERANCE
+
+
+def test_movq_in_bfloat16(movqs):
+    theirs, ours = movqs
+    latents = np.random.default_rng(11).standard_normal((1, 4, 6, 4), np.float32)
+    decode = jax.jit(lambda m, x: m.decode(x))
+    got = decode(in_bfloat16("movq", theirs.state_dict()), latents)
+    expected = decode(ours, latents)
+    assert got.dtype == jnp.float32
+    assert 0 < np.abs(got - expected).mean() < 0.05 * np.abs(expected).mean()
 
 
 def test_decoding_never_quantises(movqs):

@@ -166,7 +166,10 @@ def test_negative_prompts(ours, theirs, monkeypatch):
         assert np.abs(got[i : i + 1] - expected).max() <= 1 / 255
 
 
-def test_one_negative_for_all_and_some_without(ours):
+def test_one_negative_for_all_and_some_without(ours, theirs):
+    """diffusers wants a list for a list."""
+    with pytest.raises(TypeError):
+        theirs.encode_prompt(PROMPTS[:2], negative_prompt="bad")
     one = run_ours(ours, PROMPTS[:2], negative_prompt="bad")
     each = run_ours(ours, PROMPTS[:2], negative_prompt=["bad", None])
     none = run_ours(ours, PROMPTS[:2])
@@ -245,6 +248,16 @@ def test_several_images_of_several_prompts_keep_their_masks(ours, theirs, monkey
     )
     expected = run_theirs(theirs, monkeypatch, PROMPTS[1], latents[2:3], step_noise[:, 2:3])
     assert np.abs(got[2:3] - expected).max() <= 1 / 255
+
+
+def test_a_size_that_cannot_be_is_refused(ours, theirs, monkeypatch):
+    """diffusers rounds up and returns a larger image than was asked for."""
+    kwargs = dict(num_inference_steps=2, width=64, output_type="np")
+    theirs.scheduler = DDPMScheduler(**SCHEDULER_CONFIG)
+    larger = theirs("a cat", height=70, **kwargs).images
+    assert larger.shape == (1, 128, 64, 3)
+    with pytest.raises(ValueError, match=r"height is 70; .* multiple of 64 \(the nearest is 64\)"):
+        ours("a cat", height=70, **kwargs)
 
 
 def test_guidance_formula_holds_at_every_scale(ours, theirs, monkeypatch):
