@@ -17,7 +17,7 @@ from k3jax.abstract import COMPONENTS
 from k3jax.checkpoint import read_checkpoint, restore
 from k3jax.compilation_cache import enable_compilation_cache
 from k3jax.config import ModelConfig, SamplerName
-from k3jax.denoising import denoise_program, initial_carry, loop_rows
+from k3jax.denoising import denoise_program, initial_carry, loop_rows, sample_keys
 from k3jax.programs import (
     decode_latents,
     encode_text,
@@ -172,16 +172,15 @@ class Kandinsky3Pipeline:
 
         embeds = (prompt_embeds, negative_prompt_embeds)
         prompts, negatives = request.texts(self.config, prompt, negative_prompt, *embeds)
-        images = request.spread(
-            *self._encoded(prompts, negatives, *embeds),
-            num_images_per_prompt,
-            seed,
-            guidance_scale,
-            latents,
-            step_noise,
-        )
-        request.check_noise(latents, step_noise, shape, len(images), loop.num_steps)
+        prompt_of = request.prompt_of_image(len(negatives), num_images_per_prompt)
+        count = len(prompt_of)
+        scales = request.guidance_scales(guidance_scale, count)
+        key_data = sample_keys(request.image_seeds(seed, count))
+        request.check_noise(latents, step_noise, shape, count, loop.num_steps)
 
+        # Everything is checked; from here on it takes time.
+        encoded = self._encoded(prompts, negatives, *embeds)
+        images = request.spread(prompt_of, *encoded, scales, key_data, latents, step_noise)
         batches = -(-len(images) // self.batch_size)
         with tqdm(
             total=batches * loop.num_steps, unit="step", disable=not progress_bar, leave=False
@@ -264,30 +263,30 @@ class Kandinsky3Pipeline:
         if not guided:
             rows = {name: column for name, column in rows.items() if name != "guide"}
 
-        carry = initial_carry(sampler, latents)
+        # Put where they belong before each call: the compiler may leave its results split in
+        # another way, which as arguments would make another program.
+        carry = self._put(initial_carry(sampler, latents))
         window = _window(sampler.num_steps)
         for first in range(0, sampler.num_steps, window):
             part = slice(first, first + window)
-            before, carry = (
+            after = denoise_program(
+                self.unet,
+                context,
+                unconditional if guided else None,
+                self._put(batch.guidance_scale) if guided else None,
+                None,
                 carry,
-                denoise_program(
-                    self.unet,
-                    context,
-                    unconditional if guided else None,
-                    self._put(batch.guidance_scale) if guided else None,
-                    None,
-                    carry,
-                    {name: jnp.asarray(column[part]) for name, column in rows.items()},
-                    keys,
-                    None if step_noise is None else self._put(step_noise[part], batch_dim=1),
-                    step=sampler.step,
-                    stochastic=sampler.stochastic,
-                    renoise=sampler.renoise,
-                ),
+                {name: jnp.asarray(column[part]) for name, column in rows.items()},
+                keys,
+                None if step_noise is None else self._put(step_noise[part], batch_dim=1),
+                step=sampler.step,
+                stochastic=sampler.stochastic,
+                renoise=sampler.renoise,
             )
             # Waits for the window before this one, so that the device always has the next queued.
-            jax.block_until_ready(before[0])
+            jax.block_until_ready(carry[0])
             bar.update(0 if first == 0 else window)
+            carry = self._put(after)
         jax.block_until_ready(carry[0])
         bar.update(window)
         return carry[0] if output_type == "latent" else self._decode(carry[0], output_type)

@@ -8,7 +8,6 @@ from typing import Literal, get_args
 import numpy as np
 
 from k3jax.config import MAX_TOKENS, ModelConfig, SamplerConfig, SamplerName
-from k3jax.denoising import sample_keys
 from k3jax.text_projection import PromptEmbeds
 
 
@@ -172,30 +171,34 @@ class Images:
         )
 
 
+def prompt_of_image(num_prompts: int, num_images_per_prompt: int) -> np.ndarray:
+    """Which prompt each image is of; images of a prompt side by side."""
+    if num_images_per_prompt < 1:
+        raise ValueError(f"num_images_per_prompt is {num_images_per_prompt}; it must be 1 or more.")
+    return np.repeat(np.arange(num_prompts), num_images_per_prompt)
+
+
 def spread(
+    prompt_of: np.ndarray,
     prompt: PromptEmbeds,
     negative: PromptEmbeds | None,
     has_negative: np.ndarray,
-    num_images_per_prompt: int,
-    seed: int | Sequence[int],
-    guidance_scale: float | Sequence[float],
+    guidance_scale: np.ndarray,
+    key_data: np.ndarray,
     latents: np.ndarray | None,
     step_noise: np.ndarray | None,
 ) -> Images:
-    """Rows for `num_images_per_prompt` images of each prompt, images of a prompt side by side."""
-    if num_images_per_prompt < 1:
-        raise ValueError(f"num_images_per_prompt is {num_images_per_prompt}; it must be 1 or more.")
-    index = np.repeat(np.arange(len(prompt)), num_images_per_prompt)
+    """One row per image, from one row per prompt and what is per image already."""
     if negative is not None:
         # The references cut a negative to the prompt's window; here the wider window holds for it.
         lengths = np.maximum(negative.lengths, prompt.lengths)
-        negative = PromptEmbeds(negative.embeds, negative.attention_mask, lengths)[index]
+        negative = PromptEmbeds(negative.embeds, negative.attention_mask, lengths)[prompt_of]
     return Images(
-        prompt[index],
+        prompt[prompt_of],
         negative,
-        has_negative[index],
-        guidance_scales(guidance_scale, len(index)),
-        sample_keys(image_seeds(seed, len(index))),
+        has_negative[prompt_of],
+        guidance_scale,
+        key_data,
         latents,
         step_noise,
     )

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 from k3jax.config import MAX_TOKENS
 from k3jax.demo import write_byte_tokenizer
+from k3jax.denoising import denoise_program
 from k3jax.pipeline import Kandinsky3Pipeline
 from k3jax.sharding import make_mesh
 from k3jax.tokenizer import PromptTruncatedWarning, Tokenizer
@@ -310,7 +311,9 @@ def test_a_wider_batch_changes_nothing_visible(components, tokenizer_folder, sev
 def test_meshes(components, tokenizer_folder, seven, mesh, devices):
     pipe = build(components, tokenizer_folder, mesh, devices)
     assert pipe.batch_size == devices // pipe.mesh.shape["tensor"]
+    compiled = denoise_program._cache_size()
     got = run_ours(pipe, "a cat", num_images_per_prompt=7, seed=40)
+    assert denoise_program._cache_size() == compiled + 1
     assert got.shape == seven.shape
     if pipe.mesh.shape["tensor"] == 1 and pipe.mesh.shape["fsdp"] == 1:
         assert np.array_equal(got, seven)
@@ -318,8 +321,6 @@ def test_meshes(components, tokenizer_folder, seven, mesh, devices):
 
 
 def test_remainders_do_not_compile_again(components, tokenizer_folder):
-    from k3jax.denoising import denoise_program
-
     pipe = build(components, tokenizer_folder, batch_size=2)
     run_ours(pipe, "a cat", num_images_per_prompt=2)
     compiled = denoise_program._cache_size()
