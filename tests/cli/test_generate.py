@@ -2,10 +2,8 @@
 """`k3jax generate`: what it makes, what it says, and how it refuses."""
 
 import os
-import pathlib
 import subprocess
 import sys
-import warnings
 
 import jax
 import numpy as np
@@ -13,7 +11,6 @@ import pytest
 from PIL import Image
 
 from k3jax.cli import generate
-from k3jax.cli.output import PlannedImage
 from k3jax.images import read_settings
 from k3jax.pipeline import Kandinsky3Pipeline
 
@@ -128,20 +125,16 @@ def test_a_sampler_that_makes_other_steps_says_so(run, demo, asked, tmp_path):
     assert err == ["k3jax: warning: the sampler flash makes 4 steps where 25 were asked for."]
 
 
-def test_a_long_negative_prompt_is_named(demo):
-    from k3jax.cli.batches import _warn_of_cuts
-    from k3jax.tokenizer import Tokenizer
-
-    class Pipe:
-        tokenizer = Tokenizer(demo / "tokenizer")
-
-    images = [PlannedImage(pathlib.Path("a.png"), "y" * n, 0) for n in (5, 5, 150)]
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        _warn_of_cuts(Pipe, images, "x" * 200)
-    assert [str(w.message).split(";")[0] for w in caught] == [
-        "prompt 1 has 151 tokens and the model sees 128",
-        "the negative prompt has 201 tokens and the model sees 128",
+def test_what_is_cut_off_long_prompts_is_said_once(run, demo, tmp_path):
+    """A prompt's number is that of the command line, whatever batch it is made in."""
+    code, paths, err = run(
+        *("generate", "y" * 5, "y" * 150, "--negative-prompt", "x" * 200, "-n", "2"),
+        *("--checkpoint", demo, "-o", tmp_path, *SMALL),
+    )
+    assert code == 0 and len(paths) == 5
+    assert [line.split(";")[0] for line in err] == [
+        "k3jax: warning: prompt 1 has 151 tokens and the model sees 128",
+        "k3jax: warning: the negative prompt has 201 tokens and the model sees 128",
     ]
 
 
