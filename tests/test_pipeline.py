@@ -313,7 +313,7 @@ def test_meshes(components, tokenizer_folder, seven, mesh, devices):
     assert pipe.batch_size == devices // pipe.mesh.shape["tensor"]
     compiled = denoise_program._cache_size()
     got = run_ours(pipe, "a cat", num_images_per_prompt=7, seed=40)
-    assert denoise_program._cache_size() == compiled + 1
+    assert denoise_program._cache_size() <= compiled + 1  # 0 where another test compiled it
     assert got.shape == seven.shape
     if pipe.mesh.shape["tensor"] == 1 and pipe.mesh.shape["fsdp"] == 1:
         assert np.array_equal(got, seven)
