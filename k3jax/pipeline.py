@@ -61,12 +61,7 @@ class Kandinsky3Pipeline:
             batch_size: images per compiled batch over the whole mesh; one per device by default. A
                 call of any other size is cut into such batches, the last one padded.
         """
-        if config.unet.in_channels != config.movq.latent_channels:
-            raise ValueError(
-                f"this is an inpainting checkpoint (its U-Net takes {config.unet.in_channels} "
-                f"channels, not {config.movq.latent_channels}): text to image needs a base or "
-                "Flash checkpoint."
-            )
+        request.check_text_to_image(config)
         self.config, self.tokenizer, self.mesh = config, tokenizer, mesh
         self.text_encoder = components["text_encoder"]
         self.text_projection = components["text_projection"]
@@ -260,6 +255,7 @@ class Kandinsky3Pipeline:
         else:
             latents = self._put(batch.latents.astype(np.float32))
         step_noise = batch.step_noise
+        guidance_scale = self._put(batch.guidance_scale) if guided else None
         if not guided:
             rows = {name: column for name, column in rows.items() if name != "guide"}
 
@@ -273,7 +269,7 @@ class Kandinsky3Pipeline:
                 self.unet,
                 context,
                 unconditional if guided else None,
-                self._put(batch.guidance_scale) if guided else None,
+                guidance_scale,
                 None,
                 carry,
                 {name: jnp.asarray(column[part]) for name, column in rows.items()},

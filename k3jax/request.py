@@ -14,6 +14,16 @@ from k3jax.text_projection import PromptEmbeds
 OutputType = Literal["pil", "np", "latent"]
 
 
+def check_text_to_image(config: ModelConfig) -> None:
+    """Refuses a model that needs an image besides the prompt."""
+    if config.unet.in_channels != config.movq.latent_channels:
+        raise ValueError(
+            f"this is an inpainting checkpoint (its U-Net takes {config.unet.in_channels} "
+            f"channels, not {config.movq.latent_channels}): text to image needs a base or "
+            "Flash checkpoint."
+        )
+
+
 def check_size(config: ModelConfig, height: int, width: int) -> None:
     """Refuses sizes the U-Net cannot halve at every level but the last; 64 pixels as released."""
     multiple = config.movq.scale_factor * 2 ** (len(config.unet.block_out_channels) - 1)

@@ -165,12 +165,9 @@ def _check(config: RunConfig, prompts: list[str]):
     from k3jax.sharding import data_parallelism, make_mesh
 
     wanted, model = config.generate, config.model
-    if model.unet.in_channels != model.movq.latent_channels:
-        raise ValueError(
-            f"this checkpoint's U-Net has {model.unet.in_channels} input channels: it is for "
-            "inpainting and cannot make an image from a prompt alone."
-        )
-    height, width = wanted.height or model.sample_size, wanted.width or model.sample_size
+    request.check_text_to_image(model)
+    height = model.sample_size if wanted.height is None else wanted.height
+    width = model.sample_size if wanted.width is None else wanted.width
     request.check_size(model, height, width)
     sampler = request.override(
         model.sampler,

@@ -149,6 +149,7 @@ def test_what_is_cut_off_long_prompts_is_said_once(run, demo, tmp_path):
         (["bad \x07 prompt"], "prompt 0 has the control character U+0007 at position 4"),
         (["a", "--negative-prompt", "\x1b"], "the negative prompt: has the control character"),
         (["a", "--height", "100"], "height is 100; it must be a positive multiple of 64"),
+        (["a", "--height", "0"], "height is 0; it must be a positive multiple of 64"),
         (["a", "--width", "-64"], "width is -64; it must be a positive multiple of 64"),
         (["a", "--steps", "0"], "num_inference_steps is 0; it must be between 1 and 1000"),
         (["a", "--eta", "2"], "eta is 2.0; it must be between 0 and 1"),
@@ -197,4 +198,4 @@ def test_inpainting_checkpoints_cannot_make_images_of_prompts(refuses, demo, mon
     override = "--config.model.unet.in_channels=9"
     monkeypatch.setattr(generate, "architecture_differences", lambda *args: None)
     message = refuses("generate", "a", "--checkpoint", demo, override, "-o", tmp_path / "out")
-    assert "9 input channels: it is for inpainting" in message
+    assert "this is an inpainting checkpoint (its U-Net takes 9 channels" in message
