@@ -152,6 +152,17 @@ class ModelConfig:
                 )
 
 
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank updates of attention projections (arXiv:2106.09685)."""
+
+    rank: int = 16
+    alpha: float | None = None
+    """Updates are scaled by alpha / rank; None: alpha = rank."""
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out")
+    """Names of the projections, wherever they occur in the U-Net's attention."""
+
+
 T = TypeVar("T")
 
 

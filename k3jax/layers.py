@@ -13,6 +13,9 @@ from flax import nnx
 from k3jax.sharding import axes
 
 
+SMALL_MAP = 16
+"""Pixels of a map up to which a 3x3 convolution is a matmul."""
+
 def linear(
     features_in: int,
     features_out: int,
@@ -52,7 +55,8 @@ def conv(
     """A convolution, kernel (h, w, in, out). Padding defaults to that which keeps the size."""
     if padding is None:
         padding = (kernel_size - 1) // 2
-    return nnx.Conv(
+    kinds = {1: PointwiseConv, 3: SameConv} if strides == 1 else {}
+    return kinds.get(kernel_size, nnx.Conv)(
         channels_in,
         channels_out,
         (kernel_size, kernel_size),
@@ -64,6 +68,33 @@ def conv(
         param_dtype=param_dtype,
         rngs=rngs,
     )
+
+
+class PointwiseConv(nnx.Conv):
+    """A 1x1 convolution as the matmul it is: on XLA:CPU three times as fast, gradients included."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(b, h, w, in) -> (b, h, w, out)."""
+        kernel = self.kernel[...].astype(self.dtype)
+        return x.astype(self.dtype) @ kernel[0, 0] + self.bias[...].astype(self.dtype)
+
+
+class SameConv(nnx.Conv):
+    """A 3x3 convolution that keeps the size; on the smallest maps as one matmul.
+
+    XLA:CPU takes 13 times as long for a convolution of 2 x 2 pixels as for the matmul over their
+    gathered neighbours. Only small models have such maps: 16 pixels and less.
+    """
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(b, h, w, in) -> (b, h, w, out)."""
+        h, w = x.shape[1:3]
+        if h * w > SMALL_MAP:
+            return super().__call__(x)
+        padded = jnp.pad(x.astype(self.dtype), ((0, 0), (1, 1), (1, 1), (0, 0)))
+        shifted = [padded[:, i : i + h, j : j + w] for i in range(3) for j in range(3)]
+        kernel = rearrange(self.kernel[...].astype(self.dtype), "h w i o -> (h w i) o")
+        return jnp.concatenate(shifted, axis=-1) @ kernel + self.bias[...].astype(self.dtype)
 
 
 class Upsample2x(nnx.Module):
@@ -92,15 +123,19 @@ class Upsample2x(nnx.Module):
 def group_statistics(x: jax.Array, groups: int, epsilon: float) -> tuple[jax.Array, jax.Array]:
     """Mean and 1/std of GroupNorm (arXiv:1803.08494), per channel.
 
-    (b, h, w, c) -> two float32 (b, 1, 1, c). The variance takes a second pass: the one-pass form
-    loses digits where the mean is large.
+    (b, h, w, c) -> two float32 (b, 1, 1, c). Pixels are summed channel by channel and only then are
+    the channels of a group put together: the large arrays keep their shape. The variance takes a
+    second pass: the one-pass form loses digits where the mean is large.
     """
-    b, h, w, c = x.shape
-    grouped = x.astype(jnp.float32).reshape(b, h * w, groups, c // groups)
-    mean = grouped.mean((1, 3), keepdims=True)
-    variance = jnp.square(grouped - mean).mean((1, 3), keepdims=True)
-    per_channel = (jnp.repeat(s, c // groups, axis=-2) for s in (mean, variance))
-    mean, variance = (s.reshape(b, 1, 1, c) for s in per_channel)
+    b, _, _, c = x.shape
+
+    def over_groups(per_channel):
+        means = per_channel.reshape(b, groups, c // groups).mean(-1)
+        return jnp.repeat(means, c // groups, axis=-1).reshape(b, 1, 1, c)
+
+    x = x.astype(jnp.float32)
+    mean = over_groups(x.mean((1, 2)))
+    variance = over_groups(jnp.square(x - mean).mean((1, 2)))
     return mean, jax.lax.rsqrt(variance + epsilon)
 
 

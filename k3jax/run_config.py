@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from k3jax.config import ModelConfig, SamplerName, from_dict, suggestion, to_dict
+from k3jax.training.config import TrainConfig
 
 
 Dtype = Literal["bfloat16", "float32"]
@@ -33,6 +34,10 @@ class PipelineConfig:
     """Of the weights; that of the computation by default."""
     batch_size: int | None = None
     """Images per compiled batch over the whole mesh; one per device by default."""
+    lora: str | None = None
+    """Folder of a LoRA for the U-Net."""
+    lora_scale: float = 1.0
+    """Its strength; 1 as it was trained."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,7 @@ class RunConfig:
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     convert: ConvertConfig = field(default_factory=ConvertConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
 
 
 def collect(

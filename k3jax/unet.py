@@ -6,6 +6,7 @@ resolution. Source: ai-forever/Kandinsky-3, model/unet.py; diffusers, unet_kandi
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,18 +93,21 @@ class Level(nnx.Module):
         )
         self.up = up
 
-    def __call__(self, x: jax.Array, temb: jax.Array, context: Context | None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, temb: jax.Array, context: Context | None, remat: bool = False
+    ) -> jax.Array:
+        run = _rematerialised if remat else _plain
         if self.self_attention is not None and not self.up:
-            x = self.self_attention(x, temb)
+            x = run(self.self_attention, x, temb)
         for i, (resnet_in, resnet_out) in enumerate(
             zip(self.resnets_in, self.resnets_out, strict=True)
         ):
-            x = resnet_in(x, temb)
+            x = run(resnet_in, x, temb)
             if self.cross_attentions is not None:
-                x = self.cross_attentions[i](x, temb, context)
-            x = resnet_out(x, temb)
+                x = run(self.cross_attentions[i], x, temb, context)
+            x = run(resnet_out, x, temb)
         if self.self_attention is not None and self.up:
-            x = self.self_attention(x, temb)
+            x = run(self.self_attention, x, temb)
         return x
 
 
@@ -111,6 +115,8 @@ class UNet(nnx.Module):
     def __init__(self, config: UNetConfig, *, dtype, param_dtype, rngs):
         kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.config, self.dtype = config, dtype
+        self.remat = False
+        """Set for training: keeps only what goes into each block, and computes the rest again."""
         self.time_embedding = TimeEmbedding(config, param_dtype=param_dtype, rngs=rngs)
         self.context_pooling = ContextPooling(config, **kwargs)
         self.conv_in = conv(config.in_channels, config.init_channels, 3, **kwargs)
@@ -183,11 +189,18 @@ class UNet(nnx.Module):
         x = self.conv_in(sample.astype(self.dtype))
         skips = []
         for level in self.down_blocks:
-            x = level(x, temb, context)
+            x = level(x, temb, context, self.remat)
             skips.append(x)
         skips.pop()
         for i, level in enumerate(self.up_blocks):
             if i:
                 x = jnp.concatenate([x, skips.pop()], axis=-1)
-            x = level(x, temb, context)
+            x = level(x, temb, context, self.remat)
         return self.conv_out(jax.nn.silu(self.norm_out(x))).astype(jnp.float32)
+
+
+def _plain(block: nnx.Module, *args: Any) -> jax.Array:
+    return block(*args)
+
+
+_rematerialised = jax.checkpoint(_plain)

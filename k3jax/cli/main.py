@@ -14,11 +14,17 @@ import warnings
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 
-from k3jax.cli import convert, export, generate, info
+from k3jax.cli import convert, export, generate, info, train
 from k3jax.run_config import config_names
 
 
-COMMANDS = {"generate": generate, "info": info, "convert": convert, "export": export}
+COMMANDS = {
+    "generate": generate,
+    "info": info,
+    "convert": convert,
+    "export": export,
+    "train": train,
+}
 USAGE_ERROR, INTERRUPTED = 2, 130
 
 EPILOG = """settings:

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Third stage of `tiny`: text projection and U-Net, on latents computed once.
+
+k3jax train --config tiny_unet
+"""
+
+from ml_collections import ConfigDict
+
+from k3jax.configs.tiny import get_config as tiny
+
+
+def get_config():
+    config = tiny()
+    config.checkpoint = "train/tiny/movq/checkpoint"
+    config.train = train = ConfigDict()
+    train.task = "text_to_image"
+    train.output = "train/tiny/unet"
+    train.from_scratch = True
+    train.steps = 4000
+    train.batch_size = 64
+    train.dtype = "float32"
+    train.frozen_dtype = "float32"
+    train.remat = False
+    train.ema_decay = 0.999
+    train.sample_every = 500
+    train.sample_prompts = (
+        "a red circle",
+        "a large blue square",
+        "a striped green star",
+        "three yellow circles",
+        "an orange ring on a navy background",
+        "a purple triangle in the top left corner",
+        "a red circle and a blue square",
+        "a pink star above a green cross",
+        "a cyan ring left of a red triangle",
+        "a dotted orange square below a blue circle",
+        "two purple crosses on a beige background",
+        "a yellow star right of a purple ring on a black background",
+    )
+    train.checkpoint = ConfigDict()
+    train.checkpoint.every = 250
+    train.data = ConfigDict()
+    train.data.kind = "scenes"
+    train.data.num_scenes = 32_768
+    train.data.resolution = 128
+    train.data.aspect_buckets = False
+    train.data.cache = "train/tiny/latents"
+    train.loss = ConfigDict()
+    train.loss.snr_gamma = 5.0
+    train.loss.caption_dropout = 0.1
+    train.optimizer = ConfigDict()
+    train.optimizer.learning_rate = 1.5e-3
+    train.optimizer.schedule = "cosine"
+    train.optimizer.final_learning_rate = 1.5e-5
+    train.optimizer.warmup_steps = 200
+    train.optimizer.b2 = 0.99
+    return config

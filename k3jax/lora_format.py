@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of a LoRA.
+
+lora.json      rank, alpha, targets, the fingerprint of the base checkpoint
+weights.npz    float32, `<layer>.a` (in, rank) and `<layer>.b` (rank, out)
+"""
+
+import io
+import json
+import secrets
+import warnings
+import zipfile
+import zlib
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import numpy as np
+from etils import epath
+
+from k3jax.checkpoint_format import as_path
+from k3jax.config import LoraConfig, from_dict, to_dict
+from k3jax.lora import Weights
+from k3jax.manifest import CheckpointError, array_digest, combined_digest, is_local
+
+
+SETTINGS, ARRAYS = "lora.json", "weights.npz"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA as its folder has it.
+
+    Attributes:
+        weights: float32, on the host.
+        base_fingerprint: `Checkpoint.fingerprint` of what it was trained on.
+    """
+
+    path: epath.Path
+    weights: dict[str, dict[str, np.ndarray]]
+    config: LoraConfig
+    base_fingerprint: str
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the weights: equal for equal arrays, wherever they lie."""
+        return combined_digest(
+            {
+                f"{name}.{key}": array_digest(array)
+                for name, pair in self.weights.items()
+                for key, array in pair.items()
+            }
+        )
+
+
+def warn_of_another_base(lora: Lora, fingerprint: str | None) -> None:
+    """Warns where a LoRA is used on other weights than it was trained on."""
+    if fingerprint is not None and lora.base_fingerprint != fingerprint:
+        warnings.warn(
+            f"the LoRA {lora.path} was trained on another checkpoint (fingerprint "
+            f"{lora.base_fingerprint[:12]}..., not {fingerprint[:12]}...): "
+            "its effect may be another.",
+            stacklevel=3,
+        )
+
+
+def save_lora(
+    path, weights: Weights, config: LoraConfig, base_fingerprint: str, overwrite: bool = False
+) -> None:
+    """Writes a LoRA's folder, which appears whole or not at all (in a bucket: lora.json is last).
+
+    Args:
+        weights: all of them addressable by this process.
+        overwrite: replace a LoRA, but no other folder.
+
+    Raises:
+        CheckpointError: the destination exists.
+    """
+    path = as_path(path)
+    if path.exists():
+        if not (path / SETTINGS).exists():
+            if not path.is_dir() or any(path.iterdir()):
+                raise CheckpointError(f"{path} exists and is not a LoRA: choose another folder.")
+        elif not overwrite:
+            raise CheckpointError(
+                f"{path} exists already: choose another folder, or ask to overwrite it."
+            )
+    arrays = {
+        f"{name}.{key}": np.asarray(array, np.float32)
+        for name, pair in weights.items()
+        for key, array in pair.items()
+    }
+    packed = io.BytesIO()
+    np.savez(packed, **arrays)
+    settings = {
+        "format_version": FORMAT_VERSION,
+        "k3jax": version("k3jax"),
+        "base_fingerprint": base_fingerprint,
+        "lora": to_dict(config),
+    }
+    mark = secrets.token_hex(4)
+    folder = epath.Path(f"{path}.incomplete-{mark}") if is_local(path) else path
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / SETTINGS).unlink(missing_ok=True)
+        (folder / ARRAYS).write_bytes(packed.getvalue())
+        (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+        if folder != path:
+            old = epath.Path(f"{path}.replaced-{mark}")
+            if path.exists():
+                path.rename(old)
+            folder.rename(path)
+            old.rmtree(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be made: {error}.") from None
+    finally:
+        if folder != path:
+            folder.rmtree(missing_ok=True)
+
+
+def load_lora(path) -> Lora:
+    """Reads a LoRA's folder.
+
+    Raises:
+        CheckpointError: not a LoRA, of another format version, or damaged.
+    """
+    path = as_path(path)
+    if not (path / SETTINGS).exists():
+        what = f"it has no {SETTINGS}" if path.exists() else "the folder does not exist"
+        raise CheckpointError(f"There is no LoRA at {path}: {what}.")
+    try:
+        settings = json.loads((path / SETTINGS).read_text())
+        if settings["format_version"] != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path} has format version {settings['format_version']}, but this k3jax reads "
+                f"{FORMAT_VERSION}: upgrade k3jax."
+            )
+        config = from_dict(LoraConfig, settings["lora"], where=str(path / SETTINGS))
+        with np.load(io.BytesIO((path / ARRAYS).read_bytes()), allow_pickle=False) as arrays:
+            weights: dict[str, dict[str, np.ndarray]] = {}
+            for name in arrays.files:  # the zip file checks the CRC-32 of each
+                layer, _, key = name.rpartition(".")
+                weights.setdefault(layer, {})[key] = arrays[name]
+        fingerprint = str(settings["base_fingerprint"])
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise CheckpointError(f"The LoRA {path} is damaged ({error!r}); copy it again.") from None
+    for layer, pair in weights.items():
+        if pair.keys() != {"a", "b"} or any(x.ndim != 2 for x in pair.values()):
+            raise CheckpointError(f"The LoRA {path} is damaged: {layer} is not a pair a, b.")
+        if pair["a"].shape[1] != config.rank:
+            raise CheckpointError(
+                f"The LoRA {path} is damaged: {layer} has rank {pair['a'].shape[1]}, but "
+                f"{SETTINGS} says {config.rank}."
+            )
+    return Lora(path, weights, config, fingerprint)

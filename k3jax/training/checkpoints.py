@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of a training run, written while training goes on.
+
+`<run>/checkpoints/<step>/` holds `state` (every array in its dtype, under its dotted path in the
+pytree), `position` (JSON) and `metrics`. Orbax writes into a folder with another name and renames
+it (in a bucket: marks it as whole at the end), so a checkpoint is there whole or not at all.
+"""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from k3jax.checkpoint_format import as_path
+from k3jax.manifest import CheckpointError
+from k3jax.orbax_io import CHUNK_BYTES
+from k3jax.training.config import CheckpointConfig
+from k3jax.training.signals import agree
+
+
+FOLDER = "checkpoints"
+STATE, POSITION, LOSS = "state", "position", "loss"
+CLOCK_EVERY = 10  # steps; processes ask each other whether it is time, which waits for the devices
+
+
+class RunCheckpoints:
+    """The checkpoints in a run's folder: the newest `keep_last` and the `keep_best` of lowest loss.
+
+    A checkpoint stays while it is one of either. All processes of a job must make one, and call its
+    methods at the same steps. Opening one removes what a process that was killed left half-written.
+    """
+
+    def __init__(self, folder: epath.PathLike, config: CheckpointConfig):
+        """
+        Args:
+            folder: the run's; its `checkpoints` is made if it is not there.
+
+        Raises:
+            ValueError: settings that would never save, or keep nothing to resume from.
+        """
+        if config.keep_last < 1 or config.keep_best < 0:
+            raise ValueError(
+                f"checkpoint.keep_last is {config.keep_last} and keep_best {config.keep_best}: "
+                "keep the last 1 at least, to resume from, and the best 0 or more."
+            )
+        if config.every < 1 or (config.every_minutes is not None and config.every_minutes <= 0):
+            raise ValueError(
+                f"checkpoint.every is {config.every} and every_minutes {config.every_minutes}: "
+                "save every 1 steps or more, and every_minutes above 0 or None."
+            )
+        self.folder = as_path(folder) / FOLDER
+        self._config = config
+        best = BestN(get_metric_fn=_loss, reverse=True, n=config.keep_best)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy([LatestN(config.keep_last), best]),
+            best_fn=_loss,
+            best_mode="min",
+            cleanup_tmp_directories=True,
+        )
+        self._manager = ocp.CheckpointManager(
+            self.folder, options=options, handler_registry=_handlers()
+        )
+        self._losses = {step: _loss(self._manager.metrics(step)) for step in self.steps()}
+        self._saved_at = time.monotonic()
+        self._due: tuple[int, bool] | None = None
+
+    def due(self, step: int) -> bool:
+        """Whether the settings want a checkpoint at this step; asked again, it says the same."""
+        if self._due is None or self._due[0] != step:
+            due = step % self._config.every == 0
+            minutes = self._config.every_minutes
+            if minutes is not None and (jax.process_count() == 1 or step % CLOCK_EVERY == 0):
+                due = agree(due or time.monotonic() - self._saved_at >= 60 * minutes)
+            self._due = step, due
+        return self._due[1]
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        position: Mapping[str, Any],
+        metric: float | None = None,
+        force: bool = False,
+    ) -> bool:
+        """Starts writing a checkpoint, and returns when `state` may be changed or donated.
+
+        That is when its arrays have been copied to the host. What is left of the last checkpoint is
+        waited for first.
+
+        Args:
+            step: not below that of the newest checkpoint.
+            state: a pytree of arrays.
+            position: where the data are, and anything else that JSON can hold; the same on all
+                processes, for the first one's is written.
+            metric: the lower, the better; None or not finite: never among the best.
+            force: save although it is not due. A step that is saved already is not written again.
+
+        Returns:
+            Whether there was anything to write.
+
+        Raises:
+            CheckpointError: this checkpoint, or the last one, could not be written.
+            ValueError: a position that JSON cannot hold, or an earlier step.
+        """
+        latest = self.latest_step()
+        if not (force or self.due(step)) or step == latest:
+            return False
+        if latest is not None and step < latest:
+            raise ValueError(
+                f"{self.folder} has a checkpoint of step {latest}, so step {step} cannot be saved "
+                "after it: resume from the newest, or take another output folder."
+            )
+        try:
+            position = json.loads(json.dumps(position))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"A checkpoint's position must be what JSON can hold: {error}."
+            ) from error
+        arrays = _named(state)
+        args = ocp.args.Composite(
+            **{
+                STATE: ocp.args.PyTreeSave(
+                    arrays,
+                    save_args={name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in arrays},
+                ),
+                POSITION: ocp.args.JsonSave(position),
+            }
+        )
+        loss = float(metric) if metric is not None and math.isfinite(metric) else None
+        try:
+            self._manager.save(step, args=args, metrics={LOSS: loss}, force=True)
+        except Exception as error:
+            raise self._not_written(error) from error
+        self._losses[step] = math.inf if loss is None else loss
+        self._saved_at = time.monotonic()
+        return True
+
+    def steps(self) -> list[int]:
+        """Steps of all checkpoints, the one being written included, in order."""
+        return sorted(self._manager.all_steps())
+
+    def latest_step(self) -> int | None:
+        return max(self.steps(), default=None)
+
+    def best_step(self) -> int | None:
+        """Step of the lowest loss among the checkpoints that are kept; None without any loss."""
+        # Of equal ones the newest, which is also the one that BestN keeps.
+        steps = [step for step in self.steps() if self._losses[step] < math.inf]
+        return min(steps, key=lambda step: (self._losses[step], -step), default=None)
+
+    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+        """Reads a checkpoint straight into shardings, on this or another mesh, bit for bit.
+
+        Args:
+            abstract_state: the state's pytree, of ShapeDtypeStructs; a leaf without sharding goes
+                to this process's first device.
+            step: the newest by default.
+
+        Returns:
+            (state, position)
+
+        Raises:
+            CheckpointError: there is no such checkpoint, its arrays are not those of
+                `abstract_state`, or it cannot be read.
+        """
+        self.wait()
+        step = self.latest_step() if step is None else step
+        if step not in self.steps():
+            known = ", ".join(map(str, self.steps())) or "none"
+            what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+            raise CheckpointError(f"{self.folder} has {what}; it has {known}.")
+        structs = {name: _placed(leaf) for name, leaf in _named(abstract_state).items()}
+        try:
+            found = self._manager.item_metadata(step)[STATE]
+            faults = None if found is None else _differences(dict(found.tree), structs)
+            if faults == []:
+                restore_args = ocp.checkpoint_utils.construct_restore_args(structs)
+                args = {
+                    STATE: ocp.args.PyTreeRestore(structs, restore_args=restore_args),
+                    POSITION: ocp.args.JsonRestore(),
+                }
+                restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+        except Exception as error:
+            raise CheckpointError(
+                f"{self.folder / str(step)} cannot be read ({_first_line(error)}): a file is "
+                "missing or damaged; remove that folder to resume from the checkpoint before it."
+            ) from error
+        if faults:
+            raise CheckpointError(
+                f"The arrays in {self.folder / str(step)} are not those of this run: "
+                f"{'; '.join(faults)}."
+            )
+        tree = jax.tree.structure(abstract_state)
+        return jax.tree.unflatten(tree, [restored[STATE][name] for name in structs]), restored[
+            POSITION
+        ]
+
+    def wait(self) -> None:
+        """Returns when the checkpoint being written is on disk and old ones are gone.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._not_written(error) from error
+
+    def close(self) -> None:
+        """Waits, and ends Orbax's threads. Raises as `wait` does."""
+        try:
+            self._manager.close()
+        except Exception as error:
+            raise self._not_written(error) from error
+
+    def __enter__(self) -> "RunCheckpoints":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def _not_written(self, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"A checkpoint in {self.folder} could not be written ({_first_line(error)}); "
+            "the ones before it are whole."
+        )
+
+
+def _handlers() -> ocp.handlers.DefaultCheckpointHandlerRegistry:
+    # float32 weights hardly compress: zstd saves a fifth and takes 2.5 times as long.
+    state = ocp.PyTreeCheckpointHandler(use_compression=False)
+    position = ocp.JsonCheckpointHandler()
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    registry.add(STATE, ocp.args.PyTreeSave, state)
+    registry.add(STATE, ocp.args.PyTreeRestore, state)
+    registry.add(POSITION, ocp.args.JsonSave, position)
+    registry.add(POSITION, ocp.args.JsonRestore, position)
+    return registry
+
+
+def _loss(metrics: Mapping[str, float | None] | None) -> float:
+    loss = (metrics or {}).get(LOSS)
+    return math.inf if loss is None else loss
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """Leaves by their dotted path: names that any kind of container can be read back into."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    if len(named) != len(leaves):
+        raise ValueError("Two arrays of the state have the same dotted path; rename one.")
+    return named
+
+
+def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, jax.ShapeDtypeStruct]) -> list[str]:
+    """What is not alike, a phrase for each kind, with the first few names."""
+    missing = [name for name in wanted if name not in found]
+    unknown = [name for name in found if name not in wanted]
+    unlike = [
+        f"{name} ({_kind(found[name])} instead of {_kind(struct)})"
+        for name, struct in wanted.items()
+        if name in found and _kind(found[name]) != _kind(struct)
+    ]
+    kinds = {"missing": missing, "unknown": unknown, "of another shape or dtype": unlike}
+    return [
+        f"{len(names)} {kind}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        for kind, names in kinds.items()
+        if names
+    ]
+
+
+def _kind(array: Any) -> str:
+    return f"{jax.numpy.dtype(array.dtype).name} {tuple(array.shape)}"
+
+
+def _first_line(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error).partition(" [")[0].strip()
+    return text.splitlines()[0].rstrip(".")[:300] if text else type(error).__name__

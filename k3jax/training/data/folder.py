@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A folder of images with captions, in the ways people keep them."""
+
+import csv
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from PIL import Image
+
+from k3jax.training.data.source import IMAGE_SUFFIXES, Source, hash_rows
+
+
+METADATA = ("metadata.jsonl", "metadata.csv")
+CONTACT_SHEET = "contact_sheet"
+
+
+class FolderSource(Source):
+    """Images below a folder, sorted by path, each with a caption from the first of these:
+
+    1. metadata.jsonl or metadata.csv in its folder or one above, with a `file_name` relative to
+       that file and a column of captions (the imagefolder convention of Hugging Face datasets);
+    2. a text file beside it with the same stem;
+    3. a PNG's text chunk `prompt`, which `k3jax generate` writes.
+    """
+
+    def __init__(self, folder: str | Path, caption_column: str = "caption"):
+        """
+        Raises:
+            ValueError: there is no such folder or no image in it, an image has no caption, or a
+                metadata file is wrong.
+        """
+        self._folder = Path(folder)
+        if not self._folder.is_dir():
+            raise ValueError(f"{folder} is not a folder of images: there is no such folder.")
+        images, metadata = _walk(self._folder)
+        captions: dict[str, str] = {}
+        for path in metadata:  # folders before their subfolders, so that the nearest file wins
+            captions.update(_read_metadata(path, self._folder, caption_column))
+        for name in captions.keys() - set(images):
+            if not (self._folder / name).is_file():
+                raise ValueError(
+                    f"{folder}: a metadata file names {name}, which is not there: add the image or "
+                    "take its line out."
+                )
+            images.append(name)  # whatever its suffix
+        self._names: list[str] = []
+        self._captions: list[str] = []
+        for name in sorted(images):
+            caption = captions.get(name)
+            if caption is None:
+                caption = _caption_beside(self._folder / name)
+            if caption is None and Path(name).name.startswith(CONTACT_SHEET):
+                continue  # `k3jax generate` puts one beside its images
+            if not caption:
+                raise ValueError(
+                    f"{self._folder / name} has no caption: write it into "
+                    f"{Path(name).with_suffix('.txt')}, or list the image in a metadata.jsonl."
+                )
+            self._names.append(name)
+            self._captions.append(caption)
+        if not self._names:
+            raise ValueError(
+                f"{folder} holds no images (files that end in {', '.join(IMAGE_SUFFIXES)})."
+            )
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def key(self, number: int) -> str:
+        return self._names[number]
+
+    def caption(self, number: int) -> str:
+        return self._captions[number]
+
+    def open(self, number: int) -> BinaryIO:
+        return open(self._folder / self._names[number], "rb")
+
+    def fingerprint(self) -> str:
+        return hash_rows(
+            (name, caption, os.stat(self._folder / name).st_size)
+            for name, caption in zip(self._names, self._captions, strict=True)
+        )
+
+
+def _walk(folder: Path) -> tuple[list[str], list[Path]]:
+    """Images, relative to `folder` with forward slashes, and metadata files; no hidden ones."""
+    images, metadata, walked = [], [], set()
+    for at, folders, files in os.walk(folder, followlinks=True):
+        if os.path.realpath(at) in walked:  # links can go round in circles
+            folders.clear()
+            continue
+        walked.add(os.path.realpath(at))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        here = Path(at)
+        found = [here / name for name in METADATA if name in files]
+        if len(found) > 1:
+            raise ValueError(f"{here} has both {' and '.join(METADATA)}: keep one of them.")
+        metadata += found
+        for name in files:
+            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
+                images.append((here / name).relative_to(folder).as_posix())
+    return images, metadata
+
+
+def _read_metadata(path: Path, folder: Path, column: str) -> Iterator[tuple[str, str]]:
+    """(image relative to `folder`, caption) of each line."""
+    rows = _json_lines(path) if path.suffix == ".jsonl" else _csv_rows(path)
+    for line, row in rows:
+        for name in ("file_name", column):
+            if name not in row:
+                raise ValueError(
+                    f"{path}, line {line}: there is no {name!r}; there is {', '.join(row)}. The "
+                    "column of captions is `caption_column`."
+                )
+        caption = row[column]
+        if not isinstance(caption, str) or not caption.strip():
+            raise ValueError(f"{path}, line {line}: {column!r} must be a text, not {caption!r}.")
+        image = os.path.normpath(path.parent / str(row["file_name"]))
+        yield Path(os.path.relpath(image, folder)).as_posix(), caption.strip()
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, dict]]:
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number} is not JSON ({error}).") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number} must be a JSON object.")
+            yield number, row
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        for row in reader:
+            yield reader.line_num, {k: v for k, v in row.items() if k is not None}
+
+
+def _caption_beside(image: Path) -> str | None:
+    try:
+        return image.with_suffix(".txt").read_text(encoding="utf-8-sig").strip()
+    except FileNotFoundError:
+        pass
+    if image.suffix.lower() != ".png":
+        return None
+    try:
+        with Image.open(image) as opened:
+            text = opened.info.get("prompt")
+    except Exception:  # whether it can be read is another question, asked of every image later
+        return None
+    return text.strip() if isinstance(text, str) else None

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inpainting: a U-Net of 9 input channels from one of 4, and what the other 5 hold.
+
+The channels are noisy latents (4), mask (1), latents of the masked image (4), in this order. Masks
+are 1 where the image is known and 0 where it is to be painted. The pixels to be painted become 0
+(mid-grey) before MoVQ sees the image, and the mask is brought to the latents' size by nearest
+downsampling. Source: ai-forever/Kandinsky-3, inpainting_pipeline.py, utils.py.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from k3jax.abstract import abstract_module
+from k3jax.config import ModelConfig
+from k3jax.training.config import MaskConfig
+from k3jax.training.masks import draw_masks
+from k3jax.unet import UNet
+
+
+Encode = Callable[[jax.Array], jax.Array]
+"""`MoVQ.encode`: images in [-1, 1], (b, h, w, 3) -> latents float32 (b, h/8, w/8, 4)."""
+
+
+def inpainting_config(config: ModelConfig) -> ModelConfig:
+    """The model with 9 input channels, and the sampler's defaults of the original's inpainting.
+
+    Raises:
+        ValueError: the model does inpainting already.
+    """
+    latents = config.movq.latent_channels
+    if config.unet.in_channels != latents:
+        raise ValueError(
+            f"the U-Net takes {config.unet.in_channels} channels, not {latents}: inpainting starts "
+            "from a text-to-image checkpoint, or goes on with an inpainting one as it is."
+        )
+    return dataclasses.replace(
+        config,
+        unet=dataclasses.replace(config.unet, in_channels=2 * latents + 1),
+        sampler=dataclasses.replace(config.sampler, guidance_scale=4.0, threshold_percentile=0.95),
+    )
+
+
+def inpainting_unet(unet: UNet, config: ModelConfig) -> UNet:
+    """A U-Net that at first ignores mask and masked image: their weights are zero.
+
+    Its output is that of `unet` (but for the order of summation in one convolution), and all
+    weights besides `conv_in.kernel` are the same arrays.
+
+    Args:
+        unet: 4 input channels, with weights.
+        config: from `inpainting_config`.
+
+    Returns:
+        The module; put `conv_in.kernel` where its sharding on a mesh is, which 9 channels may not
+        divide as 4 do.
+    """
+    kernel = unet.conv_in.kernel.get_value()
+    channels = config.unet.in_channels
+    if dataclasses.replace(unet.config, in_channels=channels) != config.unet:
+        raise ValueError("the U-Net is of another architecture than the inpainting config.")
+    graph, state = nnx.split(abstract_module("unet", config, kernel.dtype, unet.dtype))
+    arrays = dict(nnx.to_flat_state(nnx.state(unet)))
+    new = ((0, 0), (0, 0), (0, channels - kernel.shape[2]), (0, 0))
+    flat = [
+        (path, variable.replace(arrays[path].get_value()))
+        if path != ("conv_in", "kernel")
+        else (path, variable.replace(jnp.pad(kernel, new)))
+        for path, variable in nnx.to_flat_state(state)
+    ]
+    made = nnx.merge(graph, nnx.from_flat_state(flat))
+    made.remat = unet.remat
+    return made
+
+
+def masked_batch(
+    images: np.ndarray, rng: np.random.Generator, config: MaskConfig | None = None
+) -> np.ndarray:
+    """Masks for images uint8 (b, h, w, 3): float32 (b, h, w), 1 known, 0 to be painted."""
+    count, height, width, _ = images.shape
+    return draw_masks(rng, count, height, width, config)
+
+
+def inpainting_inputs(
+    images: jax.Array, masks: jax.Array, encode: Encode
+) -> tuple[jax.Array, jax.Array]:
+    """What the U-Net sees of images and masks; may be compiled.
+
+    Args:
+        images: uint8, or float in [-1, 1], (b, h, w, 3).
+        masks: (b, h, w) in pixels, 1 known, 0 to be painted; fractions count as to be painted in
+            the image and are kept in the mask channel, as in the original.
+
+    Returns:
+        (mask float32 (b, h/8, w/8, 1), masked latents float32 (b, h/8, w/8, 4)).
+    """
+    if images.dtype == jnp.uint8:
+        images = images.astype(jnp.float32) / 127.5 - 1
+    masks = jnp.asarray(masks, jnp.float32)[..., None]
+    latents = encode(jnp.where(masks < 1, 0.0, images))
+    factor = images.shape[1] // latents.shape[1]
+    return masks[:, ::factor, ::factor], latents
+
+
+def inpainting_variants(
+    images: np.ndarray,
+    count: int,
+    rng: np.random.Generator,
+    encode: Encode,
+    config: MaskConfig | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`count` masks for each image, to be cached beside its latents.
+
+    Args:
+        images: uint8 (b, h, w, 3).
+        encode: of batches of b; compile it before.
+
+    Returns:
+        (mask (b, count, h/8, w/8, 1), masked latents (b, count, h/8, w/8, 4)), float32 on the host.
+    """
+    parts = [
+        jax.device_get(inpainting_inputs(images, masked_batch(images, rng, config), encode))
+        for _ in range(count)
+    ]
+    masks, latents = (np.stack(x, axis=1) for x in zip(*parts, strict=True))
+    return masks, latents
+
+
+def unet_input(latents: jax.Array, mask: jax.Array, masked_latents: jax.Array) -> jax.Array:
+    """Noisy latents, mask and masked latents as the U-Net's 9 channels (b, h/8, w/8, 9)."""
+    return jnp.concatenate([latents, mask, masked_latents], axis=-1)

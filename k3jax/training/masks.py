@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masks to train inpainting with: boxes, brush strokes, or the whole image.
+
+A mask is float32 (h, w) in pixels with the polarity of the model's mask channel: **1 where the
+image is known and kept, 0 where it is to be painted anew**. (The masks that people give to the
+original's inpainting pipeline are the other way round; it takes 1 - mask first.) How the original
+was trained is not published beyond "random masks".
+"""
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from k3jax.training.config import MaskConfig
+
+
+MIN_SHARE = 0.05
+"""Least share of the pixels that is repainted."""
+
+BOXES = (1, 4)  # how many, both included
+BOX_SIDE = (0.15, 0.7)  # share of the image's side
+STROKES = (1, 5)
+STROKE_POINTS = (4, 12)
+STROKE_WIDTH = (0.05, 0.25)  # share of the image's shorter side
+STROKE_STEP = (0.08, 0.3)
+STROKE_TURN = 1.2  # radians, standard deviation
+
+
+def draw_mask(
+    rng: np.random.Generator, height: int, width: int, config: MaskConfig | None = None
+) -> np.ndarray:
+    """One mask, float32 (height, width): 1 known, 0 to be painted. A function of the generator.
+
+    Between MIN_SHARE and all of the pixels are to be painted.
+
+    Raises:
+        ValueError: shares of the kinds that are negative or all zero.
+    """
+    kinds, shares = _shares(MaskConfig() if config is None else config)
+    kind = kinds[rng.choice(len(kinds), p=shares)]
+    if kind == "whole":
+        return np.zeros((height, width), np.float32)
+    image = Image.new("L", (width, height), 1)
+    draw, once, number = ImageDraw.Draw(image), *_SHAPES[kind]
+    for _ in range(rng.integers(*number, endpoint=True)):
+        once(rng, draw, height, width)
+    while (mask := np.asarray(image, np.float32)).mean() > 1 - MIN_SHARE:
+        once(rng, draw, height, width)
+    return mask
+
+
+def draw_masks(
+    rng: np.random.Generator,
+    count: int,
+    height: int,
+    width: int,
+    config: MaskConfig | None = None,
+) -> np.ndarray:
+    """Masks of a batch, float32 (count, height, width): 1 known, 0 to be painted."""
+    return np.stack([draw_mask(rng, height, width, config) for _ in range(count)])
+
+
+def _shares(config: MaskConfig) -> tuple[list[str], np.ndarray]:
+    shares = {"boxes": config.boxes, "strokes": config.strokes, "whole": config.whole}
+    values = np.array(list(shares.values()), np.float64)
+    if not np.isfinite(values).all() or (values < 0).any() or not values.sum() > 0:
+        raise ValueError(
+            f"the shares of inpainting masks are {shares}; they must be 0 or more, and one of "
+            "them more than 0."
+        )
+    return list(shares), values / values.sum()
+
+
+def _box(rng, draw, height, width):
+    """Its middle is anywhere, so that borders and corners are covered as often as the rest."""
+    size = np.maximum(rng.uniform(*BOX_SIDE, 2) * (width, height), 1)
+    corner = rng.uniform(0, 1, 2) * (width, height) - size / 2
+    draw.rectangle([*np.rint(corner), *np.rint(corner + size - 1)], fill=0)
+
+
+def _stroke(rng, draw, height, width):
+    """A random walk with a round brush, turned back at the image's border."""
+    short = min(height, width)
+    brush = max(1, round(rng.uniform(*STROKE_WIDTH) * short))
+    point, angle = rng.uniform(0, 1, 2) * (width, height), rng.uniform(0, 2 * np.pi)
+    points = [point]
+    for _ in range(rng.integers(*STROKE_POINTS, endpoint=True)):
+        angle += rng.normal(0, STROKE_TURN)
+        step = rng.uniform(*STROKE_STEP) * short * np.array([np.cos(angle), np.sin(angle)])
+        inside = np.clip(point + step, 0, (width - 1, height - 1))
+        if (inside != point + step).any():
+            angle += np.pi
+        point = inside
+        points.append(point)
+    draw.line([tuple(p) for p in points], fill=0, width=brush)
+    for x, y in points:
+        draw.ellipse([x - brush / 2, y - brush / 2, x + brush / 2, y + brush / 2], fill=0)
+
+
+_SHAPES = {"boxes": (_box, BOXES), "strokes": (_stroke, STROKES)}

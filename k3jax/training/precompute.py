@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Latents and text embeddings of a whole data set, computed once by the frozen components."""
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from k3jax.checkpoint import Checkpoint, restore
+from k3jax.movq import MoVQ
+from k3jax.programs import encode_text
+from k3jax.sharding import batch_sharding, make_mesh
+from k3jax.text_projection import PromptEmbeds, window_length
+from k3jax.tokenizer import Tokenizer
+from k3jax.training.batches import trimmed
+from k3jax.training.config import TrainConfig
+from k3jax.training.data.cache import LatentCache, cache_fingerprint
+from k3jax.training.data.index import BucketIndex
+from k3jax.training.data.source import Source
+from k3jax.training.inpainting import inpainting_inputs, masked_batch
+from k3jax.training.tasks import encode_images
+
+
+IMAGES_PER_DEVICE = 8
+
+
+def open_cache(
+    config: TrainConfig,
+    checkpoint: Checkpoint,
+    source: Source,
+    index: BucketIndex,
+    tokenizer: Tokenizer,
+    progress: bool,
+) -> LatentCache:
+    """The cache at `config.data.cache`, computed now if it is not there.
+
+    For inpainting the mask and the latents of the masked image lie behind the clean latents, 9
+    channels in all: each image has one mask, drawn from a hash of its pixels.
+    """
+    settings = (checkpoint.fingerprint, config.frozen_dtype, config.task, str(config.masks))
+    weights = ",".join(settings)
+    cache = LatentCache(config.data.cache, cache_fingerprint(source, index, weights))
+    if cache.complete:
+        return cache
+    mesh = make_mesh("data=-1", jax.local_devices())
+    kwargs = dict(mesh=mesh, param_dtype=config.frozen_dtype, dtype=config.frozen_dtype)
+    movq = restore(checkpoint, "movq", **kwargs)
+    encoder = restore(checkpoint, "text_encoder", **kwargs)
+    split = batch_sharding(mesh)
+
+    def images(batch: np.ndarray) -> np.ndarray:
+        if config.task != "inpainting":
+            return np.asarray(_latents(movq, jax.device_put(batch, split)))
+        rngs = (np.random.default_rng(zlib.crc32(image.tobytes())) for image in batch)
+        masks = [
+            masked_batch(image[None], rng, config.masks)
+            for image, rng in zip(batch, rngs, strict=True)
+        ]
+        masks = np.concatenate(masks)
+        return np.asarray(_inpainting_latents(movq, *jax.device_put((batch, masks), split)))
+
+    def texts(captions: list[str]) -> PromptEmbeds:
+        ids, mask = trimmed(*tokenizer(captions))
+        embeds = encode_text(encoder, *jax.device_put((ids, mask), split))
+        lengths = np.asarray(window_length(mask.sum(1)), np.int32)
+        return PromptEmbeds(np.asarray(embeds, np.float32), mask, lengths)
+
+    with tqdm(unit="sample", desc="latents and embeddings", disable=not progress) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        cache.precompute(
+            source,
+            index,
+            images,
+            texts,
+            IMAGES_PER_DEVICE * len(jax.local_devices()),
+            num_workers=config.data.num_workers,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            barrier=_barrier,
+            progress=show,
+        )
+    return cache
+
+
+@jax.jit
+def _latents(movq: MoVQ, images: jax.Array) -> jax.Array:
+    return encode_images(movq, images)
+
+
+@jax.jit
+def _inpainting_latents(movq: MoVQ, images: jax.Array, masks: jax.Array) -> jax.Array:
+    mask, masked = inpainting_inputs(images, masks, movq.encode)
+    return jnp.concatenate([encode_images(movq, images), mask, masked], axis=-1)
+
+
+def _barrier() -> None:
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("k3jax training cache")

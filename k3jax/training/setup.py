@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run begins with: the model, abstract modules, the task, and the first weights."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from k3jax import lora
+from k3jax.abstract import COMPONENTS, abstract_module
+from k3jax.checkpoint import Checkpoint, restore
+from k3jax.config import ModelConfig
+from k3jax.training import scene_text
+from k3jax.training.config import TrainConfig
+from k3jax.training.initialise import random_weights
+from k3jax.training.inpainting import inpainting_config, inpainting_unet
+from k3jax.training.lora import init_lora
+from k3jax.training.state import Weights, weight_shardings, weights_of
+from k3jax.training.tasks import Task, denoising_task, flattened, lora_task, movq_task, reading_task
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run is made of, before any weights are read.
+
+    Attributes:
+        config: with what the task itself decides filled in.
+        model: of the result.
+        base: the checkpoint that the rest comes from, or None.
+        task: what is trained, and its loss.
+        shapes, placed: of the trained weights.
+    """
+
+    config: TrainConfig
+    model: ModelConfig
+    base: Checkpoint | None
+    task: Task
+    shapes: dict[str, jax.ShapeDtypeStruct]
+    placed: dict[str, jax.sharding.NamedSharding]
+    mesh: Mesh
+
+
+def prepare(config: TrainConfig, model: ModelConfig, base: Checkpoint | None, mesh: Mesh) -> Start:
+    """Checks what can be checked without data and weights.
+
+    Args:
+        model: the base's own, or that of a model from scratch.
+
+    Raises:
+        ValueError: components that the task does not train, or a missing base checkpoint.
+    """
+    components = _components(config)
+    config = dataclasses.replace(config, components=components)
+    if config.task == "inpainting" and model.unet.in_channels == model.movq.latent_channels:
+        model = inpainting_config(model)
+    _check_base(config, base, model)
+    modules = {name: abstract_module(name, model, "float32", config.dtype) for name in COMPONENTS}
+    modules["unet"].remat = config.remat
+    cached = config.data.cache is not None
+    if config.lora is not None:
+        factor = lora.update_factor(config.lora)
+        task = lora_task(config, model, modules, factor, cached=cached)
+        first = init_lora(modules["unet"], config.lora, config.seed)
+        shapes = _structs(flattened(first))
+        placed = flattened(lora.lora_shardings(modules["unet"], first, mesh))
+        return Start(config, model, base, task, shapes, placed, mesh)
+    if config.task == "movq":
+        task = movq_task(modules)
+    elif config.task == "text_encoder":
+        task = reading_task(modules)
+    else:
+        task = denoising_task(config, model, modules, cached=cached)
+    shapes = _structs(weights_of(task.trained))
+    return Start(config, model, base, task, shapes, weight_shardings(task.trained, mesh), mesh)
+
+
+def first_weights(start: Start) -> Weights:
+    """The weights at step 0: random, or those of the base in float32.
+
+    A U-Net of 9 input channels starts from one of 4 with the new input weights zero.
+    """
+    config, base = start.config, start.base
+    if config.lora is not None:
+        return flattened(init_lora(abstract_module("unet", start.model), config.lora, config.seed))
+    modules: dict[str, nnx.Module] = {}
+    for name in start.task.trained:
+        if name == "reading_heads":
+            width = start.model.text_encoder.d_model
+            modules[name] = scene_text.ReadingHeads(width, config.seed)
+        elif config.from_scratch:
+            modules[name] = random_weights(name, start.model, config.seed)
+        else:
+            modules[name] = restore(base, name, mesh=start.mesh, param_dtype="float32")
+            if name == "unet" and base.config.unet.in_channels != start.model.unet.in_channels:
+                modules[name] = inpainting_unet(modules[name], start.model)
+    return weights_of(modules)
+
+
+def frozen_modules(start: Start) -> dict[str, nnx.Module]:
+    """The components that the loss needs and does not train, from the base, on the mesh."""
+    dtype = start.config.frozen_dtype
+    compute = start.config.dtype if start.config.lora is not None else dtype
+    modules = {
+        name: restore(start.base, name, mesh=start.mesh, param_dtype=dtype, dtype=compute)
+        for name in start.task.frozen
+    }
+    if "unet" in modules:
+        modules["unet"].remat = start.config.remat
+    return modules
+
+
+def result_components(start: Start) -> tuple[str, ...]:
+    """The components of the result that were trained."""
+    return tuple(name for name in start.task.trained if name in COMPONENTS)
+
+
+def own_tokenizer(folder: Path, seed: int) -> Path:
+    """The tokenizer of a text encoder from scratch, trained once in the run's folder."""
+    path = Path(folder) / "tokenizer"
+    if not (path / "tokenizer_config.json").exists():
+        scene_text.write_tokenizer(path, scene_text.captions_to_learn(seed))
+    json.loads((path / "tokenizer_config.json").read_text())
+    return path
+
+
+def _components(config: TrainConfig) -> tuple[str, ...]:
+    if config.task in ("movq", "text_encoder"):
+        return (config.task,)
+    allowed = ("text_encoder", "text_projection", "unet")
+    wrong = [name for name in config.components if name not in allowed]
+    if wrong or "unet" not in config.components:
+        raise ValueError(
+            f"train.components is {config.components}, but the task {config.task} trains the unet "
+            f"and may train {', '.join(allowed[:2])} with it."
+        )
+    if config.data.cache is not None and "text_encoder" in config.components:
+        raise ValueError(
+            "train.data.cache holds the embeddings of a frozen text encoder, but train.components "
+            "has text_encoder: leave out one of the two."
+        )
+    return config.components
+
+
+def _check_base(config: TrainConfig, base: Checkpoint | None, model: ModelConfig) -> None:
+    if config.lora is not None and config.task == "inpainting":
+        if base is not None and base.config.unet.in_channels != model.unet.in_channels:
+            raise ValueError(
+                f"{base.path} is no inpainting checkpoint: a LoRA for inpainting is trained on one."
+            )
+    needed = [name for name in COMPONENTS if name not in config.components]
+    if config.task in ("movq", "text_encoder"):
+        needed = []
+    if not config.from_scratch or config.lora is not None:
+        needed += [name for name in config.components if name not in needed]
+    missing = [n for n in needed if base is None or n not in base.component_paths]
+    if missing:
+        where = "there is no checkpoint" if base is None else f"{base.path} does not have it"
+        raise ValueError(
+            f"this run needs the {', '.join(missing)} of a checkpoint, and {where}: give "
+            "--checkpoint DIR, or set train.from_scratch."
+        )
+
+
+def _structs(weights) -> dict[str, jax.ShapeDtypeStruct]:
+    return {name: jax.ShapeDtypeStruct(value.shape, np.float32) for name, value in weights.items()}

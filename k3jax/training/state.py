@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state of a training run: weights, their moving average, the optimiser's memory.
+
+Weights are a flat dict "unet.conv_in.kernel" -> array, which optax, Orbax and LoRA all take as it
+is. A module is made of it where it is called. Everything is split over the mesh by the same logical
+axis rules as in inference (`k3jax.sharding.RULES`): over `fsdp` and `tensor`, copied over `data`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from k3jax.sharding import shardings
+
+
+Weights = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Attributes:
+    step: int32 scalar, updates made so far.
+    weights: float32, what is trained.
+    ema: their exponential moving average, or None.
+    opt_state: the optimiser's.
+    """
+
+    step: jax.Array
+    weights: Weights
+    ema: Weights | None
+    opt_state: optax.OptState
+
+
+def weights_of(modules: Mapping[str, nnx.Module]) -> Weights:
+    """The weights of named modules as one flat dict."""
+    return {
+        f"{component}.{_dotted(path)}": variable.get_value()
+        for component, module in modules.items()
+        for path, variable in nnx.to_flat_state(nnx.state(module))
+    }
+
+
+def with_weights(module: nnx.Module, component: str, weights: Mapping[str, jax.Array]):
+    """A copy of a (possibly abstract) module that has these weights."""
+    graph, state = nnx.split(module)
+    flat = [
+        (path, variable.replace(weights[f"{component}.{_dotted(path)}"]))
+        for path, variable in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def weight_shardings(modules: Mapping[str, nnx.Module], mesh: Mesh) -> dict[str, NamedSharding]:
+    """Where each weight of `weights_of` goes."""
+    return {
+        f"{component}.{_dotted(path)}": variable.get_value()
+        for component, module in modules.items()
+        for path, variable in nnx.to_flat_state(shardings(module, mesh))
+    }
+
+
+def state_shardings(
+    weights: Mapping[str, jax.ShapeDtypeStruct],
+    placed: Mapping[str, NamedSharding],
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    ema: bool,
+) -> TrainState:
+    """A TrainState of shardings: the optimiser's moments lie where their weights do.
+
+    What has another shape than its weight (Adafactor's rows and columns) is small and copied.
+    """
+    copied = NamedSharding(mesh, PartitionSpec())
+    weights, placed = dict(weights), dict(placed)
+    opt_state = optax.tree_map_params(
+        optimizer,
+        lambda moment, weight, sharding: sharding if moment.shape == weight.shape else copied,
+        jax.eval_shape(optimizer.init, weights),
+        weights,
+        placed,
+        transform_non_params=lambda _: copied,
+    )
+    return TrainState(copied, placed, placed if ema else None, opt_state)
+
+
+def new_state(
+    weights: Weights, optimizer: optax.GradientTransformation, placed: TrainState
+) -> TrainState:
+    """The state at step 0, each array where `placed` says. Takes the weights over."""
+
+    def make(weights):
+        ema = None if placed.ema is None else jax.tree.map(jnp.copy, weights)
+        return TrainState(jnp.zeros((), jnp.int32), weights, ema, optimizer.init(weights))
+
+    weights = jax.device_put(weights, placed.weights)
+    return jax.jit(make, out_shardings=placed, donate_argnums=0)(weights)
+
+
+def abstract_state(
+    weights: Mapping[str, jax.ShapeDtypeStruct],
+    optimizer: optax.GradientTransformation,
+    placed: TrainState,
+) -> TrainState:
+    """The state as ShapeDtypeStructs with shardings: what a checkpoint is restored into."""
+    weights = dict(weights)
+    shapes = TrainState(
+        jax.ShapeDtypeStruct((), jnp.int32),
+        weights,
+        None if placed.ema is None else weights,
+        jax.eval_shape(optimizer.init, weights),
+    )
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        placed,
+    )
+
+
+def _dotted(path: tuple) -> str:
+    return ".".join(map(str, path))

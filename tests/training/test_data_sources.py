@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sources: the same samples from every format, and one sentence for each fault."""
+
+import io
+import json
+import pickle
+
+import numpy as np
+import pytest
+from data_sources import KINDS, SHAPES, encoded, picture, small, write_data
+from PIL import Image
+
+from k3jax.images import write_png
+from k3jax.training.data.index import EnlargedWarning, bucket_index
+from k3jax.training.data.parquet import ParquetSource
+from k3jax.training.data.sources import files, open_source
+
+
+PNG = encoded(picture(0, 64, 64))
+
+
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_every_format_gives_the_same_samples(kind, tmp_path):
+    source = open_source(write_data(kind, tmp_path))
+    assert len(source) == 13
+    found = {}
+    for number in range(13):
+        sample = source[number]
+        assert (sample.key, sample.caption) == (source.key(number), source.caption(number))
+        with source.open(number) as file:
+            assert Image.open(file).size == Image.open(io.BytesIO(sample.image)).size
+        found[sample.image] = sample.caption
+    expected = {encoded(picture(n, *SHAPES[n % 3])): f"caption {n % 11}" for n in range(13)}
+    assert found == expected
+    assert len({source.key(n) for n in range(13)}) == 13
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_source_can_be_sent_to_another_process_and_read_in_any_order(kind, tmp_path):
+    config = write_data(kind, tmp_path)
+    source = open_source(config)
+    source[3]  # something is open now
+    other = pickle.loads(pickle.dumps(source))
+    for number in reversed(range(13)):
+        a, b = source[number], other[number]
+        assert (a.key, a.caption) == (b.key, b.caption)
+        assert np.array_equal(a.image, b.image)
+    assert other.fingerprint() == source.fingerprint() == open_source(config).fingerprint()
+    with pytest.raises(IndexError):
+        source[13]
+
+
+def test_a_fingerprint_depends_on_captions_and_files(tmp_path):
+    config = write_data("folder", tmp_path)
+    before = open_source(config).fingerprint()
+    (tmp_path / "a" / "001.txt").write_text("another")
+    changed = open_source(config).fingerprint()
+    (tmp_path / "a" / "001.png").write_bytes(PNG)
+    assert len({before, changed, open_source(config).fingerprint()}) == 3
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_metadata_of_an_imagefolder(name, tmp_path):
+    (tmp_path / "deep").mkdir()
+    for image in ("a.png", "deep/b.png", "deep/c.PNG"):
+        (tmp_path / image).write_bytes(PNG)
+    rows = [("a.png", 'first, "quoted"'), ("deep/b.png", "dépôt"), ("deep/c.PNG", "third")]
+    if name.endswith("jsonl"):
+        lines = [json.dumps({"file_name": f, "text": c}, ensure_ascii=False) for f, c in rows]
+    else:
+        lines = ["file_name,text", *(f'{f},"{c.replace(chr(34), 2 * chr(34))}"' for f, c in rows)]
+    (tmp_path / name).write_text("\n".join(lines), encoding="utf-8")
+    source = open_source(small("folder", tmp_path, caption_column="text"))
+    assert [(source.key(n), source.caption(n)) for n in range(3)] == rows
+    missing = "there is no 'caption'; there is file_name, text"
+    with pytest.raises(ValueError, match=rf"{name}, line [12]: {missing}"):
+        open_source(small("folder", tmp_path))
+    (tmp_path / "deep" / "b.png").unlink()
+    with pytest.raises(ValueError, match=r"names deep/b\.png, which is not there"):
+        open_source(small("folder", tmp_path, caption_column="text"))
+
+
+def test_what_generate_writes_is_a_data_set(tmp_path):
+    write_png(Image.new("RGB", (64, 64)), tmp_path / "0.png", {"call": {"prompt": "a cät"}})
+    write_png(Image.new("RGB", (64, 64)), tmp_path / "contact_sheet.png")
+    (tmp_path / ".hidden.png").write_bytes(PNG)
+    source = open_source(small("folder", tmp_path))
+    assert [(source.key(n), source.caption(n)) for n in range(len(source))] == [("0.png", "a cät")]
+
+
+def test_a_folder_that_links_to_itself_is_walked_once(tmp_path):
+    write_data("folder", tmp_path)
+    (tmp_path / "a" / "again").symlink_to(tmp_path, target_is_directory=True)
+    assert len(open_source(small("folder", tmp_path))) == 13
+
+
+def test_faults_of_folders(tmp_path):
+    with pytest.raises(ValueError, match="no such folder"):
+        open_source(small("folder", tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="holds no images"):
+        open_source(small("folder", tmp_path))
+    (tmp_path / "a.png").write_bytes(PNG)
+    with pytest.raises(ValueError, match=r"a\.png has no caption: write it into a\.txt"):
+        open_source(small("folder", tmp_path))
+    (tmp_path / "a.txt").write_text(" \n")
+    with pytest.raises(ValueError, match=r"a\.png has no caption"):
+        open_source(small("folder", tmp_path))
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"')
+    with pytest.raises(ValueError, match=r"metadata\.jsonl, line 1 is not JSON"):
+        open_source(small("folder", tmp_path))
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "caption": null}')
+    with pytest.raises(ValueError, match=r"line 1: 'caption' must be a text, not None"):
+        open_source(small("folder", tmp_path))
+    (tmp_path / "metadata.csv").write_text("")
+    with pytest.raises(ValueError, match=r"both metadata\.jsonl and metadata\.csv"):
+        open_source(small("folder", tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["folder", "webdataset"])
+def test_an_unreadable_image_is_found_before_the_run(kind, tmp_path):
+    config = write_data(kind, tmp_path)
+    key = "a/003.png" if kind == "folder" else "00001/000000003"
+    if kind == "folder":
+        (tmp_path / key).write_bytes(b"no image")
+    else:
+        tar = tmp_path / "00001.tar"
+        data = bytearray(tar.read_bytes())
+        start = data.index(encoded(picture(3, *SHAPES[0])))
+        data[start : start + 8] = b"no image"
+        tar.write_bytes(data)
+    with pytest.raises(ValueError, match=f"image {key} cannot be read"):
+        bucket_index(open_source(config), config)
+
+
+def write_tar(path, **members) -> None:
+    from webdataset import TarWriter
+
+    with TarWriter(str(path)) as writer:
+        writer.write({"__key__": "dir/x.y".split(".")[0], **members})
+
+
+def test_captions_of_webdatasets(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    fields = json.dumps({"prompt": "from json", "long": "longer"}).encode()
+    write_tar(tmp_path / "one" / "0.tar", **{"mask.png": b"-", "JPG": PNG, "json": fields})
+    write_tar(tmp_path / "two" / "0.tar", **{"png": PNG, "txt": b"from text", "json": fields})
+    both = f"{tmp_path}/two/0.tar, {tmp_path}/one"  # a file and a folder
+    source = open_source(small("webdataset", both))
+    assert [source.key(n) for n in (0, 1)] == ["two/0/dir/x", "one/0/dir/x"]
+    assert [source.caption(n) for n in (0, 1)] == ["from text", "from json"]
+    assert source[1].image == PNG
+    source = open_source(small("webdataset", both, caption_column="long"))
+    assert [source.caption(n) for n in (0, 1)] == ["longer", "longer"]
+
+
+def test_faults_of_webdatasets(tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        open_source(small("webdataset", tmp_path / "*.tar"))
+    path = tmp_path / "a.tar"
+    write_tar(path, png=PNG, json=b'{"title": "x"}')
+    with pytest.raises(ValueError, match=r"a\.tar: sample dir/x has no caption.* has title"):
+        open_source(small("webdataset", path))
+    write_tar(path, png=PNG, json=b"{")
+    with pytest.raises(ValueError, match=r"x\.json is not JSON"):
+        open_source(small("webdataset", path))
+    write_tar(path, txt=b"only text")
+    with pytest.raises(ValueError, match="the tars hold no images"):
+        open_source(small("webdataset", path))
+    write_tar(path, txt=b"text", png=PNG)
+    path.write_bytes(path.read_bytes()[:4000])
+    with pytest.raises(ValueError, match=r"a\.tar cannot be read as an uncompressed tar"):
+        open_source(small("webdataset", path))
+    path.write_bytes(b"\x1f\x8b not a tar")
+    with pytest.raises(ValueError, match=r"a\.tar cannot be read as an uncompressed tar"):
+        open_source(small("webdataset", path))
+
+
+def test_parquet_reads_row_groups_and_keeps_few(tmp_path, monkeypatch):
+    write_data("parquet", tmp_path)
+    paths = files(str(tmp_path), ".parquet")
+    source = ParquetSource(paths, "image", "text", kept_bytes=1)
+    reads = []
+    read = ParquetSource._read
+    monkeypatch.setattr(ParquetSource, "_read", lambda s, g: reads.append(g) or read(s, g))
+    for number in (0, 1, 0, 2, 0, 12):
+        source[number]
+    assert reads == [0, 1, 0, 6]
+    reads.clear()
+    source = ParquetSource(paths, "image", "text")
+    for number in [*range(13), *range(13)]:
+        source[number]
+    assert reads == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_faults_of_parquet(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+
+    def write(**columns):
+        parquet.write_table(pa.table(columns), path)
+        return small("parquet", path)
+
+    with pytest.raises(ValueError, match=r"no column 'caption'; there are image, text: set `cap"):
+        open_source(write(image=[PNG], text=["x"]))
+    with pytest.raises(ValueError, match=r"no column 'image'; there are jpg, caption: set `image_"):
+        open_source(write(jpg=[PNG], caption=["x"]))
+    with pytest.raises(ValueError, match=r"'image' must hold the bytes of images.* not string"):
+        open_source(write(image=["a.png"], caption=["x"]))
+    with pytest.raises(ValueError, match=r"row 1: 'caption' must be a text.* not None"):
+        open_source(write(image=[PNG, PNG], caption=["x", None]))
+    with pytest.raises(ValueError, match="have no rows"):
+        open_source(write(image=pa.array([], pa.binary()), caption=pa.array([], pa.string())))
+    config = write(
+        image=[{"bytes": None, "path": "a.png"}, {"bytes": PNG, "path": None}], caption=["x", "y"]
+    )
+    with pytest.raises(ValueError, match="image a/00000000 has no bytes in column 'image'"):
+        bucket_index(open_source(config), config)
+    path.write_bytes(b"PAR1 no")
+    with pytest.raises(ValueError, match=r"a\.parquet cannot be read as Parquet"):
+        open_source(small("parquet", path))
+
+
+def test_faults_of_configs():
+    with pytest.raises(ValueError, match="data of kind folder need a `path`"):
+        open_source(small("folder"))
+    with pytest.raises(ValueError, match="gs://bucket/x is not a local path"):
+        open_source(small("webdataset", "gs://bucket/x"))
+    with pytest.raises(ValueError, match="it must be one of folder, webdataset, parquet, scenes"):
+        open_source(small("tfrecord", "x"))
+
+
+def test_sizes_are_read_once_where_there_is_a_cache(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    config = write_data("folder", tmp_path / "data")
+    config = small("folder", config.path, cache=str(tmp_path / "cache"), resolution=128)
+    with pytest.warns(EnlargedWarning, match=r"13 of 13 images .* smallest is .*\(120x60\)"):
+        first = bucket_index(open_source(config), config)
+    assert first.num_enlarged == 13
+    assert (tmp_path / "cache.sizes.npz").is_file() and not (tmp_path / "cache").exists()
+    source = open_source(config)
+    monkeypatch.setattr(type(source), "open", None)
+    with pytest.warns(EnlargedWarning):
+        again = bucket_index(source, config)
+    np.testing.assert_array_equal(first.bucket_of, again.bucket_of)
+    monkeypatch.undo()
+    (tmp_path / "cache.sizes.npz").write_bytes(b"broken")
+    with pytest.warns(EnlargedWarning):
+        bucket_index(source, config)
+    (tmp_path / "data" / "a" / "001.png").write_bytes(encoded(picture(0, 16, 16)))
+    with pytest.warns(EnlargedWarning, match=r"\(16x16\)"):
+        bucket_index(open_source(config), config)
