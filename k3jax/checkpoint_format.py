@@ -24,6 +24,7 @@ from etils import epath
 
 from k3jax.config import ModelConfig, from_dict, suggestion, to_dict
 from k3jax.manifest import CheckpointError, combined_digest, is_local, read_manifest
+from k3jax.packaged import packaged_path
 
 
 CONFIG = "config.json"
@@ -64,11 +65,14 @@ def as_path(path) -> epath.Path:
 def read_checkpoint(path) -> Checkpoint:
     """Reads config.json and manifest.json; touches no weights.
 
+    Args:
+        path: a folder, or the name of a checkpoint that comes with k3jax, such as "tiny".
+
     Raises:
         CheckpointError: not a checkpoint, of another format version, with unknown or missing keys,
             or with a component that is missing or no longer the one that it was made with.
     """
-    path = as_path(path)
+    path = as_path(packaged_path(path) or path)
     values = _read_config(path)
     own = {key: values.pop(key) for key in _OWN_KEYS}
     try:

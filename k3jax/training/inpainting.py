@@ -1,14 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inpainting: a U-Net of 9 input channels from one of 4, and what the other 5 hold.
 
-The channels are noisy latents (4), mask (1), latents of the masked image (4), in this order. Masks
-are 1 where the image is known and 0 where it is to be painted. The pixels to be painted become 0
-(mid-grey) before MoVQ sees the image, and the mask is brought to the latents' size by nearest
-downsampling. Source: ai-forever/Kandinsky-3, inpainting_pipeline.py, utils.py.
+See k3jax/inpainting_inputs.py for what the channels are.
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +13,10 @@ from flax import nnx
 
 from k3jax.abstract import abstract_module
 from k3jax.config import ModelConfig
+from k3jax.inpainting_inputs import Encode, inpainting_inputs
 from k3jax.training.config import MaskConfig
 from k3jax.training.masks import draw_masks
 from k3jax.unet import UNet
-
-
-Encode = Callable[[jax.Array], jax.Array]
-"""`MoVQ.encode`: images in [-1, 1], (b, h, w, 3) -> latents float32 (b, h/8, w/8, 4)."""
 
 
 def inpainting_config(config: ModelConfig) -> ModelConfig:
@@ -83,27 +76,6 @@ def masked_batch(
     """Masks for images uint8 (b, h, w, 3): float32 (b, h, w), 1 known, 0 to be painted."""
     count, height, width, _ = images.shape
     return draw_masks(rng, count, height, width, config)
-
-
-def inpainting_inputs(
-    images: jax.Array, masks: jax.Array, encode: Encode
-) -> tuple[jax.Array, jax.Array]:
-    """What the U-Net sees of images and masks; may be compiled.
-
-    Args:
-        images: uint8, or float in [-1, 1], (b, h, w, 3).
-        masks: (b, h, w) in pixels, 1 known, 0 to be painted; fractions count as to be painted in
-            the image and are kept in the mask channel, as in the original.
-
-    Returns:
-        (mask float32 (b, h/8, w/8, 1), masked latents float32 (b, h/8, w/8, 4)).
-    """
-    if images.dtype == jnp.uint8:
-        images = images.astype(jnp.float32) / 127.5 - 1
-    masks = jnp.asarray(masks, jnp.float32)[..., None]
-    latents = encode(jnp.where(masks < 1, 0.0, images))
-    factor = images.shape[1] // latents.shape[1]
-    return masks[:, ::factor, ::factor], latents
 
 
 def inpainting_variants(

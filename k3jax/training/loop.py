@@ -95,9 +95,6 @@ def run_loop(
             writer.write(done, {**values, "learning_rate": rate, **timer.metrics()})
             loss = values["loss"]
             smoothed = loss if smoothed is None else SMOOTHING * smoothed + (1 - SMOOTHING) * loss
-        if sample is not None and config.sample_every and done % config.sample_every == 0:
-            with timer.pause(state):
-                sample(state, done)
         if save or stopping:
             with timer.pause(state):
                 metric = smoothed
@@ -106,6 +103,9 @@ def run_loop(
                     writer.write(done, {"validation_loss": metric})
                 here = {"data": batches.state(), "smoothed_loss": smoothed}
                 checkpoints.save(done, state, here, metric, force=True)
+        if sample is not None and config.sample_every and done % config.sample_every == 0:
+            with timer.pause(state):
+                sample(state, done)
         if stopping:
             break
     checkpoints.wait()

@@ -99,7 +99,7 @@ def _train(run: RunConfig, stop: Stop, progress: bool) -> Path | None:
     )
 
     with contextlib.ExitStack() as stack:
-        data = _open_data(start, tokenizer_folder, progress)
+        data = open_data(start, tokenizer_folder, progress)
         stack.callback(data.batches.close)
         checkpoints = stack.enter_context(RunCheckpoints(folder, config.checkpoint))
         writer = stack.enter_context(MetricWriter(folder))
@@ -159,7 +159,8 @@ class _Data:
     validation: list[dict[str, np.ndarray]]
 
 
-def _open_data(start: Start, tokenizer_folder: Path | None, progress: bool) -> _Data:
+def open_data(start: Start, tokenizer_folder: Path | None, progress: bool) -> _Data:
+    """The batches of a run; latents and embeddings are computed here if they are to be cached."""
     config = start.config
     if config.task == "text_encoder":
         tokenizer = Tokenizer(tokenizer_folder)

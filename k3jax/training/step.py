@@ -68,7 +68,7 @@ def make_step(
             count = state.step.astype(jnp.float32)
             decay = jnp.minimum(ema_decay, (1 + count) / (10 + count))
             ema = jax.tree.map(lambda old, new: old * decay + new * (1 - decay), ema, weights)
-        metrics = {"loss": value, "grad_norm": optax.global_norm(grads), **metrics}
+        metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), **metrics}
         return TrainState(state.step + 1, weights, ema, opt_state), metrics
 
     return step

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How well a model of drawn scenes does what it is told, on captions that it never saw."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+from k3jax.pipeline import Kandinsky3Pipeline
+from k3jax.scenes.caption import captioned
+from k3jax.scenes.checker import Verdict, check, summary
+from k3jax.scenes.scene import Scene
+from k3jax.training.movq import psnr
+
+
+SEED = 20  # of the scenes; training has its own
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A picture with what was asked for, and what the checker says of it."""
+
+    scene: Scene
+    caption: str
+    image: np.ndarray
+    verdict: Verdict
+
+
+def test_captions(count: int) -> list[tuple[Scene, str]]:
+    """Scenes of the test split: each has a look or a combination that no training scene has."""
+    made = (captioned(SEED, index, "test") for index in range(count))
+    return [(scene, caption) for _, caption, scene in made]
+
+
+def judge(
+    pipe: Kandinsky3Pipeline,
+    count: int = 500,
+    *,
+    without_text: bool = False,
+    progress: bool = False,
+    **call,
+) -> Iterator[Judged]:
+    """Makes and checks one image of each of `count` captions; image k has the seed k.
+
+    Args:
+        without_text: give the model empty prompts instead, and judge by the captions all the same.
+        call: arguments of the pipeline, such as guidance_scale and num_inference_steps.
+    """
+    wanted = test_captions(count)
+    with tqdm(total=count, unit="image", disable=not progress) as bar:
+        for first in range(0, count, pipe.batch_size):
+            part = wanted[first : first + pipe.batch_size]
+            prompts = ["" if without_text else caption for _, caption in part]
+            made = pipe(prompts, seed=first, progress_bar=False, output_type="pil", **call)
+            for (scene, caption), image in zip(part, made.images, strict=True):
+                pixels = np.asarray(image)
+                yield Judged(scene, caption, pixels, check(scene, pixels))
+                bar.update()
+
+
+def shares(judged: list[Judged]) -> dict[str, float]:
+    """Share of right answers by question, over the pictures whose captions ask it."""
+    return summary([one.verdict for one in judged])
+
+
+def reconstruction_psnr(pipe: Kandinsky3Pipeline, count: int = 64) -> float:
+    """Of MoVQ on scenes of the test split, in dB over all their pixels."""
+    import jax
+    import jax.numpy as jnp
+
+    from k3jax.training.tasks import encode_images
+
+    images = np.stack([captioned(SEED, index, "test")[0] for index in range(count)])
+    errors = []
+    for first in range(0, count, 8):
+        part = images[first : first + 8]
+        decoded = pipe.decode(np.asarray(jax.jit(encode_images)(pipe.movq, part)), "np").images
+        errors.append(np.square(2 * decoded - (jnp.asarray(part, jnp.float32) / 127.5 - 1)).mean())
+    return psnr(float(np.mean(errors)))

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small checkpoint to train from, and runs on drawn scenes that last seconds."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from k3jax.abstract import COMPONENTS
+from k3jax.checkpoint import CheckpointWriter, save_module
+from k3jax.demo import random_module, write_byte_tokenizer
+from k3jax.run_config import PipelineConfig, RunConfig
+from k3jax.training.config import (
+    CheckpointConfig,
+    DataConfig,
+    LossConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+
+import tiny
+
+
+# One level: attention to itself and to the text, down and up, in a fraction of the compile time.
+UNET = dataclasses.replace(
+    tiny.UNET, block_out_channels=(32,), add_cross_attention=(True,), add_self_attention=(True,)
+)
+MODEL = dataclasses.replace(tiny.CONFIG, unet=UNET, sample_size=64)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A checkpoint with random weights."""
+    folder = tmp_path_factory.mktemp("base")
+    write_byte_tokenizer(folder / "tokenizer")
+    with CheckpointWriter(folder / "checkpoint") as writer:
+        writer.add_tokenizer(folder / "tokenizer")
+        for number, name in enumerate(COMPONENTS):
+            module = random_module(name, MODEL, np.random.default_rng(number))
+            save_module(writer, name, module)
+        writer.commit(MODEL, {"layout": "test"}, "float32")
+    return folder / "checkpoint"
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """Where latents and embeddings of the scenes are kept for all tests."""
+    return tmp_path_factory.mktemp("cache") / "latents"
+
+
+@pytest.fixture
+def run(base, cache, tmp_path):
+    """Makes a RunConfig: 16 scenes at 64 pixels, 8 a step, float32, one a device."""
+
+    def make(mesh="data=-1", cached=True, data=None, optimizer=None, loss=None, **train):
+        data = {
+            "kind": "scenes",
+            "num_scenes": 16,
+            "resolution": 64,
+            "aspect_buckets": False,
+            "cache": str(cache) if cached else None,
+            **(data or {}),
+        }
+        defaults = {
+            "output": str(tmp_path / "run"),
+            "steps": 4,
+            "batch_size": 8,
+            "dtype": "float32",
+            "frozen_dtype": "float32",
+            "remat": False,
+            "ema_decay": None,
+            "log_every": 1,
+            "sample_every": 0,
+            "checkpoint": CheckpointConfig(every=2),
+        }
+        rule = {"warmup_steps": 1, "learning_rate": 1e-3, **(optimizer or {})}
+        config = TrainConfig(
+            data=DataConfig(**data),
+            optimizer=OptimizerConfig(**rule),
+            loss=LossConfig(**(loss or {})),
+            **{**defaults, **train},
+        )
+        return RunConfig(checkpoint=str(base), pipeline=PipelineConfig(mesh), train=config)
+
+    return make

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loss, the optimiser and the compiled step, also on meshes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from k3jax import schedule
+from k3jax.checkpoint import read_checkpoint
+from k3jax.sharding import make_mesh
+from k3jax.text_projection import Context, PromptEmbeds
+from k3jax.training.config import DataConfig, LossConfig, OptimizerConfig, TrainConfig
+from k3jax.training.loop import put_batch
+from k3jax.training.objective import min_snr_weight, noise_prediction_loss, training_context
+from k3jax.training.optimizer import learning_rate, make_optimizer
+from k3jax.training.setup import first_weights, frozen_modules, prepare
+from k3jax.training.state import TrainState, new_state, state_shardings
+from k3jax.training.step import make_step
+
+
+ROUNDING = 1e-3  # of a weight's largest update (1e-2 a step): float32, summed in another order
+
+
+class Echo:
+    """A U-Net that says the noise is nothing, or all it sees."""
+
+    def __init__(self, factor):
+        self.factor, self.seen = factor, []
+
+    def __call__(self, sample, timesteps, context):
+        self.seen.append((sample, timesteps))
+        return self.factor * sample[..., :4]
+
+
+def test_the_loss_is_that_of_the_noise():
+    latents = jnp.asarray(np.random.default_rng(0).standard_normal((64, 8, 8, 4)), jnp.float32)
+    nothing = Echo(0.0)
+    loss, metrics = noise_prediction_loss(nothing, None, latents, jax.random.key(1), LossConfig())
+    assert loss == metrics["noise_mse"] and abs(float(loss) - 1) < 0.02  # variance of the noise
+    noisy, timesteps = nothing.seen[0]
+    assert timesteps.min() >= 0 and timesteps.max() < 1000 and len(set(timesteps.tolist())) > 50
+    # x = sqrt(a) latents + sqrt(1 - a) noise, so what is left of it has the noise's variance.
+    a = schedule.alphas_cumprod(schedule.cosine_betas(1000))[np.asarray(timesteps)]
+    a = a[:, None, None, None]
+    noise = (noisy - np.sqrt(a) * latents) / np.sqrt(1 - a)
+    high = np.asarray(timesteps) > 100  # below, the division magnifies rounding
+    np.testing.assert_allclose(np.asarray(noise)[high].var(), 1, atol=0.03)
+
+    weight = jnp.zeros(64).at[3].set(64.0)
+    one, _ = noise_prediction_loss(
+        Echo(0.0), None, latents, jax.random.key(1), LossConfig(), weight=weight
+    )
+    np.testing.assert_allclose(one, np.square(noise[3]).mean(), rtol=1e-3)
+
+
+def test_min_snr_weights():
+    a = jnp.asarray([0.999, 0.5, 0.01])
+    np.testing.assert_allclose(min_snr_weight(a, 5.0), [5 / 999, 1, 1], rtol=1e-4)
+    latents = jnp.zeros((256, 8, 8, 4))
+    plain, metrics = noise_prediction_loss(
+        Echo(0.0), None, latents, jax.random.key(0), LossConfig(snr_gamma=5.0)
+    )
+    assert plain < metrics["noise_mse"]
+
+
+@pytest.mark.parametrize("conditioning", ["diffusers", "original"])
+def test_dropped_captions_get_the_checkpoints_own_unconditional_input(conditioning):
+    """By a projection that only says what it was asked for."""
+
+    class Projection:
+        def __call__(self, prompt, conditioning):
+            return self._context(prompt.lengths, 1.0)
+
+        def unconditional(self, lengths, rows, conditioning):
+            return self._context(lengths, -1.0)
+
+        def _context(self, lengths, value):
+            states = jnp.full((len(lengths), 6, 2), value)
+            return Context(states, jnp.zeros((len(lengths), 6)), lengths)
+
+    lengths = jnp.arange(1000) % 5 + 2
+    prompt = PromptEmbeds(jnp.zeros((1000, 6, 2)), jnp.ones((1000, 6), bool), lengths)
+    context = training_context(Projection(), prompt, conditioning, jax.random.key(0), 0.25)
+    dropped = np.asarray(context.hidden_states[:, 0, 0]) < 0
+    assert 0.2 < dropped.mean() < 0.3
+    np.testing.assert_array_equal(context.lengths, lengths)  # of its own window all the same
+    whole = training_context(Projection(), prompt, conditioning, jax.random.key(0), 0.0)
+    assert (whole.hidden_states > 0).all()
+
+
+def test_learning_rates():
+    constant = learning_rate(OptimizerConfig(learning_rate=1.0, warmup_steps=10), 100)
+    assert [float(constant(k)) for k in (0, 5, 10, 99)] == [0, 0.5, 1, 1]
+    config = OptimizerConfig(
+        learning_rate=1.0, warmup_steps=10, schedule="cosine", final_learning_rate=0.1
+    )
+    cosine = learning_rate(config, 100)
+    np.testing.assert_allclose([cosine(10), cosine(55), cosine(100)], [1, 0.55, 0.1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_only_kernels_decay(name):
+    config = OptimizerConfig(
+        name=name, learning_rate=0.1, warmup_steps=0, weight_decay=0.5, max_grad_norm=None
+    )
+    rule = make_optimizer(config, 10)
+    weights = {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}
+    updates, _ = rule.update(jax.tree.map(jnp.zeros_like, weights), rule.init(weights), weights)
+    np.testing.assert_allclose(updates["kernel"], -0.05, rtol=1e-5)
+    np.testing.assert_array_equal(updates["bias"], 0)
+
+
+def test_adafactor_remembers_rows_and_columns_only():
+    rule = make_optimizer(OptimizerConfig(name="adafactor"), 10)
+    state = rule.init({"kernel": jnp.ones((256, 512))})
+    assert sum(leaf.size for leaf in jax.tree.leaves(state)) < 2000
+
+
+def quadratic(weights, frozen, batch, key):
+    error = batch["x"] @ weights["w"] - batch["y"]
+    return jnp.square(error).mean(), {"error": jnp.abs(error).mean()}
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    rng = np.random.default_rng(0)
+    batch = {"x": rng.standard_normal((12, 3)), "y": rng.standard_normal((12,))}
+    weights = {"w": jnp.asarray(rng.standard_normal(3))}
+    rule = optax.sgd(0.1)
+    results = []
+    for parts in (1, 4):
+        step = make_step(quadratic, rule, seed=0, ema_decay=0.5, gradient_accumulation_steps=parts)
+        state = TrainState(jnp.zeros((), jnp.int32), weights, weights, rule.init(weights))
+        for _ in range(3):
+            state, metrics = jax.jit(step)(state, None, batch)
+        results.append((state, metrics))
+    for one, other in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
+def test_the_average_of_the_weights():
+    rule = optax.sgd(1.0)
+    step = make_step(lambda w, f, b, k: (w["w"], {}), rule, seed=0, ema_decay=0.15)
+    weights = {"w": jnp.asarray(0.0)}
+    state = TrainState(jnp.zeros((), jnp.int32), weights, weights, rule.init(weights))
+    average = 0.0
+    for k in range(5):
+        state, _ = step(state, None, None)
+        decay = min(0.15, (1 + k) / (10 + k))
+        average = average * decay + -(k + 1) * (1 - decay)
+    np.testing.assert_allclose(state.ema["w"], average, rtol=1e-6)
+
+
+def two_steps(base, spec, devices):
+    """(first weights, state and loss after two steps) on a mesh of so many devices."""
+    mesh = make_mesh(spec, jax.devices()[:devices])
+    # A large epsilon: of gradients that are rounding errors Adam would make steps of full length.
+    rule = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, eps=1e-3)
+    config = TrainConfig(
+        dtype="float32",
+        batch_size=8,
+        remat=False,
+        optimizer=rule,
+        data=DataConfig(cache="not read here"),
+    )
+    checkpoint = read_checkpoint(base)
+    start = prepare(config, checkpoint.config, checkpoint, mesh)
+    optimizer = make_optimizer(rule, 10)
+    placed = state_shardings(start.shapes, start.placed, optimizer, mesh, True)
+    weights = first_weights(start)
+    first = jax.device_get(weights)
+    state = new_state(weights, optimizer, placed)
+    step = make_step(start.task.loss, optimizer, seed=0, ema_decay=0.9)
+    step = jax.jit(step, donate_argnums=0, out_shardings=(placed, None))
+    rng = np.random.default_rng(0)
+    batch = {
+        "latents": rng.standard_normal((8, 8, 8, 4), np.float32),
+        "embeds": rng.standard_normal((8, 32, 32), np.float32),
+        "attention_mask": np.arange(32) < rng.integers(3, 20, (8, 1)),
+    }
+    for _ in range(2):
+        state, metrics = step(state, frozen_modules(start), put_batch(batch, mesh))
+    return first, state, float(metrics["loss"])
+
+
+@pytest.fixture(scope="module")
+def alone(base):
+    return two_steps(base, "data=1", 1)
+
+
+@pytest.mark.parametrize(
+    "spec", ["data=8", "data=2,fsdp=4", "fsdp=8", "data=2,fsdp=2,tensor=2"]
+)
+def test_sharded_is_unsharded(base, alone, spec):
+    first, reference, loss = alone
+    _, state, sharded_loss = two_steps(base, spec, 8)
+    np.testing.assert_allclose(sharded_loss, loss, rtol=1e-5)
+    for name, value in state.weights.items():
+        expected = np.asarray(reference.weights[name])
+        moved = np.abs(expected - first[name]).max()
+        assert np.abs(np.asarray(value) - expected).max() < ROUNDING * max(moved, 1e-2), name
+    kernel = "unet.down_blocks.0.cross_attentions.0.attention.to_q.kernel"
+    moments = optax.tree.get(state.opt_state, "mu")
+    for leaf in (state.weights[kernel], state.ema[kernel], moments[kernel]):
+        assert leaf.sharding.is_fully_replicated == (spec == "data=8")
