@@ -30,7 +30,7 @@ def get_config():
     config.model.text_projection.null_embedding = False
 
     unet = config.model.unet
-    unet.init_channels = 48
+    unet.init_channels = 24  # half of the first level, as diffusers has it
     unet.block_out_channels = (48, 64, 80, 96)
     unet.layers_per_block = 2
     unet.time_embedding_dim = 96

@@ -16,7 +16,7 @@ def get_config():
     train.task = "text_to_image"
     train.output = "train/tiny/unet"
     train.from_scratch = True
-    train.steps = 3000
+    train.steps = 2400
     train.batch_size = 64
     train.dtype = "float32"
     train.frozen_dtype = "float32"

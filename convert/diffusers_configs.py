@@ -12,15 +12,22 @@ DIFFUSERS_VERSION = "0.36.0"
 CODEBOOK_ROWS = 16384
 """Rows of the codebook that diffusers' VQModel must have; the released one's number."""
 
-MODEL_INDEX = {
-    "_class_name": "Kandinsky3Pipeline",
-    "_diffusers_version": DIFFUSERS_VERSION,
-    "movq": ["diffusers", "VQModel"],
-    "scheduler": ["diffusers", "DDPMScheduler"],
-    "text_encoder": ["transformers", "T5EncoderModel"],
-    "tokenizer": ["transformers", "T5Tokenizer"],
-    "unet": ["diffusers", "Kandinsky3UNet"],
-}
+
+def model_index_json(tokenizer_class: str) -> dict[str, Any]:
+    """model_index.json of a Kandinsky3Pipeline.
+
+    Args:
+        tokenizer_class: of transformers, which can read the checkpoint's tokenizer.
+    """
+    return {
+        "_class_name": "Kandinsky3Pipeline",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "movq": ["diffusers", "VQModel"],
+        "scheduler": ["diffusers", "DDPMScheduler"],
+        "text_encoder": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", tokenizer_class],
+        "unet": ["diffusers", "Kandinsky3UNet"],
+    }
 
 
 def text_encoder_json(config: TextEncoderConfig, dtype: str) -> dict[str, Any]:

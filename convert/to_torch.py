@@ -19,7 +19,7 @@ from k3jax.convert import movq, text_encoder, text_projection, unet
 from k3jax.convert.arrays import as_torch_view
 from k3jax.convert.diffusers_configs import (
     CODEBOOK_ROWS,
-    MODEL_INDEX,
+    model_index_json,
     movq_json,
     scheduler_json,
     text_encoder_json,
@@ -152,12 +152,19 @@ def _jsons(checkpoint: Checkpoint, layout: str) -> dict[str, dict]:
     if layout != "diffusers":
         return {"flan_ul2_encoder/config.json": encoder}
     return {
-        "model_index.json": MODEL_INDEX,
+        "model_index.json": model_index_json(_tokenizer_class(checkpoint)),
         "unet/config.json": unet_json(checkpoint.config),
         "movq/config.json": movq_json(checkpoint.config.movq),
         "text_encoder/config.json": encoder,
         "scheduler/scheduler_config.json": scheduler_json(checkpoint.config.sampler),
     }
+
+
+def _tokenizer_class(checkpoint: Checkpoint) -> str:
+    """T5Tokenizer only reads T5's kind of vocabulary; small models may bring another."""
+    file = checkpoint.path / "tokenizer" / "tokenizer_config.json"
+    said = json.loads(file.read_text()).get("tokenizer_class") if file.exists() else None
+    return "PreTrainedTokenizerFast" if said == "PreTrainedTokenizerFast" else "T5Tokenizer"
 
 
 def _write_diffusers(folder: Path, parts: Mapping[str, _Part], bar) -> None:

@@ -27,7 +27,7 @@ class Judged:
     verdict: Verdict
 
 
-def test_captions(count: int) -> list[tuple[Scene, str]]:
+def unseen_captions(count: int) -> list[tuple[Scene, str]]:
     """Scenes of the test split: each has a look or a combination that no training scene has."""
     made = (captioned(SEED, index, "test") for index in range(count))
     return [(scene, caption) for _, caption, scene in made]
@@ -47,7 +47,7 @@ def judge(
         without_text: give the model empty prompts instead, and judge by the captions all the same.
         call: arguments of the pipeline, such as guidance_scale and num_inference_steps.
     """
-    wanted = test_captions(count)
+    wanted = unseen_captions(count)
     with tqdm(total=count, unit="image", disable=not progress) as bar:
         for first in range(0, count, pipe.batch_size):
             part = wanted[first : first + pipe.batch_size]

@@ -40,7 +40,14 @@ from k3jax.training.plot import plot_losses
 from k3jax.training.precompute import open_cache
 from k3jax.training.result import final_weights, save_result
 from k3jax.training.run_folder import check_same_run
-from k3jax.training.setup import Start, first_weights, frozen_modules, own_tokenizer, prepare
+from k3jax.training.setup import (
+    Start,
+    check_base,
+    first_weights,
+    frozen_modules,
+    own_tokenizer,
+    prepare,
+)
 from k3jax.training.signals import Stop, stop_requested
 from k3jax.training.state import (
     TrainState,
@@ -88,6 +95,7 @@ def _train(run: RunConfig, stop: Stop, progress: bool) -> Path | None:
     mesh = make_mesh(run.pipeline.mesh)
     _check_batch(config, data_parallelism(mesh))
     start = prepare(config, run.model if base is None else base.config, base, mesh)
+    check_base(start)
     config = start.config
     check_same_run(folder, _description(start))
     tokenizer_folder = base.path / "tokenizer" if base is not None else None

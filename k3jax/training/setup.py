@@ -46,19 +46,18 @@ class Start:
 
 
 def prepare(config: TrainConfig, model: ModelConfig, base: Checkpoint | None, mesh: Mesh) -> Start:
-    """Checks what can be checked without data and weights.
+    """Puts together what can be known without data and weights.
 
     Args:
         model: the base's own, or that of a model from scratch.
 
     Raises:
-        ValueError: components that the task does not train, or a missing base checkpoint.
+        ValueError: components that the task does not train.
     """
     components = _components(config)
     config = dataclasses.replace(config, components=components)
     if config.task == "inpainting" and model.unet.in_channels == model.movq.latent_channels:
         model = inpainting_config(model)
-    _check_base(config, base, model)
     modules = {name: abstract_module(name, model, "float32", config.dtype) for name in COMPONENTS}
     modules["unet"].remat = config.remat
     cached = config.data.cache is not None
@@ -77,6 +76,31 @@ def prepare(config: TrainConfig, model: ModelConfig, base: Checkpoint | None, me
         task = denoising_task(config, model, modules, cached=cached)
     shapes = _structs(weights_of(task.trained))
     return Start(config, model, base, task, shapes, weight_shardings(task.trained, mesh), mesh)
+
+
+def check_base(start: Start) -> None:
+    """Checks that the base has what the run and its result need.
+
+    Raises:
+        ValueError: it lacks a component, or there is none.
+    """
+    config, base = start.config, start.base
+    if config.lora is not None and config.task == "inpainting" and base is not None:
+        if base.config.unet.in_channels != start.model.unet.in_channels:
+            raise ValueError(
+                f"{base.path} is no inpainting checkpoint: a LoRA for inpainting is trained on one."
+            )
+    scratch = config.components if config.from_scratch and config.lora is None else ()
+    needed = [name for name in COMPONENTS if name not in scratch]
+    if config.task in ("movq", "text_encoder"):
+        needed = [] if config.from_scratch else list(config.components)
+    missing = [name for name in needed if base is None or name not in base.component_paths]
+    if missing:
+        where = "there is no checkpoint" if base is None else f"{base.path} does not have it"
+        raise ValueError(
+            f"this run needs the {', '.join(missing)} of a checkpoint, and {where}: give "
+            "--checkpoint DIR, or set train.from_scratch."
+        )
 
 
 def first_weights(start: Start) -> Weights:
@@ -144,26 +168,6 @@ def _components(config: TrainConfig) -> tuple[str, ...]:
             "has text_encoder: leave out one of the two."
         )
     return config.components
-
-
-def _check_base(config: TrainConfig, base: Checkpoint | None, model: ModelConfig) -> None:
-    if config.lora is not None and config.task == "inpainting":
-        if base is not None and base.config.unet.in_channels != model.unet.in_channels:
-            raise ValueError(
-                f"{base.path} is no inpainting checkpoint: a LoRA for inpainting is trained on one."
-            )
-    needed = [name for name in COMPONENTS if name not in config.components]
-    if config.task in ("movq", "text_encoder"):
-        needed = []
-    if not config.from_scratch or config.lora is not None:
-        needed += [name for name in config.components if name not in needed]
-    missing = [n for n in needed if base is None or n not in base.component_paths]
-    if missing:
-        where = "there is no checkpoint" if base is None else f"{base.path} does not have it"
-        raise ValueError(
-            f"this run needs the {', '.join(missing)} of a checkpoint, and {where}: give "
-            "--checkpoint DIR, or set train.from_scratch."
-        )
 
 
 def _structs(weights) -> dict[str, jax.ShapeDtypeStruct]:

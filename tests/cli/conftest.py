@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line in this process, with a cache folder and a demo checkpoint of its own."""
-
-import threading
+"""The command line in this process, with a cache folder of its own."""
 
 import pytest
+from random_checkpoint import write_random_checkpoint
 
-from k3jax.cli.demo_checkpoint import demo_checkpoint
 from k3jax.cli.main import main
 
 
@@ -19,16 +17,11 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def demo(cache):
-    """The demo checkpoint, asked for by two at once."""
-    found = []
-    threads = [threading.Thread(target=lambda: found.append(demo_checkpoint())) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found[0] == found[1]
-    return found[0]
+def demo(cache, tmp_path_factory):
+    """A small checkpoint with random weights."""
+    path = tmp_path_factory.mktemp("checkpoints") / "demo"
+    write_random_checkpoint(path)
+    return path
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all commands share: help, errors, the demo checkpoint and the compilation cache."""
+"""What all commands share: help, errors and the compilation cache."""
 
 import pathlib
 import subprocess
@@ -9,7 +9,6 @@ import jax
 import pytest
 
 from k3jax.cli import generate
-from k3jax.cli.demo_checkpoint import demo_checkpoint
 from k3jax.cli.main import split_overrides
 from k3jax.compilation_cache import enable_compilation_cache
 
@@ -79,22 +78,6 @@ def test_overrides_are_split_off():
         ["a", "--config", "d", "--", "--config.f=3"],
         [("b.c", "1=2"), ("e", "-1")],
     )
-
-
-def test_the_demo_is_written_once_and_mended(demo):
-    (demo / "manifest.json").write_text("{")
-    before = (demo / "unet").stat().st_ino
-    assert demo_checkpoint() == demo
-    mended = (demo / "unet").stat().st_ino
-    assert demo_checkpoint() == demo
-    assert before != mended == (demo / "unet").stat().st_ino
-
-
-def test_a_cache_that_cannot_be_written(refuses, tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    message = refuses("generate", "a", "-o", tmp_path / "out")
-    assert "XDG_CACHE_HOME" in message and "--checkpoint DIR" in message
 
 
 def test_compilation_cache(tmp_path, monkeypatch):
