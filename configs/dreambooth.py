@@ -4,7 +4,7 @@
     k3jax generate "a photo of a dog" -n 200 --checkpoint weights/kandinsky3 -o pictures/dogs
     k3jax train --config dreambooth --checkpoint weights/kandinsky3 --data pictures/my-dog
 
-The captions beside the subject's pictures name it by a rare word ("a photo of a sks dog"). A part of
+The captions beside the pictures name the subject by a rare word ("a photo of a sks dog"). A part of
 each batch is images of the class that the model itself made before; their prompts are in the PNGs.
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kandinsky 3, text to image, in JAX on any mesh.
+"""Kandinsky 3 in JAX on any mesh.
 
 from k3jax import Kandinsky3Pipeline
 """
@@ -8,17 +8,44 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
+    from k3jax.compositing import extend_canvas
+    from k3jax.img2img import Kandinsky3Img2ImgPipeline
+    from k3jax.inpaint import Kandinsky3InpaintPipeline
+    from k3jax.original_api import (
+        get_inpainting_pipeline,
+        get_T2I_Flash_pipeline,
+        get_T2I_pipeline,
+    )
     from k3jax.pipeline import Kandinsky3Pipeline
+    from k3jax.prompts import mix_prompts
     from k3jax.sharding import make_mesh
     from k3jax.text_projection import PromptEmbeds
 
-__all__ = ["Kandinsky3Pipeline", "PromptEmbeds", "make_mesh"]
-
 _HOME = {
+    "Kandinsky3Img2ImgPipeline": "k3jax.img2img",
+    "Kandinsky3InpaintPipeline": "k3jax.inpaint",
     "Kandinsky3Pipeline": "k3jax.pipeline",
     "PromptEmbeds": "k3jax.text_projection",
+    "extend_canvas": "k3jax.compositing",
+    "get_T2I_Flash_pipeline": "k3jax.original_api",
+    "get_T2I_pipeline": "k3jax.original_api",
+    "get_inpainting_pipeline": "k3jax.original_api",
     "make_mesh": "k3jax.sharding",
+    "mix_prompts": "k3jax.prompts",
 }
+
+__all__ = [
+    "Kandinsky3Img2ImgPipeline",
+    "Kandinsky3InpaintPipeline",
+    "Kandinsky3Pipeline",
+    "PromptEmbeds",
+    "extend_canvas",
+    "get_T2I_Flash_pipeline",
+    "get_T2I_pipeline",
+    "get_inpainting_pipeline",
+    "make_mesh",
+    "mix_prompts",
+]
 
 
 def __getattr__(name: str):

@@ -19,6 +19,7 @@ MAX_TOKENS = 128
 
 Conditioning = Literal["original", "diffusers"]
 SamplerName = Literal["kandinsky", "kandinsky30", "ddpm", "ddim", "dpm++2m", "flash"]
+PredictionType = Literal["epsilon", "sample", "v_prediction"]
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class SamplerConfig:
     beta_end: float = 0.012
     timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading"
     steps_offset: int = 1
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    prediction_type: PredictionType = "epsilon"
     variance_type: str = "fixed_small"
     clip_sample: bool = True
     clip_sample_range: float = 1.0

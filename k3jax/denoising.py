@@ -7,13 +7,14 @@ depend on what else is in the batch. State is float32 throughout.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from k3jax.samplers import Sampler, Step
+from k3jax.config import PredictionType
+from k3jax.samplers import Sampler, Step, predicted_image
 from k3jax.text_projection import Context
 from k3jax.unet import UNet
 
@@ -21,6 +22,20 @@ from k3jax.unet import UNet
 Predict = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
 
 MAX_SEED = 2**64 - 1
+
+
+class Known(NamedTuple):
+    """Latents that are put back at every step, noised to its level, and the result there.
+
+    Attributes:
+        latents: (b, h, w, c).
+        mask: (b, h, w, 1), 1 where they are put back.
+        noise: (b, h, w, c), the same at every step.
+    """
+
+    latents: jax.Array
+    mask: jax.Array
+    noise: jax.Array
 
 
 def sample_keys(seeds: Sequence[int]) -> np.ndarray:
@@ -100,21 +115,26 @@ def denoise(
     predict: Predict,
     step: Step,
     rows: dict[str, jax.Array],
-    carry: tuple[jax.Array, Any],
+    carry: tuple[jax.Array, ...],
     *,
     key_data: jax.Array | None,
     step_noise: jax.Array | None = None,
     renoise: bool = False,
-) -> tuple[jax.Array, Any]:
+    known: Known | None = None,
+    preview: PredictionType | None = None,
+) -> tuple[jax.Array, ...]:
     """Scans a sampler's step over `rows` (all of its rows, or a run of them).
 
     Args:
         rows: columns of the sampler's table, plus `index` (int, the number of the step, which
             selects its noise) and, for a guidance interval, `guide` (bool).
-        carry: (latents float32 (b, h, w, c), the sampler's memory or None).
+        carry: (latents float32 (b, h, w, c), the sampler's memory or None); with `preview` also
+            the image latents that the last step predicted.
         key_data: keys to draw noise from, or None for a deterministic sampler.
         step_noise: (steps, b, h, w, c) used instead of drawn noise.
         renoise: see `Sampler`.
+        known: what is put back before each step.
+        preview: what the U-Net predicts, for a carry that holds the predicted image.
 
     Returns:
         The carry after the last row.
@@ -122,22 +142,32 @@ def denoise(
 
     def body(carry, inputs):
         row, given = inputs
-        x, memory = carry
+        x, memory = carry[:2]
         noise = given
         if given is None and key_data is not None:
             noise = draw_noise(key_data, row["index"] + 1, x.shape[1:])
+        if known is not None:
+            level = (1.0, 0.0) if renoise else (row["alpha"], row["sigma"])
+            there = level[0] * known.latents + level[1] * known.noise
+            x = known.mask * there + (1 - known.mask) * x
         if renoise:
             x = row["alpha"] * x + row["sigma"] * noise
         output = predict(x, row["timestep"], row.get("guide"))
-        return step(x, output, noise, row, memory), None
+        after = step(x, output, noise, row, memory)
+        if preview is not None:
+            after = (*after, predicted_image(preview, x, output, row))
+        return after, None
 
     carry, _ = jax.lax.scan(body, carry, (rows, step_noise))
     return carry
 
 
-def initial_carry(sampler: Sampler, latents: jax.Array) -> tuple[jax.Array, Any]:
+def initial_carry(
+    sampler: Sampler, latents: jax.Array, preview: bool = False
+) -> tuple[jax.Array, ...]:
     """What `denoise` starts from."""
-    return latents, (jnp.zeros_like(latents) if sampler.multistep else None)
+    carry = latents, (jnp.zeros_like(latents) if sampler.multistep else None)
+    return (*carry, jnp.zeros_like(latents)) if preview else carry
 
 
 def loop_rows(
@@ -161,22 +191,24 @@ def loop_rows(
     return rows
 
 
-@functools.partial(jax.jit, static_argnames=("step", "renoise", "stochastic"))
+@functools.partial(jax.jit, static_argnames=("step", "renoise", "stochastic", "preview"))
 def denoise_program(
     unet: UNet,
     context: Context,
     unconditional: Context | None,
     guidance_scale: jax.Array | None,
     extra_channels: jax.Array | None,
-    carry: tuple[jax.Array, Any],
+    carry: tuple[jax.Array, ...],
     rows: dict[str, jax.Array],
     key_data: jax.Array,
     step_noise: jax.Array | None,
+    known: Known | None = None,
     *,
     step: Step,
     stochastic: bool,
     renoise: bool,
-) -> tuple[jax.Array, Any]:
+    preview: PredictionType | None = None,
+) -> tuple[jax.Array, ...]:
     """`predictor` and `denoise` as one compiled program; the arguments are theirs."""
     predict = predictor(unet, context, unconditional, guidance_scale, extra_channels)
     return denoise(
@@ -187,6 +219,8 @@ def denoise_program(
         key_data=key_data if stochastic else None,
         step_noise=step_noise if stochastic else None,
         renoise=renoise,
+        known=known,
+        preview=preview,
     )
 
 

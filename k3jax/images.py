@@ -87,14 +87,15 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 class ContactSheet:
     """A grid of small images with captions, filled one by one; it keeps only the small ones."""
 
-    def __init__(self, count: int, width: int, height: int):
+    def __init__(self, count: int, width: int, height: int, multiple: int = 1):
         """
         Args:
             count: number of images to come; the sheet shows the first SHEET_IMAGES.
             width, height: pixels of the images.
+            multiple: the columns are one of so many, as of 2 for pairs of images.
         """
         shown = min(count, SHEET_IMAGES)
-        self._columns = math.ceil(math.sqrt(shown * height / width))
+        self._columns = math.ceil(math.sqrt(shown * height / width) / multiple) * multiple
         least, most = CELL_SIZES
         side = min(most, max(least, SHEET_SIZE // self._columns), width)
         self._cell = (side, max(1, round(side * height / width)))

@@ -16,6 +16,7 @@ from k3jax.sharding import axes
 SMALL_MAP = 16
 """Pixels of a map up to which a 3x3 convolution is a matmul."""
 
+
 def linear(
     features_in: int,
     features_out: int,

@@ -6,12 +6,14 @@ keep the batch split as it comes in.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from k3jax.config import Conditioning
 from k3jax.denoising import draw_noise
+from k3jax.inpainting_inputs import inpainting_inputs
 from k3jax.movq import MoVQ
 from k3jax.sharding import data_parallelism
 from k3jax.text_encoder import TextEncoder
@@ -69,13 +71,46 @@ def decode_latents(movq: MoVQ, latents: jax.Array, *, splits: int, as_uint8: boo
     Each of the `splits` devices that the batch is split over decodes its images one at a time: the
     decoder's activations are the largest of the model, and stay those of one image.
     """
-    b, *rest = latents.shape
-    per_device = b // splits
-    turns = latents.reshape(splits, per_device, *rest).swapaxes(0, 1)
-    images = jax.lax.map(movq.decode, turns).swapaxes(0, 1)
-    images = images.reshape(b, *images.shape[2:])
+    images = _one_by_one(movq.decode, latents, splits)
     images = jnp.clip(images * 0.5 + 0.5, 0.0, 1.0)
     return jnp.round(images * 255).astype(jnp.uint8) if as_uint8 else images
+
+
+@functools.partial(jax.jit, static_argnames="splits")
+def encode_images(movq: MoVQ, images: jax.Array, *, splits: int) -> jax.Array:
+    """Images uint8 (b, h, w, 3) -> latents, float32 (b, h/8, w/8, 4), one at a time."""
+
+    def encode(images):
+        return movq.encode(images.astype(jnp.float32) / 127.5 - 1)
+
+    return _one_by_one(encode, images, splits)
+
+
+@functools.partial(jax.jit, static_argnames="splits")
+def encode_masked(movq: MoVQ, images: jax.Array, masks: jax.Array, *, splits: int) -> jax.Array:
+    """The channels besides the latents that an inpainting U-Net sees, float32 (b, h/8, w/8, 5).
+
+    Args:
+        images: uint8 (b, h, w, 3).
+        masks: float32 (b, h, w), 1 known, 0 to be painted.
+    """
+
+    def encode(images):
+        return _one_by_one(movq.encode, images, splits)
+
+    return jnp.concatenate(inpainting_inputs(images, masks, encode), axis=-1)
+
+
+@jax.jit
+def add_noise(latents: jax.Array, noise: jax.Array, alpha, sigma) -> jax.Array:
+    """Latents at the noise level of a step."""
+    return alpha * latents + sigma * noise
+
+
+@jax.jit
+def put_back(latents: jax.Array, known: jax.Array, mask: jax.Array) -> jax.Array:
+    """`known` where the mask (b, h, w, 1) is 1."""
+    return mask * known + (1 - mask) * latents
 
 
 def image_splits(mesh: jax.sharding.Mesh, batch_size: int) -> int:
@@ -87,3 +122,11 @@ def image_splits(mesh: jax.sharding.Mesh, batch_size: int) -> int:
             f"(data x fsdp): choose a multiple of {splits}."
         )
     return splits
+
+
+def _one_by_one(function: Callable, x: jax.Array, splits: int) -> jax.Array:
+    """`function` of a batch, each of `splits` devices taking its part one by one."""
+    b, *rest = x.shape
+    turns = x.reshape(splits, b // splits, *rest).swapaxes(0, 1)
+    out = jax.lax.map(function, turns).swapaxes(0, 1)
+    return out.reshape(b, *out.shape[2:])

@@ -2,31 +2,43 @@
 """What a pipeline call asks for, checked and spread out to one row per image."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import numpy as np
 
 from k3jax.config import MAX_TOKENS, ModelConfig, SamplerConfig, SamplerName
+from k3jax.samplers import Sampler
 from k3jax.text_projection import PromptEmbeds
 
 
 OutputType = Literal["pil", "np", "latent"]
 
 
-def check_text_to_image(config: ModelConfig) -> None:
-    """Refuses a model that needs an image besides the prompt."""
+def check_text_to_image(config: ModelConfig, task: str = "text to image") -> None:
+    """Refuses a model that also needs a masked image."""
     if config.unet.in_channels != config.movq.latent_channels:
         raise ValueError(
             f"this is an inpainting checkpoint (its U-Net takes {config.unet.in_channels} "
-            f"channels, not {config.movq.latent_channels}): text to image needs a base or "
-            "Flash checkpoint."
+            f"channels, not {config.movq.latent_channels}): {task} needs a base or Flash "
+            "checkpoint; use this one with Kandinsky3InpaintPipeline or `k3jax inpaint`."
         )
 
 
+def size_multiple(config: ModelConfig) -> int:
+    """Pixels that sides are multiples of: the U-Net halves at every level but the last."""
+    return config.movq.scale_factor * 2 ** (len(config.unet.block_out_channels) - 1)
+
+
+def check_output_type(output_type: str) -> None:
+    if output_type not in get_args(OutputType):
+        known = ", ".join(get_args(OutputType))
+        raise ValueError(f"output_type {output_type!r} is not one of {known}.")
+
+
 def check_size(config: ModelConfig, height: int, width: int) -> None:
-    """Refuses sizes the U-Net cannot halve at every level but the last; 64 pixels as released."""
-    multiple = config.movq.scale_factor * 2 ** (len(config.unet.block_out_channels) - 1)
+    """Refuses sizes that are no multiples of `size_multiple`; 64 pixels as released."""
+    multiple = size_multiple(config)
     for name, size in (("height", height), ("width", width)):
         if not isinstance(size, int | np.integer) or size < multiple or size % multiple:
             near = max(multiple, round(size / multiple) * multiple)
@@ -137,10 +149,33 @@ def check_embeds(embeds: PromptEmbeds, config: ModelConfig, name: str) -> None:
         "attention_mask": rows,
         "lengths": rows[:1],
     }
+    if embeds.token_weights is not None:
+        expected["token_weights"] = rows
     for field, shape in expected.items():
         found = np.shape(getattr(embeds, field))
         if found != shape:
             raise ValueError(f"{name}.{field} has shape {found}; this model needs {shape}.")
+
+
+def paired(counts: Mapping[str, int]) -> int:
+    """How many there are of what comes in pairs: each kind once for all, or one for each.
+
+    Raises:
+        ValueError: two kinds come several times, but not equally often.
+    """
+    several = {name: count for name, count in counts.items() if count != 1}
+    if len(set(several.values())) > 1 or 0 in several.values():
+        found = " and ".join(f"{count} {name}" for name, count in several.items())
+        raise ValueError(f"there are {found}: give one for all, or one for each.")
+    return max(counts.values())
+
+
+def repeated(count: int, num_inputs: int, num_images_per_prompt: int) -> np.ndarray:
+    """Which of `count` (1 or `num_inputs`) each image is made from; images of one side by side."""
+    if num_images_per_prompt < 1:
+        raise ValueError(f"num_images_per_prompt is {num_images_per_prompt}; it must be 1 or more.")
+    rows = np.arange(num_inputs) if count == num_inputs else np.zeros(num_inputs, np.int64)
+    return np.repeat(rows, num_images_per_prompt)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +190,10 @@ class Images:
         key_data: random keys, uint32 (n, 2).
         latents: initial noise (n, h/8, w/8, 4), or None to draw it.
         step_noise: (steps, n, h/8, w/8, 4), or None.
+        start: latents (n, h/8, w/8, 4) of the images that sampling starts from, or None for noise.
+        extra_channels: what an inpainting U-Net sees besides (n, h/8, w/8, 5), or None.
+        known: latents (n, h/8, w/8, 4) of images that are put back at every step, or None.
+        known_mask: (n, h/8, w/8, 1), 1 where `known` is put back.
     """
 
     prompt: PromptEmbeds
@@ -162,30 +201,43 @@ class Images:
     has_negative: np.ndarray
     guidance_scale: np.ndarray
     key_data: np.ndarray
-    latents: np.ndarray | None
-    step_noise: np.ndarray | None
+    latents: np.ndarray | None = None
+    step_noise: np.ndarray | None = None
+    start: np.ndarray | None = None
+    extra_channels: np.ndarray | None = None
+    known: np.ndarray | None = None
+    known_mask: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.guidance_scale)
 
     def rows(self, index: np.ndarray) -> "Images":
         """The images at `index`, in that order."""
-        return Images(
-            self.prompt[index],
-            None if self.negative is None else self.negative[index],
-            self.has_negative[index],
-            self.guidance_scale[index],
-            self.key_data[index],
-            None if self.latents is None else self.latents[index],
-            None if self.step_noise is None else self.step_noise[:, index],
-        )
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        step_noise = fields.pop("step_noise")
+        taken = {name: None if x is None else x[index] for name, x in fields.items()}
+        return Images(**taken, step_noise=None if step_noise is None else step_noise[:, index])
+
+    def starting_from(self, latents: np.ndarray) -> "Images":
+        """The same with sampling from the latents of images."""
+        return dataclasses.replace(self, start=latents)
 
 
-def prompt_of_image(num_prompts: int, num_images_per_prompt: int) -> np.ndarray:
-    """Which prompt each image is of; images of a prompt side by side."""
-    if num_images_per_prompt < 1:
-        raise ValueError(f"num_images_per_prompt is {num_images_per_prompt}; it must be 1 or more.")
-    return np.repeat(np.arange(num_prompts), num_images_per_prompt)
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Images of a call that are of one size and take the same steps.
+
+    Attributes:
+        index: which images of the call.
+        images: one row for each of them.
+        sampler: the steps they take.
+        shape: (h/8, w/8, 4) of their latents.
+    """
+
+    index: np.ndarray
+    images: Images
+    sampler: Sampler
+    shape: tuple[int, int, int]
 
 
 def spread(
@@ -202,7 +254,7 @@ def spread(
     if negative is not None:
         # The references cut a negative to the prompt's window; here the wider window holds for it.
         lengths = np.maximum(negative.lengths, prompt.lengths)
-        negative = PromptEmbeds(negative.embeds, negative.attention_mask, lengths)[prompt_of]
+        negative = dataclasses.replace(negative, lengths=lengths)[prompt_of]
     return Images(
         prompt[prompt_of],
         negative,

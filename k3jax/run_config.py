@@ -58,6 +58,38 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
+class SynthesizeConfig:
+    """The form of a data set and how it is made; what its images are stands in `GenerateConfig`."""
+
+    format: Literal["webdataset", "parquet", "files"] = "webdataset"
+    image_format: Literal["jpeg", "png", "webp"] = "jpeg"
+    quality: int | None = None
+    lossless: bool = False
+    samples_per_shard: int = 1000
+    buckets: tuple[str, ...] = ()
+    max_sizes: int = 16
+    columns: tuple[str, ...] = ()
+    """NAME=THEIRS each."""
+    prompts_format: Literal["txt", "jsonl", "csv", "parquet"] | None = None
+    skip_bad: bool = False
+    strength: float | None = None
+    image_folder: str | None = None
+    check: Literal["sha256", "size", "none"] = "sha256"
+    phases: Literal["auto", "together", "alternate"] = "auto"
+    shards_per_phase: int = 4
+    grace_seconds: float = 30.0
+
+
+@dataclass(frozen=True)
+class EditConfig:
+    """How `img2img`, `inpaint` and `outpaint` change images; None leaves it to the pipeline."""
+
+    strength: float | None = None
+    max_area: int | None = None
+    feather: float | None = None
+
+
+@dataclass(frozen=True)
 class ConvertConfig:
     """Arguments of `k3jax.convert.from_torch.convert`."""
 
@@ -83,13 +115,15 @@ class RunConfig:
         model: the architecture, the sampler's defaults and the usual size. A checkpoint brings its
             own; where a config has this too, the architectures must be equal, and the sampler and
             size of the config count.
-        checkpoint: folder; None: the demo.
+        checkpoint: folder, or the name of one that comes with k3jax; None: "tiny".
     """
 
     model: ModelConfig | None = None
     checkpoint: str | None = None
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
+    edit: EditConfig = field(default_factory=EditConfig)
+    synthesize: SynthesizeConfig = field(default_factory=SynthesizeConfig)
     convert: ConvertConfig = field(default_factory=ConvertConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from k3jax import schedule
-from k3jax.config import SamplerConfig
+from k3jax.config import PredictionType, SamplerConfig
 
 
 Row = Mapping[str, jax.Array]
@@ -36,6 +36,7 @@ class Sampler:
         renoise: whether x is noised to the step's level before the U-Net sees it (Flash).
         guided: False where guidance has no meaning (Flash is distilled without it).
         multistep: whether the previous step's prediction is carried.
+        prediction_type: what the U-Net's output is.
     """
 
     rows: dict[str, np.ndarray]
@@ -44,6 +45,7 @@ class Sampler:
     renoise: bool = False
     guided: bool = True
     multistep: bool = False
+    prediction_type: PredictionType = "epsilon"
 
     @property
     def num_steps(self) -> int:
@@ -91,7 +93,7 @@ def _diffusers_limit(config: SamplerConfig, clip: bool) -> Callable[[jax.Array],
     return lambda x0: x0
 
 
-def _predicted_image(prediction_type: str, x, output, row):
+def predicted_image(prediction_type: PredictionType, x, output, row):
     """x0 from what the U-Net predicts, at signal level `alpha` and noise level `sigma`."""
     if prediction_type == "sample":
         return output
@@ -218,7 +220,7 @@ def _ddpm(config: SamplerConfig) -> Sampler:
         from_x=np.sqrt(alpha_step) * (1 - a_prev) / (1 - a),
         noise=np.where(timesteps > 0, std(), 0),
     )
-    return Sampler(rows, _ddpm_step(_shared(config)))
+    return Sampler(rows, _ddpm_step(_shared(config)), prediction_type=config.prediction_type)
 
 
 @functools.cache
@@ -226,7 +228,7 @@ def _ddpm_step(config):
     limit = _diffusers_limit(config, clip=True)
 
     def step(x, output, noise, row, memory):
-        x0 = limit(_predicted_image(config.prediction_type, x, output, row))
+        x0 = limit(predicted_image(config.prediction_type, x, output, row))
         return row["from_x0"] * x0 + row["from_x"] * x + row["noise"] * noise, memory
 
     return step
@@ -251,7 +253,12 @@ def _ddim(config: SamplerConfig) -> Sampler:
         direction=np.sqrt(np.maximum(1 - a_prev - std**2, 0)),
         noise=std,
     )
-    return Sampler(rows, _ddim_step(_shared(config)), stochastic=config.eta > 0)
+    return Sampler(
+        rows,
+        _ddim_step(_shared(config)),
+        stochastic=config.eta > 0,
+        prediction_type=config.prediction_type,
+    )
 
 
 @functools.cache
@@ -259,7 +266,7 @@ def _ddim_step(config):
     limit = _diffusers_limit(config, clip=True)
 
     def step(x, output, noise, row, memory):
-        x0 = _predicted_image(config.prediction_type, x, output, row)
+        x0 = predicted_image(config.prediction_type, x, output, row)
         epsilon = (x - row["alpha"] * x0) / row["sigma"]  # of the unlimited image
         x = row["alpha_prev"] * limit(x0) + row["direction"] * epsilon
         return (x if noise is None else x + row["noise"] * noise), memory
@@ -290,7 +297,13 @@ def _dpm_solver(config: SamplerConfig) -> Sampler:
         gain=gain,
         second=second,
     )
-    return Sampler(rows, _dpm_step(_shared(config)), stochastic=False, multistep=True)
+    return Sampler(
+        rows,
+        _dpm_step(_shared(config)),
+        stochastic=False,
+        multistep=True,
+        prediction_type=config.prediction_type,
+    )
 
 
 @functools.cache
@@ -298,7 +311,7 @@ def _dpm_step(config):
     limit = _diffusers_limit(config, clip=False)
 
     def step(x, output, noise, row, memory):
-        x0 = limit(_predicted_image(config.prediction_type, x, output, row))
+        x0 = limit(predicted_image(config.prediction_type, x, output, row))
         x = row["ratio"] * x + row["gain"] * x0 + row["second"] * (x0 - memory)
         return x, x0
 

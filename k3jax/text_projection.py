@@ -39,11 +39,15 @@ class PromptEmbeds:
         embeds: (b, n, d_model), the encoder's output before the projection, n at most 128.
         attention_mask: bool (b, n), true at tokens.
         lengths: int32 (b,), the window L of each prompt.
+        token_weights: float32 (b, n), factors of the attention that tokens get; None: 1 each. Below
+            1 they also fade into padding, which the pooled mean sees. The embeddings themselves
+            cannot carry them, because the LayerNorm takes their length away.
     """
 
     embeds: jax.Array
     attention_mask: jax.Array
     lengths: jax.Array
+    token_weights: jax.Array | None = None
 
     def __len__(self) -> int:
         return self.embeds.shape[0]
@@ -106,7 +110,13 @@ class TextProjection(nnx.Module):
             states = self._project(jnp.where(token[..., None], embeds, 0))
         else:
             states = jnp.where(token[..., None], self._project(embeds), 0)
-        return Context(states, _bias(token, prompt.lengths, conditioning), prompt.lengths)
+        bias = _bias(token, prompt.lengths, conditioning)
+        if prompt.token_weights is not None:
+            bias = jnp.where(token, bias + jnp.log(prompt.token_weights), bias)
+            share = jnp.clip(prompt.token_weights, 0, 1).astype(self.dtype)[..., None]
+            padding = self._padding(conditioning)
+            states = jnp.where(token[..., None], share * states + (1 - share) * padding, states)
+        return Context(states, bias, prompt.lengths)
 
     def unconditional(
         self, lengths: jax.Array, num_rows: int, conditioning: Conditioning
@@ -114,7 +124,7 @@ class TextProjection(nnx.Module):
         """The context of no prompt at all, through windows of `lengths` (b,) rows of `num_rows`."""
         shape = (lengths.shape[0], num_rows)
         if conditioning == "diffusers":
-            row = self._project(jnp.zeros((self.linear.in_features,), self.dtype))
+            row = self._padding(conditioning)
             states = jnp.broadcast_to(row, (*shape, row.shape[-1]))
             token = jnp.zeros(shape, bool)
         else:
@@ -127,6 +137,12 @@ class TextProjection(nnx.Module):
             states = jnp.zeros((*shape, null.shape[-1]), self.dtype).at[:, 0].set(null)
             token = jnp.zeros(shape, bool).at[:, 0].set(True)
         return Context(states, _bias(token, lengths, conditioning), lengths)
+
+    def _padding(self, conditioning: Conditioning) -> jax.Array:
+        """What a row without a token becomes."""
+        if conditioning == "original":
+            return jnp.zeros((), self.dtype)
+        return self._project(jnp.zeros((self.linear.in_features,), self.dtype))
 
     def _project(self, embeds):
         return self.norm(self.linear(embeds)).astype(self.dtype)

@@ -60,24 +60,43 @@ class Tokenizer:
         Returns:
             int32 (b, MAX_TOKENS) ids, padded with 0; bool (b, MAX_TOKENS), true at tokens.
         """
-        for number, prompt in enumerate(prompts):
-            check_prompt(prompt, number)
-        whole = self._tokenizer(list(prompts), truncation=False, verbose=False)["input_ids"]
+        whole = [tokens for tokens, _ in self.whole(prompts)]
         ids = np.zeros((len(prompts), MAX_TOKENS), np.int32)
         mask = np.zeros((len(prompts), MAX_TOKENS), bool)
         for number, tokens in enumerate(whole):
             if len(tokens) > MAX_TOKENS:
-                cut = self._tokenizer.decode(tokens[MAX_TOKENS - 1 : -1])
-                warnings.warn(
-                    f"prompt {number} has {len(tokens)} tokens and the model sees {MAX_TOKENS}; "
-                    f"cut off: {_shorten(cut)!r}",
-                    PromptTruncatedWarning,
-                    stacklevel=3,
-                )
+                warn_of_cut(number, len(tokens), self.decode(tokens[MAX_TOKENS - 1 : -1]))
                 tokens = [*tokens[: MAX_TOKENS - 1], tokens[-1]]
             ids[number, : len(tokens)] = tokens
             mask[number, : len(tokens)] = True
         return ids, mask
+
+    def whole(self, prompts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """All tokens of each prompt, the end-of-sequence last, and the characters they stand for.
+
+        Returns:
+            (ids, (first character, end) of each) of each prompt; an end-of-sequence has none.
+        """
+        for number, prompt in enumerate(prompts):
+            check_prompt(prompt, number)
+        found = self._tokenizer(
+            list(prompts), truncation=False, verbose=False, return_offsets_mapping=True
+        )
+        return list(zip(found["input_ids"], found["offset_mapping"], strict=True))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens."""
+        return self._tokenizer.decode(tokens)
+
+
+def warn_of_cut(number: int, count: int, text: str) -> None:
+    """Warns that `text`, the end of prompt `number` of `count` tokens, is cut off."""
+    warnings.warn(
+        f"prompt {number} has {count} tokens and the model sees {MAX_TOKENS}; "
+        f"cut off: {_shorten(text)!r}",
+        PromptTruncatedWarning,
+        stacklevel=4,
+    )
 
 
 def check_prompt(prompt: str, number: int) -> None:

@@ -1,45 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Against stored outputs of the original code, for what only it has (tests/reference)."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from k3jax.config import MAX_TOKENS, ModelConfig, SamplerConfig, from_dict
+from k3jax.config import MAX_TOKENS, SamplerConfig
 from k3jax.denoising import denoise, initial_carry, loop_rows, predictor
 from k3jax.pipeline import Kandinsky3Pipeline
 from k3jax.samplers import make_sampler
-from k3jax.sharding import make_mesh
 from k3jax.text_projection import Context, PromptEmbeds
-from k3jax.tokenizer import Tokenizer
 
 import tiny
 from reference import cases
+from reference.ours import component, config, last, pipeline
 
 
 TOLERANCE = 1e-5  # of the output's scale
-
-
-def last(x):
-    """b c h w (also with axes before) -> b h w c."""
-    return np.moveaxis(x, -3, -1)
-
-
-@functools.cache
-def config(unet: str = "unet4") -> ModelConfig:
-    return from_dict(ModelConfig, cases.model_config(unet))
-
-
-@functools.cache
-def component(name: str, unet: str = "unet4"):
-    if name == "text_projection":
-        state = {**cases.weights("projection"), **cases.weights("null_embedding")}
-    else:
-        state = cases.weights(unet if name == "unet" else name)
-    return tiny.ours(name, config(unet), state, "original")
 
 
 def windowed(states, mask) -> Context:
@@ -208,32 +186,11 @@ def test_tables():
         assert np.array_equal(ours, SAMPLERS[f"alphas_cumprod_{steps}"])
 
 
-class Ids(Tokenizer):
-    """The stub tokenizer of the stored pipelines: a prompt is a line of token ids."""
-
-    def __init__(self):
-        pass
-
-    def __call__(self, prompts):
-        ids = np.zeros((len(prompts), MAX_TOKENS), np.int32)
-        for row, prompt in zip(ids, prompts, strict=True):
-            tokens = cases.IdTokenizer()(prompt)["input_ids"]
-            row[: len(tokens)] = tokens
-        return ids, ids != 0
-
-
 def run_pipeline(case: str, batch_size: int = 1, **kwargs):
     """Our pipeline on the prompts and the noise of a stored run; images float32, and theirs."""
     golden = cases.load(f"original_pipeline_{case}")
     meta = golden["meta"]
-    names = ("text_encoder", "text_projection", "unet", "movq")
-    pipe = Kandinsky3Pipeline(
-        config(meta["unet"]),
-        Ids(),
-        {name: component(name, meta["unet"]) for name in names},
-        make_mesh(devices=jax.devices()[:1]),
-        batch_size=batch_size,
-    )
+    pipe = pipeline(Kandinsky3Pipeline, meta["unet"], batch_size)
     images = pipe(
         meta["prompts"],
         meta["negatives"],

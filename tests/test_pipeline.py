@@ -17,13 +17,13 @@ from diffusers import Kandinsky3Pipeline as TorchPipeline
 from transformers import AutoTokenizer
 
 from k3jax.config import MAX_TOKENS
-from k3jax.demo import write_byte_tokenizer
 from k3jax.denoising import denoise_program
 from k3jax.pipeline import Kandinsky3Pipeline
 from k3jax.sharding import make_mesh
 from k3jax.tokenizer import PromptTruncatedWarning, Tokenizer
 
 import tiny
+from random_checkpoint import write_byte_tokenizer
 
 
 PROMPTS = ["a cat", "a much longer prompt about two dogs on a hill", ""]
@@ -361,21 +361,23 @@ def test_guidance_interval(ours):
 
 def test_float32_means_float32(ours, monkeypatch):
     """On TPUs and GPUs the default multiplies float32 in fewer bits."""
-    from k3jax import pipeline
+    from k3jax import base_pipeline, generation
 
     seen = []
 
-    def spy(name):
-        program = getattr(pipeline, name)
+    def spy(module, name):
+        program = getattr(module, name)
 
         def call(*args, **kwargs):
             seen.append((name, jax.config.jax_default_matmul_precision))
             return program(*args, **kwargs)
 
-        monkeypatch.setattr(pipeline, name, call)
+        monkeypatch.setattr(module, name, call)
 
-    for name in ("encode_text", "make_contexts", "denoise_program", "decode_latents"):
-        spy(name)
+    for name in ("encode_text", "decode_latents"):
+        spy(base_pipeline, name)
+    for name in ("make_contexts", "denoise_program"):
+        spy(generation, name)
     with jax.default_matmul_precision("default"):
         run_ours(ours, "a cat")
     assert len({name for name, _ in seen}) == 4

@@ -7,10 +7,10 @@ from transformers import T5Tokenizer
 
 from k3jax import tokenizer
 from k3jax.config import MAX_TOKENS
-from k3jax.demo import write_byte_tokenizer
 from k3jax.tokenizer import PromptTruncatedWarning, Tokenizer
 
 import torch_checkpoints
+from random_checkpoint import write_byte_tokenizer
 
 
 PROMPTS = ["A red cat", "", "  two  spaces\tand a tab ", "Ünïcödé — кот 猫", "storm " * 200]

@@ -43,8 +43,14 @@ def make_images(
         batch_size=config.pipeline.batch_size,
     )
     pipe.config = config.model
-    embeds = _Embeds(pipe, images, call["negative_prompt"])
-    settings = _settings(checkpoint, config, pipe, call)
+    lora = None
+    if config.pipeline.lora is not None:
+        loaded = pipe.load_lora(config.pipeline.lora, config.pipeline.lora_scale)
+        lora = {"fingerprint": loaded.fingerprint, "scale": config.pipeline.lora_scale}
+    embeds = Embeds(pipe, images, call["negative_prompt"])
+    settings = run_settings(checkpoint, config, pipe, call) | (
+        {} if lora is None else {"lora": lora}
+    )
     sheet = ContactSheet(len(images), call["width"], call["height"]) if len(images) > 1 else None
     several = progress and len(images) > pipe.batch_size
     with tqdm(total=len(images), unit="image", disable=not several) as bar:
@@ -70,7 +76,7 @@ def make_images(
         print(path)
 
 
-class _Embeds:
+class Embeds:
     """The prompts of a run, each encoded once however many images it has."""
 
     def __init__(
@@ -97,7 +103,7 @@ class _Embeds:
         return embeds
 
 
-def _settings(
+def run_settings(
     checkpoint: Checkpoint, config: RunConfig, pipe: Kandinsky3Pipeline, call: dict[str, Any]
 ) -> dict[str, Any]:
     """What an image depends on besides its call, and what decides on its last bits."""

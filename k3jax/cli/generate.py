@@ -8,8 +8,8 @@ seed SEED + k, and is the same whatever it is made together with.
   k3jax generate "a red circle" "a blue square" --checkpoint weights/kandinsky3 --num-images 4
   k3jax generate --prompts-file prompts.txt --config flash --output pictures
 
-Without --checkpoint (and without a config that names one) a small model with random weights shows
-that everything works; its pictures mean nothing.
+Without --checkpoint (and without a config that names one) the small model that comes with k3jax is
+used. It draws scenes of coloured shapes and knows nothing else.
 """
 
 import argparse
@@ -40,8 +40,16 @@ SETTINGS = {
     "dtype": "pipeline.dtype",
     "param_dtype": "pipeline.param_dtype",
     "batch_size": "pipeline.batch_size",
+    "lora": "pipeline.lora",
+    "lora_scale": "pipeline.lora_scale",
 }
 """Flag -> key of RunConfig."""
+
+NOTE = (
+    "k3jax: note: no --checkpoint was given, so this is the small model of coloured shapes that "
+    "comes with k3jax. For Kandinsky 3 itself: `k3jax convert kandinsky-community/kandinsky-3 DIR` "
+    "(28 GB), then --checkpoint DIR."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("prompts", metavar="PROMPT", nargs="*", help="what to see")
     add("--prompts-file", metavar="FILE", help="one prompt per line; - reads standard input")
     add("--checkpoint", metavar="DIR", help="a checkpoint made by `k3jax convert`")
+    add("--lora", metavar="DIR", help="a LoRA trained on that checkpoint")
+    add("--lora-scale", type=float, metavar="X", help="its strength (1)")
     add("-o", "--output", metavar="DIR", help="folder of the images (out); or, of one, a .png file")
     add("--overwrite", action="store_true", help="replace images that exist")
 
@@ -81,11 +91,10 @@ def run(args: argparse.Namespace) -> None:
     settings = {key: getattr(args, flag) for flag, key in SETTINGS.items()}
     values = collect(args.config, args.overrides, settings)
     prompts = read_prompts(args.prompts, args.prompts_file)
-    checkpoint = _read_checkpoint(values, named_by_config=args.checkpoint is None)
-    model = _demo_model() if checkpoint is None else checkpoint.config
-    config = build(values, model)
+    checkpoint = asked_checkpoint(values, named_by_config=args.checkpoint is None)
+    config = build(values, checkpoint.config)
     if values.get("model"):
-        _check_architecture(checkpoint, model, config)
+        check_architecture(checkpoint, config)
     mesh, call = _check(config, prompts)
     images = plan(
         prompts,
@@ -100,18 +109,18 @@ def run(args: argparse.Namespace) -> None:
     from k3jax.compilation_cache import enable_compilation_cache
 
     enable_compilation_cache()
-    if checkpoint is None:
-        checkpoint = _demo()
+    if values.get("checkpoint") is None:
+        print(NOTE, file=sys.stderr)
     make_images(checkpoint, config, mesh, call, images, args.progress)
 
 
-def _read_checkpoint(values, named_by_config: bool):
-    """The checkpoint that is asked for, its weights not read; None for the demo."""
-    path = values.get("checkpoint")
-    if path is None:
-        return None
+def asked_checkpoint(values, named_by_config: bool):
+    """The checkpoint that is asked for, its weights not read."""
     from k3jax.checkpoint_format import as_path, read_checkpoint
 
+    path = values.get("checkpoint")
+    if path is None:
+        return read_checkpoint("tiny")
     if named_by_config and not as_path(path).exists():
         raise ValueError(
             f"the config's checkpoint {path} does not exist: make it with `k3jax convert`, or give "
@@ -120,33 +129,12 @@ def _read_checkpoint(values, named_by_config: bool):
     return read_checkpoint(path)
 
 
-def _demo_model():
-    from k3jax.cli.demo_checkpoint import demo_model
-
-    return demo_model()
-
-
-def _demo():
-    from k3jax.checkpoint_format import read_checkpoint
-    from k3jax.cli.demo_checkpoint import demo_checkpoint
-
-    path = demo_checkpoint()
-    print(
-        "k3jax: note: no --checkpoint was given, so this is the demo, a small model with random "
-        "weights: its pictures mean nothing. For real ones: `k3jax convert "
-        "kandinsky-community/kandinsky-3 DIR` (28 GB), then --checkpoint DIR.",
-        file=sys.stderr,
-    )
-    return read_checkpoint(path)
-
-
-def _check_architecture(checkpoint, model, config: RunConfig) -> None:
-    differences = architecture_differences(model, config.model)
+def check_architecture(checkpoint, config: RunConfig) -> None:
+    differences = architecture_differences(checkpoint.config, config.model)
     if differences:
-        name = "the demo checkpoint" if checkpoint is None else checkpoint.path
         raise ValueError(
-            f"{name} is of another architecture than the config: {differences}; give the config "
-            "of this checkpoint, or none."
+            f"{checkpoint.path} is of another architecture than the config: {differences}; give "
+            "the config of this checkpoint, or none."
         )
 
 
@@ -191,6 +179,7 @@ def _check(config: RunConfig, prompts: list[str]):
     sample_keys([wanted.seed, wanted.seed + count - 1])
     mesh = make_mesh(config.pipeline.mesh)
     image_splits(mesh, config.pipeline.batch_size or data_parallelism(mesh))
+    check_lora(config)
     call = {
         "negative_prompt": wanted.negative_prompt,
         "height": height,
@@ -202,3 +191,19 @@ def _check(config: RunConfig, prompts: list[str]):
         "eta": sampler.eta,
     }
     return mesh, call
+
+
+def check_lora(config: RunConfig) -> None:
+    if config.pipeline.lora is None:
+        if config.pipeline.lora_scale != 1:
+            raise ValueError("--lora-scale is the strength of a LoRA: give its folder with --lora.")
+        return
+
+    from k3jax import lora
+    from k3jax.abstract import abstract_module
+    from k3jax.lora_format import load_lora
+
+    loaded = load_lora(config.pipeline.lora)
+    lora.update_factor(loaded.config, config.pipeline.lora_scale)
+    unet = abstract_module("unet", config.model)
+    lora.check_fits(loaded.weights, unet, loaded.config, where=f"The LoRA {loaded.path}")

@@ -14,18 +14,50 @@ import warnings
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 
-from k3jax.cli import convert, export, generate, info, train
+from k3jax.cli import (
+    convert,
+    evaluate,
+    export,
+    gallery,
+    generate,
+    img2img,
+    info,
+    inpaint,
+    outpaint,
+    regenerate,
+    synthesize,
+    train,
+    verify,
+)
 from k3jax.run_config import config_names
 
 
 COMMANDS = {
     "generate": generate,
+    "img2img": img2img,
+    "inpaint": inpaint,
+    "outpaint": outpaint,
+    "synthesize": synthesize,
+    "regenerate": regenerate,
+    "verify": verify,
+    "gallery": gallery,
     "info": info,
     "convert": convert,
     "export": export,
     "train": train,
+    "evaluate": evaluate,
 }
 USAGE_ERROR, INTERRUPTED = 2, 130
+INSTALL = {
+    "torch": "pip install 'k3jax[convert]'",
+    "safetensors": "pip install 'k3jax[convert]'",
+    "huggingface_hub": "pip install 'k3jax[convert]'",
+    "pyarrow": "pip install 'k3jax[synth]'",
+    "fsspec": "pip install 'k3jax[synth]'",
+    "gcsfs": "pip install 'k3jax[gcs]'",
+    "datasets": "pip install datasets",
+}
+"""Optional package -> how to get it."""
 
 EPILOG = """settings:
   --config NAME|FILE       a config of k3jax (%s) or a .py file with a get_config()
@@ -153,12 +185,8 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
 def _sentence(error: Exception) -> str | None:
     """What to tell a person about an error that is theirs to mend; None for a defect of ours."""
     text = " ".join(str(error).split())
-    if isinstance(error, ModuleNotFoundError) and error.name in (
-        "torch",
-        "safetensors",
-        "huggingface_hub",
-    ):
-        return f"this needs {error.name}, which is not installed: pip install 'k3jax[convert]'."
+    if isinstance(error, ModuleNotFoundError) and error.name in INSTALL:
+        return f"this needs {error.name}, which is not installed: {INSTALL[error.name]}."
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
     if isinstance(error, ValueError | OSError):

@@ -2,9 +2,10 @@
 """The command line in this process, with a cache folder of its own."""
 
 import pytest
-from random_checkpoint import write_random_checkpoint
 
 from k3jax.cli.main import main
+
+from random_checkpoint import write_random_checkpoint
 
 
 @pytest.fixture(scope="session")

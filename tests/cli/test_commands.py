@@ -87,7 +87,7 @@ def test_convert_info_export(run, refuses, tmp_path):
         (["export", "{tmp}", "{tmp}/new", "--layout", "flax"], "--layout: invalid choice"),
         (["info", "{tmp}"], "{tmp} is not a k3jax checkpoint"),
         (["info", "{tmp}", "--verify"], "manifest.json is missing"),
-        ([], "give a command: generate, info, convert, export"),
+        ([], "give a command: generate, img2img, inpaint, outpaint"),
         (["generat", "a"], "invalid choice: 'generat'"),
     ],
 )

@@ -10,9 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from k3jax.abstract import abstract_module
+from k3jax.checkpoint import read_checkpoint
 from k3jax.cli import generate
+from k3jax.config import LoraConfig, to_dict
 from k3jax.images import read_settings
+from k3jax.lora_format import load_lora, save_lora
 from k3jax.pipeline import Kandinsky3Pipeline
+from k3jax.training.lora import init_lora
+
+from random_checkpoint import MODEL
 
 
 SMALL = ["--steps", "2", "--height", "64", "--width", "64", "--dtype", "float32"]
@@ -68,7 +75,7 @@ def test_generate(run, refuses, demo, tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(paths[0])), pixels[0])
 
 
-def test_generate_end_to_end_without_a_checkpoint(demo, tmp_path):
+def test_generate_end_to_end_without_a_checkpoint(tmp_path):
     """As a person would, in a process of its own: one image, a long prompt, a file as output."""
     environment = {
         **os.environ,
@@ -86,18 +93,20 @@ def test_generate_end_to_end_without_a_checkpoint(demo, tmp_path):
     assert read_settings(tmp_path / "circle.png")["call"]["prompt"] == prompt
     notes = [line for line in done.stderr.splitlines() if line.startswith("k3jax:")]
     assert len(notes) == 2, done.stderr
-    assert "its pictures mean nothing" in notes[0] and "k3jax convert" in notes[0]
+    assert "small model of coloured shapes" in notes[0] and "k3jax convert" in notes[0]
     assert notes[1].startswith("k3jax: warning: prompt 0 has 10401 tokens and the model sees 128")
 
 
 def test_flags_win_over_overrides_and_these_over_the_config(run, demo, asked, tmp_path):
     file = tmp_path / "own.py"
+    model = to_dict(MODEL)
+    model["sampler"]["eta"] = 0.25
     file.write_text(
-        "from k3jax.configs.tiny import get_config as tiny\n"
+        "from ml_collections import ConfigDict\n"
         "def get_config():\n"
-        "    config = tiny()\n"
+        "    config = ConfigDict()\n"
         f"    config.checkpoint = {str(demo)!r}\n"
-        "    config.model.sampler.eta = 0.25\n"
+        f"    config.model = {model!r}\n"
         "    config.generate = dict(seed=1, height=128, width=128, negative_prompt='dull')\n"
         "    return config\n"
     )
@@ -171,9 +180,14 @@ def test_what_is_cut_off_long_prompts_is_said_once(run, demo, tmp_path):
         (["a", "--config.generate.height"], "--config.generate.height needs a value"),
         (["a", "--config", "flash"], "the config's checkpoint weights/flash does not exist"),
         (
-            ["a", "--config", "tiny", "--config.model.unet.groups=8"],
-            "is of another architecture than the config: unet.groups is 16 (config: 8)",
+            ["a", "--config", "tiny", "--config.model.unet.groups=16"],
+            "is of another architecture than the config: unet.groups is 8 (config: 16)",
         ),
+        (
+            ["a", "--lora", "{tmp}/none"],
+            "There is no LoRA at {tmp}/none: the folder does not exist",
+        ),
+        (["a", "--lora-scale", "0.5"], "--lora-scale is the strength of a LoRA"),
         (["a", "--stesp", "4"], "generate has no argument '--stesp' (did you mean --steps?)"),
         (["a", "--steps", "four"], "invalid int value: 'four' (see `k3jax generate --help`)"),
         (["a", "--sampler", "euler"], "argument --sampler: invalid choice: 'euler'"),
@@ -199,3 +213,30 @@ def test_inpainting_checkpoints_cannot_make_images_of_prompts(refuses, demo, mon
     monkeypatch.setattr(generate, "architecture_differences", lambda *args: None)
     message = refuses("generate", "a", "--checkpoint", demo, override, "-o", tmp_path / "out")
     assert "this is an inpainting checkpoint (its U-Net takes 9 channels" in message
+
+
+def test_with_a_lora(run, refuses, demo, tmp_path):
+    checkpoint = read_checkpoint(demo)
+    config = LoraConfig(rank=2)
+    weights = init_lora(abstract_module("unet", checkpoint.config), config)
+    for pair in weights.values():
+        pair["b"] += 0.1
+    save_lora(tmp_path / "lora", weights, config, checkpoint.fingerprint)
+    args = ["generate", "a", "--checkpoint", demo, "--lora", tmp_path / "lora", *SMALL]
+    code, (path,), err = run(*args, "--lora-scale", "0.5", "-o", tmp_path / "a.png")
+    assert code == 0 and err == []
+    settings = read_settings(path)
+    fingerprint = load_lora(tmp_path / "lora").fingerprint
+    assert settings["lora"] == {"fingerprint": fingerprint, "scale": 0.5}
+    pipe = Kandinsky3Pipeline.from_pretrained(demo, dtype="float32")
+    pipe.load_lora(tmp_path / "lora", 0.5)
+    (again,) = pipe(**settings["call"], progress_bar=False).images
+    np.testing.assert_array_equal(np.asarray(again), np.asarray(Image.open(path)))
+    pipe.unload_lora()
+    (plain,) = pipe(**settings["call"], progress_bar=False).images
+    assert (np.asarray(plain) != np.asarray(again)).any()
+
+    del weights["context_pooling.attention.to_q"]
+    save_lora(tmp_path / "lora", weights, config, checkpoint.fingerprint, overwrite=True)
+    message = refuses(*args, "-o", tmp_path / "b.png")
+    assert "for another architecture than this U-Net's; 1 missing: context_pooling" in message

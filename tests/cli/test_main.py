@@ -22,7 +22,7 @@ import contextlib, io, sys, time
 start = time.perf_counter()
 from k3jax.cli.output import PlannedImage
 from k3jax.cli.main import main
-for args in ([], ["generate"], ["info"], ["convert"], ["export"]):
+for args in ([], ["generate"], ["img2img"], ["info"], ["convert"], ["export"]):
     with contextlib.redirect_stdout(io.StringIO()) as out:
         try:
             main([*args, "--help"])

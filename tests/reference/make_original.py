@@ -5,7 +5,7 @@
 
 Each DIR holds the folder `kandinsky3` of a checkout of ai-forever/Kandinsky-3: at commit a4c9e92
 (3.1) and at 1150779 (as shipped with 3.0). The stored files were made with torch 2.13.0 (CPU
-build), transformers 5.23.0 and numpy 2.4.6; scipy is needed for the imports of the original.
+build), transformers 5.23.0 and numpy 2.4.6; scipy and scikit-image (0.26.0) are needed besides.
 """
 
 import argparse

@@ -23,11 +23,17 @@ CASES_31 = {
     "kandinsky_negative_10": ("unet4", 10, 3.0, True),
     "flash": ("unet4", 4, 3.0, False),
     "inpainting_10": ("unet9", 10, 4.0, False),
+    "inpainting_odd": ("unet9", 6, 4.0, False),
+    "flash_refine": ("unet4", 2, 3.0, False),
 }
 CASES_30 = {
     "kandinsky30_10": ("unet4", 10, 3.0, False),
     "kandinsky30_negative_10": ("unet4", 10, 3.0, True),
 }
+
+
+ODD = (150, 100)
+"""Width and height of the picture of inpainting_odd; worked on at 128 x 64."""
 
 
 def prompt(name: str, count: int) -> str:
@@ -38,13 +44,16 @@ def prompt(name: str, count: int) -> str:
     )
 
 
-def picture() -> tuple[np.ndarray, np.ndarray]:
-    """An image (64, 64, 3) in uint8, and the mask (64, 64) of what to repaint (1) in it."""
-    y, x = np.mgrid[:SIZE, :SIZE] / SIZE
+def picture(odd: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """An image in uint8, and the mask of what to repaint (1) in it; of ODD size with a soft one."""
+    width, height = ODD if odd else (SIZE, SIZE)
+    y, x = np.mgrid[:height, :width] / SIZE
     waves = np.stack([np.sin(9 * x + 2), np.sin(7 * y), np.sin(12 * (x - y) + 1)], axis=-1)
     image = np.round(127.5 + 110 * waves).astype(np.uint8)
-    mask = np.zeros((SIZE, SIZE))
+    mask = np.zeros((height, width))
     mask[16:48, 24:60] = 1  # the right edge lies inside a latent pixel
+    if odd:
+        mask[30:90, 60:120] = np.linspace(0, 1, 60)
     return image, mask
 
 
@@ -81,20 +90,45 @@ def build(code, case: str, parts):
         pipe = code.inpainting_pipeline.Kandinsky3InpaintingPipeline(*shared)
         encode = movq.encode  # a picture arrives in float32 whatever the dtype of the weights
         movq.encode = lambda x: encode(x.to(dtype))
-        image, mask = picture()
+        image, mask = picture(case == "inpainting_odd")
         image = Image.fromarray(image)
         return lambda text, _: pipe(text, image, mask, guidance_weight_text=guidance, **count)
+    if case == "flash_refine":
+        return lambda text, _: refine(code, shared, text, steps)
     pipe = code.t2i_pipeline.Kandinsky3T2IPipeline(*shared, gan=case == "flash")
     return lambda text, negative: pipe(text, negative, guidance_scale=guidance, **count, **size)
+
+
+def refine(code, shared, text: str, steps: int):
+    """The last steps of Flash over the picture, as KandiSuperRes runs its Flash U-Net."""
+    _, _, unet, null, tokens, encoder, movq = shared
+    found, _ = tokens.encode(text)
+    context, mask = encoder({key: value[None] for key, value in found.items()})
+    times = list(range(979, 0, -250))[-steps:]
+    image = torch.from_numpy(picture()[0]).permute(2, 0, 1)[None].to(null.dtype) / 127.5 - 1
+    start = movq.encode(image).repeat(IMAGES, 1, 1, 1)
+    diffusion = code.diffusion.BaseDiffusion(
+        code.diffusion.get_named_beta_schedule("cosine", 1000), 0.99
+    )
+    context, mask = (x.repeat(IMAGES, *(1,) * (x.ndim - 1)) for x in (context, mask))
+    torch.randn()  # the queue's starting noise, which an image takes the place of
+    with mock.patch.object(torch, "randn", lambda *shape, device=None: start):
+        latents = diffusion.p_sample_loop(
+            unet, start.shape, times, "cpu", context, mask, null, 0.0, gan=True
+        )
+    return list((movq.decode(latents) / 2 + 0.5).clip(0, 1))
 
 
 def run_once(code, queue, case: str, dtype=torch.float32, change: float = 0.0):
     """Arrays and meta of one case: each prompt by itself, as the original demands."""
     component, steps, guidance, with_negative = (CASES_31 | CASES_30)[case]
-    prompts = [prompt(f"pipeline.{count}", count) for count in COUNTS]
-    negatives = [prompt(f"pipeline.negative.{count}", count) for count in COUNTS]
+    odd = case == "inpainting_odd"
+    counts = COUNTS[1:2] if odd or case == "flash_refine" else COUNTS
+    prompts = [prompt(f"pipeline.{count}", count) for count in counts]
+    negatives = [prompt(f"pipeline.negative.{count}", count) for count in counts]
     pipe = build(code, case, modules(code, case in CASES_30, component, dtype, change))
-    shape = (IMAGES * len(prompts), 4, SIZE // 8, SIZE // 8)
+    width, height = (side // 64 * 64 for side in (ODD if odd else (SIZE, SIZE)))
+    shape = (IMAGES * len(prompts), 4, height // 8, width // 8)
     start, each = cases.noise(case, steps, shape)
     queue.dtype, latents, images, extra = dtype, [], [], {}
     loop = code.diffusion.BaseDiffusion.p_sample_loop
@@ -117,9 +151,11 @@ def run_once(code, queue, case: str, dtype=torch.float32, change: float = 0.0):
     if with_negative:
         arrays |= token_arrays("negative_", negatives, tokenizer)
     if extra:
-        image, mask = picture()
-        arrays |= {"image": image, "repaint": mask.astype(np.uint8)}
+        image, mask = picture(odd)
+        arrays |= {"image": image, "repaint": mask if odd else mask.astype(np.uint8)}
         arrays |= {"mask": extra["mask"][:1], "masked_latent": extra["masked_latent"][:1]}
+    if case == "flash_refine":
+        arrays["image"] = picture()[0]
     meta = {
         "case": case,
         "unet": component,

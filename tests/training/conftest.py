@@ -8,7 +8,6 @@ import pytest
 
 from k3jax.abstract import COMPONENTS
 from k3jax.checkpoint import CheckpointWriter, save_module
-from k3jax.demo import random_module, write_byte_tokenizer
 from k3jax.run_config import PipelineConfig, RunConfig
 from k3jax.training.config import (
     CheckpointConfig,
@@ -19,6 +18,7 @@ from k3jax.training.config import (
 )
 
 import tiny
+from random_checkpoint import random_module, write_byte_tokenizer
 
 
 # One level: attention to itself and to the text, down and up, in a fraction of the compile time.

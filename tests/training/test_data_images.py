@@ -6,11 +6,12 @@ import itertools
 
 import numpy as np
 import pytest
-from data_sources import encoded, picture
 from PIL import Image
 
 from k3jax.training.data.buckets import assign, make_buckets, scale
 from k3jax.training.data.decode import decode, fit, read_size
+
+from data_sources import encoded, picture
 
 
 def saved(image: Image.Image, kind: str = "PNG", **options) -> bytes:

@@ -8,6 +8,10 @@ import threading
 
 import numpy as np
 import pytest
+
+from k3jax.training.data.loader import Loader
+from k3jax.training.data.sources import open_source
+
 from data_sources import (
     KINDS,
     SHAPES,
@@ -19,9 +23,6 @@ from data_sources import (
     write_data,
     write_folder,
 )
-
-from k3jax.training.data.loader import Loader
-from k3jax.training.data.sources import open_source
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::k3jax.training.data.index.EnlargedWarning")

@@ -7,13 +7,14 @@ import pickle
 
 import numpy as np
 import pytest
-from data_sources import KINDS, SHAPES, encoded, picture, small, write_data
 from PIL import Image
 
 from k3jax.images import write_png
 from k3jax.training.data.index import EnlargedWarning, bucket_index
 from k3jax.training.data.parquet import ParquetSource
 from k3jax.training.data.sources import files, open_source
+
+from data_sources import KINDS, SHAPES, encoded, picture, small, write_data
 
 
 PNG = encoded(picture(0, 64, 64))

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from k3jax.demo import random_module
 from k3jax.training.config import MaskConfig
 from k3jax.training.inpainting import (
     inpainting_config,
@@ -21,6 +20,7 @@ from k3jax.training.inpainting import (
 )
 
 import tiny
+from random_checkpoint import random_module
 
 
 # What is tested is the first convolution: no attention, and so no context.

@@ -16,7 +16,6 @@ from k3jax import lora
 from k3jax.abstract import COMPONENTS, abstract_module
 from k3jax.checkpoint import CheckpointError, CheckpointWriter, read_checkpoint, save_module
 from k3jax.config import LoraConfig, UNetConfig
-from k3jax.demo import random_module, write_byte_tokenizer
 from k3jax.denoising import denoise_program
 from k3jax.lora_format import load_lora, save_lora
 from k3jax.pipeline import Kandinsky3Pipeline
@@ -25,6 +24,7 @@ from k3jax.text_projection import Context
 from k3jax.training.lora import init_lora, merged_checkpoint
 
 import tiny
+from random_checkpoint import random_module, write_byte_tokenizer
 
 
 # One level of the U-Net is enough: it has self-attention and cross-attention, down and up.

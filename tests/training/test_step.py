@@ -189,9 +189,7 @@ def alone(base):
     return two_steps(base, "data=1", 1)
 
 
-@pytest.mark.parametrize(
-    "spec", ["data=8", "data=2,fsdp=4", "fsdp=8", "data=2,fsdp=2,tensor=2"]
-)
+@pytest.mark.parametrize("spec", ["data=8", "data=2,fsdp=4", "fsdp=8", "data=2,fsdp=2,tensor=2"])
 def test_sharded_is_unsharded(base, alone, spec):
     first, reference, loss = alone
     _, state, sharded_loss = two_steps(base, spec, 8)

@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all pipelines share: their components, loading them, and what turns texts and images into
+embeddings and latents, and latents into images.
+
+The tasks are in pipeline.py, img2img.py and inpaint.py, the loop that they run in generation.py.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from PIL import Image
+
+from k3jax import lora, request
+from k3jax.abstract import COMPONENTS
+from k3jax.checkpoint_format import read_checkpoint
+from k3jax.compilation_cache import enable_compilation_cache
+from k3jax.components import component_digests, load_components, share_components
+from k3jax.config import ModelConfig
+from k3jax.image_input import read_images
+from k3jax.lora_format import Lora, load_lora, warn_of_another_base
+from k3jax.programs import decode_latents, encode_images, encode_text, image_splits
+from k3jax.prompts import LongPrompts, join_windows, plain_prompts
+from k3jax.request import OutputType
+from k3jax.sharding import batch_sharding, data_parallelism, make_mesh
+from k3jax.text_projection import PromptEmbeds, window_length
+from k3jax.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Output:
+    """`images`: a list of PIL images; for "np" float32 (b, h, w, 3) in [0, 1]; for "latent" float32
+    (b, h/8, w/8, 4). Arrays of several sizes come as a list."""
+
+    images: Any
+
+
+class BasePipeline:
+    """The components of a checkpoint on a mesh.
+
+    Attributes:
+        text_encoder, text_projection, unet, movq: the modules. Pipelines may share them.
+        batch_size: images per compiled batch over the whole mesh.
+        long_prompts: what is done with prompts of more than 128 tokens: "truncate" cuts them off
+            with a warning, "error" refuses them, "average" encodes them in parts and takes the
+            mean of what the parts say at each position.
+        preview: the map of previews, see k3jax/preview.py; None until it is needed.
+    """
+
+    long_prompts: LongPrompts = "truncate"
+    preview: np.ndarray | None = None
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        components: dict[str, Any],
+        mesh: jax.sharding.Mesh,
+        batch_size: int | None = None,
+        fingerprint: str | None = None,
+        digests: Mapping[str, str] | None = None,
+    ):
+        """
+        Args:
+            components: the modules by the names in `k3jax.abstract.COMPONENTS`, on `mesh`.
+            batch_size: images per compiled batch over the whole mesh; one per device by default. A
+                call of any other size is cut into such batches, the last one padded.
+            fingerprint: the checkpoint's, which a LoRA is compared with.
+            digests: of the components' weights, by which `from_pipe` knows equal ones.
+        """
+        self.check_config(config)
+        self.config, self.tokenizer, self.mesh = config, tokenizer, mesh
+        self.fingerprint, self.digests = fingerprint, dict(digests or {})
+        self.text_encoder = components["text_encoder"]
+        self.text_projection = components["text_projection"]
+        self.unet = components["unet"]
+        self._unet_without_lora = None
+        self.movq = components["movq"]
+        self.batch_size = data_parallelism(mesh) if batch_size is None else batch_size
+        image_splits(mesh, self.batch_size)
+
+    @staticmethod
+    def check_config(config: ModelConfig) -> None:
+        """Refuses checkpoints that this pipeline cannot run."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str,
+        *,
+        mesh: str | jax.sharding.Mesh = "data=-1",
+        dtype: str | Mapping[str, str] = "bfloat16",
+        param_dtype: str | None = None,
+        batch_size: int | None = None,
+        verify: bool | None = None,
+    ) -> Self:
+        """Loads a checkpoint made by `k3jax convert`, straight into the mesh's shardings.
+
+        Args:
+            path: the checkpoint's folder.
+            mesh: a mesh, or axis sizes such as "data=-1,tensor=2".
+            dtype: of the computation, "bfloat16" or "float32"; or one for each component, as
+                {"movq": "float32"}, bfloat16 where none is named.
+            param_dtype: of the weights; that of the computation by default.
+            verify: check the files' checksums first; see `k3jax.checkpoint.restore`.
+
+        Raises:
+            CheckpointError: not a checkpoint, damaged, or of another architecture.
+            ValueError: a mesh that does not divide the devices.
+        """
+        enable_compilation_cache()
+        checkpoint = read_checkpoint(path)
+        cls.check_config(checkpoint.config)
+        mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
+        components = load_components(checkpoint, mesh, dtype, param_dtype, verify)
+        return cls(
+            checkpoint.config,
+            Tokenizer(checkpoint.path / "tokenizer"),
+            components,
+            mesh,
+            batch_size,
+            checkpoint.fingerprint,
+            component_digests(checkpoint),
+        )
+
+    @classmethod
+    def from_pipe(
+        cls,
+        pipe: "BasePipeline",
+        path: str | None = None,
+        *,
+        release: bool = False,
+        verify: bool | None = None,
+    ) -> Self:
+        """A pipeline for another task with the same modules; none is copied.
+
+        Args:
+            path: another checkpoint, as of Flash or of inpainting. Of it only those components are
+                loaded whose weights are not the same as those of `pipe`, in the same dtypes.
+            release: first take the components that are not shared away from `pipe`, which then
+                cannot make images any more: memory never has to hold both U-Nets.
+            verify: see `from_pretrained`.
+        """
+        config, tokenizer = pipe.config, pipe.tokenizer
+        fingerprint, digests = pipe.fingerprint, pipe.digests
+        if path is None:
+            modules = {name: getattr(pipe, name) for name in COMPONENTS}
+        else:
+            checkpoint = read_checkpoint(path)
+            cls.check_config(checkpoint.config)
+            config, fingerprint = checkpoint.config, checkpoint.fingerprint
+            digests = component_digests(checkpoint)
+            modules = share_components(pipe, checkpoint, release, verify)
+            if modules["text_encoder"] is not pipe.text_encoder:
+                tokenizer = Tokenizer(checkpoint.path / "tokenizer")
+        made = cls(config, tokenizer, modules, pipe.mesh, pipe.batch_size, fingerprint, digests)
+        if made.unet is pipe.unet:
+            made._unet_without_lora = pipe._unet_without_lora
+        made.long_prompts = pipe.long_prompts
+        made.preview = pipe.preview if made.movq is pipe.movq else None
+        return made
+
+    def release(self, component: str) -> None:
+        """Lets go of a component's memory, unless another pipeline holds it too."""
+        setattr(self, component, None)
+        if component == "unet":
+            self._unet_without_lora = None
+
+    def load_lora(self, path: str, scale: float = 1.0) -> Lora:
+        """Lays a LoRA over the U-Net, in place of the one before. Another scale compiles nothing.
+
+        Args:
+            path: the LoRA's folder.
+            scale: strength; 1 as it was trained, 0 as without it.
+
+        Returns:
+            What was read.
+
+        Raises:
+            ValueError: not a LoRA, damaged, or of another architecture.
+        """
+        loaded = load_lora(path)
+        factor = lora.update_factor(loaded.config, scale)
+        unet = self.unet if self._unet_without_lora is None else self._unet_without_lora
+        lora.check_fits(loaded.weights, unet, loaded.config, where=f"The LoRA {loaded.path}")
+        warn_of_another_base(loaded, self.fingerprint)
+        placed = lora.lora_shardings(unet, loaded.weights, self.mesh)
+        self.unet = lora.apply(unet, jax.device_put(loaded.weights, placed), factor)
+        self._unet_without_lora = unet
+        return loaded
+
+    def unload_lora(self) -> None:
+        """The U-Net as it was before `load_lora`."""
+        if self._unet_without_lora is not None:
+            self.unet, self._unet_without_lora = self._unet_without_lora, None
+
+    def encode_prompt(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        word_weights: bool = False,
+        long_prompts: LongPrompts | None = None,
+    ) -> PromptEmbeds:
+        """Embeddings of prompts with masks and lengths, on the host; float32.
+
+        They can be passed back as `prompt_embeds` or `negative_prompt_embeds`, to this pipeline or
+        any other with the same text encoder, also mixed (`k3jax.mix_prompts`).
+
+        Args:
+            word_weights: read "a (red:1.5) circle" as weights of words; see `k3jax.prompts`.
+            long_prompts: the pipeline's own by default.
+
+        Raises:
+            ValueError: a prompt that cannot be read, or is too long under the policy "error".
+        """
+        prompts = request.prompt_list(prompts)
+        policy = self.long_prompts if long_prompts is None else long_prompts
+        windows = plain_prompts(self.tokenizer, prompts, policy, word_weights)
+        parts = []
+        for index, kept in self.batches(len(windows.input_ids)):
+            ids, mask = (self.put(x[index]) for x in (windows.input_ids, windows.attention_mask))
+            with self.precision(self.text_encoder):
+                embeds = encode_text(self.text_encoder, ids, mask)
+            parts.append(np.asarray(embeds, np.float32)[:kept])
+        mask = windows.attention_mask
+        lengths = np.asarray(window_length(mask.sum(1)), np.int32)
+        embeds = PromptEmbeds(np.concatenate(parts), mask, lengths, windows.token_weights)
+        return join_windows(embeds, windows.prompt_of)
+
+    def encode_image(self, image: Any) -> np.ndarray:
+        """Latents float32 (b, h/8, w/8, 4) of one image or several of one size.
+
+        Args:
+            image: see `k3jax.image_input`; sides are multiples of 8.
+        """
+        images = read_images(image)
+        if len({image.shape for image in images}) > 1:
+            raise ValueError("the images are of several sizes: encode those of one size together.")
+        factor = self.config.movq.scale_factor
+        if images[0].shape[0] % factor or images[0].shape[1] % factor:
+            height, width = images[0].shape[:2]
+            raise ValueError(
+                f"an image is {width} x {height}; sides must be multiples of {factor}."
+            )
+        return self.encode_arrays(np.stack(images))
+
+    def encode_arrays(self, images: np.ndarray) -> np.ndarray:
+        """Latents float32 (b, h/8, w/8, 4) of uint8 (b, h, w, 3)."""
+        parts = []
+        for index, kept in self.batches(len(images)):
+            batch = self.put(images[index])
+            with self.precision(self.movq):
+                splits = image_splits(self.mesh, len(index))
+                parts.append(np.asarray(encode_images(self.movq, batch, splits=splits))[:kept])
+        return np.concatenate(parts)
+
+    def decode(self, latents: np.ndarray, output_type: OutputType = "pil") -> Output:
+        """Images of latents (b, h/8, w/8, 4), as "pil" or "np"."""
+        parts = []
+        for index, kept in self.batches(len(latents)):
+            images = self.decode_batch(self.put(latents[index]), output_type)
+            parts.append(np.asarray(images)[:kept])
+        return output(np.concatenate(parts), output_type)
+
+    def decode_batch(self, latents: jax.Array, output_type: OutputType) -> jax.Array:
+        """Images of one compiled batch, uint8 for "pil", float32 for "np"."""
+        splits = image_splits(self.mesh, latents.shape[0])
+        with self.precision(self.movq):
+            return decode_latents(self.movq, latents, splits=splits, as_uint8=output_type == "pil")
+
+    def batches(self, count: int) -> Iterator[tuple[np.ndarray, int]]:
+        """(rows of a compiled batch, how many of them count); the last batch repeats its last."""
+        for first in range(0, count, self.batch_size):
+            rows = np.arange(first, first + self.batch_size)
+            yield np.minimum(rows, count - 1), count - first
+
+    def precision(self, module: nnx.Module) -> contextlib.AbstractContextManager:
+        """float32 in full: TPUs and GPUs multiply it in bfloat16 or TF32 unless told otherwise."""
+        if module is None:
+            raise ValueError(
+                "this pipeline lacks a component that this takes: it was made without it, or "
+                "released it to another pipeline (from_pipe with release=True)."
+            )
+        if module.dtype == jnp.float32:
+            return jax.default_matmul_precision("highest")
+        return contextlib.nullcontext()
+
+    def put(self, tree, batch_dim: int = 0):
+        """Host arrays onto the mesh, split along the batch."""
+        return jax.device_put(tree, batch_sharding(self.mesh, batch_dim))
+
+
+def output(images: np.ndarray | list[np.ndarray], output_type: OutputType) -> Output:
+    """Arrays, one per image, as what a call returns."""
+    if output_type == "pil":
+        return Output([Image.fromarray(image) for image in images])
+    one_size = len({image.shape for image in images}) == 1
+    return Output(np.stack(images) if one_size else list(images))

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Show a data set as one HTML page: thumbnails, prompts, seeds, a search box.
+
+  k3jax gallery pictures
+
+Writes OUT/gallery.html, which opens from disk and loads nothing from the network. Of more than
+2,000 images the thumbnails lie beside it, in OUT/gallery.
+"""
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("output", metavar="OUT", help="folder or address of the data set")
+    add(
+        "--max-images",
+        type=int,
+        default=100_000,
+        metavar="N",
+        help="of a larger set, show every n-th image (100000)",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.max_images < 1:
+        raise ValueError(f"--max-images is {args.max_images}; it must be 1 or more.")
+
+    from k3jax.synthesis.gallery import write_gallery
+    from k3jax.synthesis.run_manifest import read_manifest
+    from k3jax.synthesis.storage import store_at
+
+    store = store_at(args.output)
+    names = write_gallery(store, read_manifest(store), args.max_images, args.progress)
+    print(f"{store}/{names[0]}")

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The components of a checkpoint as modules on a mesh: loaded, or shared with another pipeline."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from k3jax.abstract import COMPONENTS
+from k3jax.checkpoint import restore
+from k3jax.checkpoint_format import Checkpoint
+from k3jax.manifest import read_manifest
+
+
+def load_components(
+    checkpoint: Checkpoint,
+    mesh: jax.sharding.Mesh,
+    dtype: str | Mapping[str, str],
+    param_dtype: str | None,
+    verify: bool | None,
+) -> dict[str, nnx.Module]:
+    """All components, straight into the mesh's shardings; see `BasePipeline.from_pretrained`.
+
+    Raises:
+        ValueError: a dtype or the name of a component that there is not.
+    """
+    dtypes = {name: (kind, param_dtype or kind) for name, kind in _by_component(dtype).items()}
+    for kind in {kind for pair in dtypes.values() for kind in pair}:
+        if jnp.dtype(kind) not in (jnp.bfloat16, jnp.float32):
+            raise ValueError(f"dtype {kind} is not one of bfloat16, float32.")
+    return {name: _restore(checkpoint, name, mesh, dtypes[name], verify) for name in COMPONENTS}
+
+
+def share_components(
+    pipe: Any, checkpoint: Checkpoint, release: bool, verify: bool | None
+) -> dict[str, nnx.Module]:
+    """The components of a checkpoint: those that `pipe` has, and the others loaded beside them.
+
+    Args:
+        pipe: a pipeline, that knows the digests of its weights.
+        release: first take what is not shared away from `pipe`.
+    """
+    digests = component_digests(checkpoint)
+    modules = {name: getattr(pipe, name) for name in COMPONENTS}
+    new = [name for name in COMPONENTS if digests[name] != pipe.digests.get(name)]
+    dtypes = {name: _dtypes_of(modules[name]) for name in new}
+    for name in new:
+        modules[name] = None
+        if release:
+            pipe.release(name)
+    for name in new:
+        modules[name] = _restore(checkpoint, name, pipe.mesh, dtypes[name], verify)
+    return modules
+
+
+def component_digests(checkpoint: Checkpoint) -> dict[str, str]:
+    """Component -> digest of its weights: equal for equal arrays, in whatever checkpoint."""
+    return read_manifest(checkpoint.path)["components"]
+
+
+def _by_component(dtype: str | Mapping[str, str]) -> dict[str, str]:
+    if not isinstance(dtype, Mapping):
+        return dict.fromkeys(COMPONENTS, dtype)
+    unknown = [name for name in dtype if name not in COMPONENTS]
+    if unknown:
+        raise ValueError(
+            f"dtype names {unknown[0]!r}, which is not one of {', '.join(COMPONENTS)}."
+        )
+    # The projection belongs to the text, wherever it is stored.
+    given = {"text_projection": dtype.get("text_encoder", "bfloat16"), **dtype}
+    return {name: given.get(name, "bfloat16") for name in COMPONENTS}
+
+
+def _dtypes_of(module: nnx.Module) -> tuple[Any, Any]:
+    """(of the computation, of the weights)."""
+    return module.dtype, jax.tree.leaves(nnx.state(module))[0].dtype
+
+
+def _restore(checkpoint: Checkpoint, name: str, mesh, dtypes: tuple[Any, Any], verify):
+    dtype, param_dtype = (jnp.dtype(kind) for kind in dtypes)
+    return restore(checkpoint, name, mesh=mesh, param_dtype=param_dtype, dtype=dtype, verify=verify)

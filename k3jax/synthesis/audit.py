@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything about a data set that can be wrong, found by reading all of it."""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from k3jax.synthesis.checking import finished_shards, sidecar_fault
+from k3jax.synthesis.encoding import readable_fault
+from k3jax.synthesis.files import PART
+from k3jax.synthesis.layout import DATA, METADATA, Layout
+from k3jax.synthesis.run_manifest import Manifest
+from k3jax.synthesis.shard_formats import StoredImage, read_shard, shard_digest
+from k3jax.synthesis.sidecar import OK, read_sidecar
+from k3jax.synthesis.storage import Store
+
+
+SHOWN_IDS = 5
+
+
+@dataclass(frozen=True)
+class ShardAudit:
+    """What one shard is like.
+
+    Attributes:
+        faults: sentences; none where all is well.
+        ids: hashes of the ids of its images.
+        failed: reason -> samples that could not be made.
+        made_on: see `Sidecar`.
+    """
+
+    shard: int
+    faults: tuple[str, ...]
+    images: int = 0
+    ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    failed: Mapping[str, int] = field(default_factory=dict)
+    made_on: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Audit:
+    """
+    Attributes:
+        missing: shards that were never finished.
+        damaged: shard -> what is wrong with it.
+        duplicates: ids that occur more than once, with the shards that hold them.
+        made_on: what the shards were made on, in the form of JSON -> shards.
+        unknown: files that belong to nothing.
+    """
+
+    shards: int
+    samples: int
+    images: int
+    failed: Mapping[str, int]
+    missing: Sequence[int]
+    damaged: Mapping[int, Sequence[str]]
+    duplicates: Mapping[str, Sequence[int]]
+    made_on: Sequence[tuple[Mapping[str, Any], Sequence[int]]]
+    unknown: Sequence[str]
+
+    @property
+    def is_good(self) -> bool:
+        return not (self.missing or self.damaged or self.duplicates or self.unknown)
+
+    @property
+    def to_remake(self) -> list[int]:
+        """Shards that are to be made again."""
+        doubled = (shard for shards in self.duplicates.values() for shard in shards)
+        return sorted({*self.missing, *self.damaged, *doubled})
+
+
+def audit(store: Store, manifest: Manifest, decode: bool = True, progress: bool = False) -> Audit:
+    """Reads all shards.
+
+    Args:
+        decode: also decode every image, which takes most of the time.
+    """
+    layout = manifest.layout
+    finished = sorted(finished_shards(store, layout))
+    there = set(finished)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = list(
+            tqdm(
+                pool.map(lambda shard: audit_shard(store, manifest, shard, decode), finished),
+                total=len(finished),
+                desc="verify",
+                unit="shard",
+                disable=not progress,
+            )
+        )
+    failed, made_on = Counter(), {}
+    for result in results:
+        failed.update(result.failed)
+        if result.made_on:
+            kind = tuple(sorted((k, str(v)) for k, v in result.made_on.items()))
+            made_on.setdefault(kind, (result.made_on, []))[1].append(result.shard)
+    return Audit(
+        layout.shards,
+        layout.samples,
+        sum(result.images for result in results),
+        dict(failed),
+        [shard for shard in range(layout.shards) if shard not in there],
+        {result.shard: result.faults for result in results if result.faults},
+        _duplicates(store, layout, results),
+        list(made_on.values()),
+        list(_unknown(store, layout)),
+    )
+
+
+def audit_shard(store: Store, manifest: Manifest, shard: int, decode: bool = True) -> ShardAudit:
+    """Reads one shard and its sidecar."""
+    layout = manifest.layout
+    try:
+        sidecar = read_sidecar(store, layout.sidecar(shard))
+    except (ValueError, FileNotFoundError) as error:
+        return ShardAudit(shard, (str(error),))
+    fault = sidecar_fault(sidecar, manifest, shard)
+    if fault is not None:
+        return ShardAudit(shard, (fault,))
+    name = layout.data(shard)
+    good = {row["key"]: row for row in sidecar.rows if row["status"] == OK}
+    faults = []
+    try:
+        digest = shard_digest(store, name, layout.format)
+        if digest is None:
+            return ShardAudit(shard, (f"{name} is missing",))
+        if (digest.size, digest.sha256) != (sidecar.size, sidecar.sha256):
+            faults.append(f"{name} has other bytes than when it was written")
+        faults += _image_faults(name, read_shard(store, name, layout.format), good, decode)
+    except Exception as error:  # whatever a damaged file makes its reader raise
+        reason = " ".join(str(error).split())[:200]
+        faults.append(f"{name} cannot be read to its end ({type(error).__name__}: {reason})")
+    return ShardAudit(
+        shard,
+        tuple(faults),
+        len(good),
+        np.array([hash(row["id"]) for row in good.values()], np.int64),
+        dict(Counter(row["reason"] for row in sidecar.rows if row["status"] != OK)),
+        sidecar.made_on,
+    )
+
+
+def _image_faults(
+    name: str, images: Iterator[StoredImage], rows: Mapping[str, Mapping], decode: bool
+) -> Iterator[str]:
+    seen, changed, unknown, unreadable = set(), [], [], []
+    for image in images:
+        row = rows.get(image.key)
+        if row is None or image.key in seen:
+            unknown.append(image.key)
+            continue
+        seen.add(image.key)
+        if hashlib.sha256(image.content).hexdigest() != row["sha256"]:
+            changed.append(row["id"])
+        if decode and readable_fault(image.content, row["width"], row["height"]):
+            unreadable.append(row["id"])
+    missing = [row["id"] for key, row in rows.items() if key not in seen]
+    for ids, words in (
+        (changed, "have other bytes than their sha256 says"),
+        (unreadable, "cannot be read as images of their size"),
+        (missing, "are missing"),
+        (unknown, "are there twice or not known"),
+    ):
+        if ids:
+            more = f" and {len(ids) - SHOWN_IDS} more" if len(ids) > SHOWN_IDS else ""
+            yield f"{name}: {', '.join(ids[:SHOWN_IDS])}{more} {words}"
+
+
+def _duplicates(
+    store: Store, layout: Layout, results: Sequence[ShardAudit]
+) -> dict[str, list[int]]:
+    """Ids that stand in more than one place. Hashes find the few that are then compared."""
+    hashes = np.concatenate([result.ids for result in results] or [np.zeros(0, np.int64)])
+    values, counts = np.unique(hashes, return_counts=True)
+    doubtful = set(values[counts > 1].tolist())
+    places: dict[str, list[int]] = {}
+    for result in results if doubtful else ():
+        if doubtful.isdisjoint(result.ids.tolist()):
+            continue
+        for row in read_sidecar(store, layout.sidecar(result.shard), ["id", "status"]).rows:
+            if row["status"] == OK and hash(row["id"]) in doubtful:
+                places.setdefault(row["id"], []).append(result.shard)
+    return {name: shards for name, shards in places.items() if len(shards) > 1}
+
+
+def _unknown(store: Store, layout: Layout) -> Iterator[str]:
+    for folder in (DATA, METADATA):
+        for name in store.names(folder):
+            if not name.endswith(PART) and layout.shard_named(name) is None:
+                yield f"{folder}/{name}"

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A data set as one HTML page that opens from disk: thumbnails, prompts, seeds, a search box.
+
+Thumbnails stand in the page itself; those of a large set in scripts beside it, which a page opened
+from disk may load where it may not read data.
+"""
+
+import base64
+import html
+import io
+import json
+import os
+import shlex
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from importlib.resources import files
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from k3jax.synthesis.checking import finished_shards
+from k3jax.synthesis.layout import DATA
+from k3jax.synthesis.run_manifest import Manifest
+from k3jax.synthesis.shard_formats import read_shard
+from k3jax.synthesis.sidecar import OK, read_sidecar
+from k3jax.synthesis.storage import Store, write_bytes
+
+
+PAGE, FOLDER = "gallery.html", "gallery"
+PER_PAGE = 60
+INLINE_IMAGES = 2000  # about 20 MB; a larger set gets its thumbnails in a folder
+THUMBNAIL = 320  # pixels of the longer side
+
+
+def write_gallery(
+    store: Store, manifest: Manifest, most: int = 100_000, progress: bool = False
+) -> list[str]:
+    """Writes gallery.html into the data set, and a folder gallery/ if it is a large one.
+
+    Args:
+        most: images shown; of a larger set every n-th.
+
+    Returns:
+        The names of the page and, if there is one, of the folder.
+
+    Raises:
+        ValueError: no shard is finished, or one is damaged.
+    """
+    shards = sorted(finished_shards(store, manifest.layout))
+    if not shards:
+        raise ValueError(f"{store} has no finished shard yet.")
+    total = sum(len(range(*manifest.layout.range(shard))) for shard in shards)
+    every = -(-total // most)
+    large = -(-total // every) > INLINE_IMAGES
+    images: list[list[Any]] = []
+    waiting: list[str | None] = []
+    chunks: list[str] = []
+
+    def flush() -> None:
+        number, text = len(chunks), json.dumps(waiting)
+        if large:
+            content = f"k3jaxThumbnails({number}, {text});\n"
+            write_bytes(store, f"{FOLDER}/{number}.js", content.encode())
+            chunks.append("")
+        else:
+            chunks.append(
+                f'<script type="application/json" id="thumbnails-{number}">{text}</script>'
+            )
+        waiting.clear()
+
+    store.delete(FOLDER)
+    bar = tqdm(total=total, unit="image", desc="gallery", disable=not progress)
+    with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
+        for shard in shards:
+            rows = _shown(store, manifest, shard, every)
+            # `map` starts all at once: a shard's thumbnails, no more, are in memory.
+            thumbnails = pool.map(thumbnail, [row.pop("content", None) for row in rows])
+            for row, small in zip(rows, thumbnails, strict=True):
+                images.append(_entry(row))
+                waiting.append(small)
+                if len(waiting) == PER_PAGE:
+                    flush()
+            bar.update(len(range(*manifest.layout.range(shard))))
+    if waiting:
+        flush()
+    write_bytes(store, PAGE, _page(store, manifest, images, chunks, total).encode())
+    return [PAGE, FOLDER] if large else [PAGE]
+
+
+def thumbnail(content: bytes | None) -> str | None:
+    """An image file -> a small WebP in base64."""
+    if content is None:
+        return None
+    with Image.open(io.BytesIO(content)) as image:
+        image.draft("RGB", (THUMBNAIL, THUMBNAIL))
+        small = image.convert("RGB")
+    small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    small.save(file, "WEBP", quality=78, method=2)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _shown(store: Store, manifest: Manifest, shard: int, every: int) -> list[dict[str, Any]]:
+    """The rows of a shard that are shown, each with its image's bytes, in the prompts' order."""
+    layout = manifest.layout
+    name = layout.data(shard)
+    rows = read_sidecar(store, layout.sidecar(shard)).rows
+    rows = {row["key"]: dict(row, shard=name) for row in rows if row["index"] % every == 0}
+    extension = manifest.settings.encoding.extension
+    try:
+        for image in read_shard(store, name, layout.format):
+            if image.key in rows:
+                rows[image.key]["content"] = image.content
+                if layout.format == "files":
+                    file = f"{name.removeprefix(f'{DATA}/')}/{image.key}.{extension}"
+                    rows[image.key]["link"] = f"{DATA}/{file}"
+    except Exception as error:
+        raise ValueError(
+            f"{store}/{name} cannot be read ({error}); `k3jax verify --repair` mends it."
+        ) from None
+    return list(rows.values())
+
+
+def _entry(row: Mapping[str, Any]) -> list[Any]:
+    """A row in the order that the page's script knows."""
+    seed = row["seed"]
+    return [
+        row["id"],
+        row["prompt"],
+        row["negative_prompt"],
+        None if seed is None else str(seed),  # numbers of JavaScript have 53 bits
+        row["width"],
+        row["height"],
+        row["guidance_scale"],
+        row["shard"],
+        None if row["status"] == OK else row["reason"],
+        # The page is no address: a % of the file's name must not be read as one of a link.
+        row["link"].replace("%", "%25") if "link" in row else None,
+    ]
+
+
+def _page(
+    store: Store,
+    manifest: Manifest,
+    images: list[list[Any]],
+    chunks: list[str],
+    total: int,
+) -> str:
+    settings, name = manifest.settings, str(store).rstrip("/").rsplit("/", 1)[-1]
+    sampler = settings.sampler
+    shown = (
+        f"{len(images):,} images"
+        if len(images) == total
+        else (f"{len(images):,} of {total:,} images")
+    )
+    facts = (
+        f"{shown} \u00b7 {sampler.name}, {sampler.num_inference_steps} steps, guidance "
+        f"{sampler.guidance_scale:g} \u00b7 run seed {settings.seed} \u00b7 weights "
+        f"{manifest.weights['fingerprint'][:12]}"
+    )
+    data = {
+        "name": name,
+        "facts": facts,
+        "per_page": PER_PAGE,
+        "folder": FOLDER,
+        "command": f"k3jax regenerate {shlex.quote(str(store))}",
+        "images": images,
+    }
+    parts = {
+        "title": html.escape(name),
+        "data": _in_script(data),
+        "thumbnails": "\n".join(filter(None, chunks)),
+    }
+    template = (files("k3jax.synthesis") / "gallery_page.html").read_text()
+    return "".join(_filled(template, parts))
+
+
+def _filled(template: str, parts: Mapping[str, str]) -> Iterator[str]:
+    """The template with its {{names}} replaced; what is put in is not looked at again."""
+    for piece in template.split("{{"):
+        name, closed, rest = piece.partition("}}")
+        yield parts[name] + rest if closed and name in parts else piece
+
+
+def _in_script(value: Any) -> str:
+    """JSON that no prompt can end: every < is written as an escape."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint as the pipelines that make a data set, whole or in parts."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from k3jax.base_pipeline import BasePipeline
+from k3jax.checkpoint import leaf_shapes, restore
+from k3jax.checkpoint_format import Checkpoint, as_path
+from k3jax.compilation_cache import enable_compilation_cache
+from k3jax.lora_format import load_lora
+from k3jax.sharding import make_mesh
+from k3jax.synthesis.image_task import pipeline_class
+from k3jax.synthesis.phases import ALL, Load
+from k3jax.synthesis.run_manifest import Settings
+from k3jax.tokenizer import Tokenizer
+
+
+ROOM = 0.7  # share of the memory that weights may take; the rest is for activations
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A checkpoint, and the LoRA laid over it."""
+
+    checkpoint: Checkpoint
+    lora: str | None = None
+    lora_scale: float = 1.0
+
+    def __post_init__(self):
+        if self.lora is None and self.lora_scale != 1:
+            raise ValueError("--lora-scale is the strength of a LoRA: give its folder with --lora.")
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """What the images depend on."""
+        values = {"fingerprint": self.checkpoint.fingerprint}
+        if self.lora is not None:
+            values |= {"lora": load_lora(self.lora).fingerprint, "lora_scale": self.lora_scale}
+        return values
+
+    @property
+    def places(self) -> dict[str, str]:
+        """Where the folders are."""
+        places = {"checkpoint": str(self.checkpoint.path)}
+        return places if self.lora is None else places | {"lora": str(as_path(self.lora))}
+
+
+def loader(weights: Weights, settings: Settings, mesh: jax.sharding.Mesh, batch_size: int) -> Load:
+    """Loads the components that are asked for, with the data set's sampler as the default."""
+    enable_compilation_cache()
+    checkpoint = weights.checkpoint
+    config = dataclasses.replace(
+        checkpoint.config, sampler=settings.sampler, conditioning=settings.conditioning
+    )
+    tokenizer = Tokenizer(checkpoint.path / "tokenizer")
+
+    def restored(name: str):
+        return restore(
+            checkpoint,
+            name,
+            mesh=mesh,
+            param_dtype=np.dtype(settings.param_dtype),
+            dtype=np.dtype(settings.dtype),
+        )
+
+    kind = pipeline_class(config.unet.in_channels, config.movq.latent_channels)
+
+    def load(parts: Sequence[str]) -> BasePipeline:
+        components = {name: restored(name) if name in parts else None for name in ALL}
+        pipe = kind(
+            config, tokenizer, components, mesh, batch_size, fingerprint=checkpoint.fingerprint
+        )
+        if weights.lora is not None and "unet" in parts:
+            pipe.load_lora(weights.lora, weights.lora_scale)
+        return pipe
+
+    return load
+
+
+def weights_fit_together(
+    checkpoint: Checkpoint, settings: Settings, mesh: jax.sharding.Mesh
+) -> bool:
+    """Whether a device has room for its part of all weights at once; True where it cannot say."""
+    memory = mesh.devices.flat[0].memory_stats() or {}
+    if "bytes_limit" not in memory:
+        return True
+    parameters = sum(
+        math.prod(leaf.shape) for name in ALL for leaf in leaf_shapes(checkpoint, name).values()
+    )
+    split = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    needed = parameters * np.dtype(settings.param_dtype).itemsize / split
+    return needed < ROOM * memory["bytes_limit"]
+
+
+def local_mesh(spec: str) -> jax.sharding.Mesh:
+    """A mesh over this host's own devices: hosts do not wait for each other."""
+    return make_mesh(spec, jax.local_devices())

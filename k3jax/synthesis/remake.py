@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Making parts of a data set again from what it says of itself."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from k3jax.checkpoint_format import Checkpoint, read_checkpoint
+from k3jax.samplers import make_sampler
+from k3jax.sharding import data_parallelism
+from k3jax.synthesis.checking import finished_shards, sidecar_fault
+from k3jax.synthesis.encoding import Encoded, encode_image
+from k3jax.synthesis.image_task import read_inputs
+from k3jax.synthesis.loading import Weights, loader, local_mesh
+from k3jax.synthesis.phases import Phases
+from k3jax.synthesis.planning import plan_shard, read_samples
+from k3jax.synthesis.request import INSIDE, open_source
+from k3jax.synthesis.run import Running, indexed, make_shards
+from k3jax.synthesis.run_manifest import Manifest, differences, prompts_entry, versions
+from k3jax.synthesis.samples import Sample
+from k3jax.synthesis.sidecar import Sidecar, read_sidecar
+from k3jax.synthesis.storage import Store
+
+
+@dataclass(frozen=True)
+class Found:
+    """A sample of a data set.
+
+    Attributes:
+        row: what its sidecar says; None where its shard is not finished.
+        made_on: see `Sidecar`.
+    """
+
+    sample: Sample
+    row: Mapping[str, Any] | None
+    made_on: Mapping[str, Any]
+
+
+def weights_of(manifest: Manifest, checkpoint: str | None, lora: str | None) -> Weights:
+    """The weights of a data set.
+
+    Args:
+        checkpoint, lora: where they are now; None: where they were.
+
+    Raises:
+        ValueError: they are not there, or are others.
+    """
+    places, identity = manifest.found_at, manifest.weights
+    path = checkpoint or places["checkpoint"]
+    try:
+        weights = Weights(
+            read_checkpoint(path), lora or places.get("lora"), identity.get("lora_scale", 1.0)
+        )
+    except ValueError as error:
+        raise ValueError(f"{error} Say where the weights are with --checkpoint DIR.") from None
+    found = differences(identity, weights.identity, "weights.")
+    if found:
+        raise ValueError(
+            f"these are not the weights of the data set: {'; '.join(found)}. Say where those are "
+            "with --checkpoint DIR."
+        )
+    return weights
+
+
+class Prompts:
+    """The samples of any shard: of its sidecar, or read from the prompt files anew."""
+
+    def __init__(
+        self, store: Store, manifest: Manifest, checkpoint: Checkpoint, paths: Sequence[str] = ()
+    ):
+        """
+        Args:
+            paths: where the prompt files are now; empty: where they were.
+        """
+        self._store, self._manifest = store, manifest
+        self._rules = manifest.settings.row_rules(checkpoint.config)
+        recorded = manifest.found_at["prompts"]
+        self._paths = list(paths) or [
+            f"{store}/{p.removeprefix(INSIDE)}" if p.startswith(INSIDE) else p for p in recorded
+        ]
+        self._opened = None
+
+    def of_shard(self, shard: int) -> list[Sample]:
+        sidecar = self.sidecar(shard)
+        if sidecar is not None:
+            return [sample_of(row) for row in sidecar.rows]
+        source, index = self._open()
+        layout = self._manifest.layout
+        return list(read_samples(source, index, self._rules, layout, shard))
+
+    def sidecar(self, shard: int) -> Sidecar | None:
+        """The sidecar of a shard if it can be relied on."""
+        try:
+            sidecar = read_sidecar(self._store, self._manifest.layout.sidecar(shard))
+        except (ValueError, FileNotFoundError):
+            return None
+        return sidecar if sidecar_fault(sidecar, self._manifest, shard) is None else None
+
+    def find(self, wanted: Sequence[str]) -> dict[str, Found]:
+        """Samples by their ids. Sidecars are looked through first, then the prompt files.
+
+        Raises:
+            ValueError: there is no such sample, or it cannot be made.
+        """
+        layout, found, left = self._manifest.layout, {}, set(wanted)
+        unread = set(range(layout.shards))
+        for shard in sorted(finished_shards(self._store, layout)):
+            if left and (sidecar := self.sidecar(shard)) is not None:
+                unread.discard(shard)
+                for row in sidecar.rows:
+                    if row["id"] in left:
+                        found[row["id"]] = Found(sample_of(row), row, sidecar.made_on)
+                        left.discard(row["id"])
+        for shard in sorted(unread):
+            for sample in self.of_shard(shard) if left else ():
+                if sample.id in left:
+                    found[sample.id] = Found(sample, None, {})
+                    left.discard(sample.id)
+        if left:
+            raise ValueError(f"{self._store} has no sample {sorted(left)[0]!r}.")
+        bad = [f.sample for f in found.values() if f.sample.fault is not None]
+        if bad:
+            raise ValueError(f"{bad[0].id} cannot be made: {bad[0].fault}.")
+        return found
+
+    def _open(self):
+        if self._opened is None:
+            manifest = self._manifest
+            kind = manifest.found_at["prompts_format"]
+            source = open_source(self._paths, manifest.settings, self._rules, kind)
+            index = indexed(self._store, source, self._rules)
+            now = [{k: f[k] for k in ("rows", "sha256")} for f in prompts_entry(index)["files"]]
+            then = manifest.identity["prompts"]["files"]
+            if found := differences(then, now, "file "):
+                raise ValueError(
+                    f"the prompts are not those of the data set any more: {'; '.join(found)}. Say "
+                    "where those are with --prompts."
+                )
+            self._opened = source, index
+        return self._opened
+
+
+def sample_of(row: Mapping[str, Any]) -> Sample:
+    """The sample that a row of a sidecar is of. Only bad lines are hopeless, not accidents."""
+    if row["prompt"] is None:
+        return Sample(row["index"], row["id"], row["line"], fault=row["reason"])
+    names = (field.name for field in dataclasses.fields(Sample) if field.name != "fault")
+    return Sample(**{name: row[name] for name in names})
+
+
+def device_settings(
+    made_on: Mapping[str, Any], mesh: str | None, batch_size: int | None
+) -> tuple[jax.sharding.Mesh, int]:
+    """Mesh and batch size by which pixels come out as they did, on however many devices."""
+    recorded = ",".join(f"{axis}={size}" for axis, size in made_on.get("mesh", {}).items())
+    chosen = local_mesh(mesh or f"data=-1,{recorded}")
+    per_device = made_on.get("images_per_device", 1)
+    return chosen, batch_size or per_device * data_parallelism(chosen)
+
+
+def remake_images(
+    manifest: Manifest,
+    weights: Weights,
+    samples: Sequence[Sample],
+    mesh: jax.sharding.Mesh,
+    batch_size: int,
+) -> dict[str, Encoded]:
+    """Images of samples by their ids, encoded as in the data set."""
+    settings = manifest.settings
+    plan = plan_shard(0, samples, batch_size, make_sampler(settings.sampler))
+    phases = Phases(loader(weights, settings, mesh, batch_size), settings, lambda: iter([plan]))
+    made = {}
+    for prepared in phases:
+        for batch in plan.batches:
+            inputs = None
+            if batch.bucket.task != "text":
+                inputs = [read_inputs(s, manifest.found_at["images"]) for s in batch.samples]
+                bad = [given for given in inputs if isinstance(given, str)]
+                if bad:
+                    raise ValueError(f"{bad[0]}.")
+            images = phases.make(prepared, batch, inputs)
+            for sample, image in zip(batch.samples, images, strict=True):
+                made[sample.id] = encode_image(image, settings.encoding)
+    return made
+
+
+def repair(
+    store: Store,
+    manifest: Manifest,
+    weights: Weights,
+    prompts: Prompts,
+    shards: Sequence[int],
+    mesh: str | None,
+    batch_size: int | None,
+    running: Running,
+) -> int:
+    """Makes shards again; the exit code.
+
+    Raises:
+        ValueError: the versions here would make other bytes.
+    """
+    found = differences(dict(manifest.versions), versions(), "versions.")
+    if found:
+        raise ValueError(
+            f"the data set was made with other versions ({'; '.join(found)}): repair it with those."
+        )
+    sidecars = (prompts.sidecar(s) for s in range(manifest.layout.shards))
+    made_on = next((s.made_on for s in sidecars if s is not None), {})
+    chosen, size = device_settings(made_on, mesh, batch_size)
+    # Read before they are deleted, one by one, as each shard is begun.
+    load = loader(weights, manifest.settings, chosen, size)
+    code, _ = make_shards(store, manifest, prompts.of_shard, load, size, running, only=shards)
+    return code

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A process's run over its share of a data set, from prompts to finished shards."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from k3jax.config import ModelConfig
+from k3jax.samplers import make_sampler
+from k3jax.synthesis.card import write_card
+from k3jax.synthesis.checking import Check, finished_shards, remove_leavings, shards_to_make
+from k3jax.synthesis.engine import Engine
+from k3jax.synthesis.layout import INDEX, METRICS
+from k3jax.synthesis.local_store import LocalStore
+from k3jax.synthesis.locks import Locks
+from k3jax.synthesis.phases import Load, Phases
+from k3jax.synthesis.planning import ShardPlan, plan_shard, read_samples
+from k3jax.synthesis.progress import Progress
+from k3jax.synthesis.prompt_source import (
+    PromptIndex,
+    PromptSource,
+    index_from_json,
+    index_to_json,
+)
+from k3jax.synthesis.run_manifest import Manifest
+from k3jax.synthesis.samples import RowRules, Sample
+from k3jax.synthesis.shares import Share
+from k3jax.synthesis.stopping import Stop, stop_on_signals
+from k3jax.synthesis.storage import Store, read_bytes
+from k3jax.tokenizer import PromptTruncatedWarning
+
+
+@dataclass(frozen=True)
+class Running:
+    """How a run goes about its work; nothing of this changes a byte of the data.
+
+    Attributes:
+        check: of the shards that are finished already.
+        shards_per_phase: see `Phases`.
+        grace: seconds from SIGTERM to the end of the process.
+        metrics: local folder; None: metrics/ in the data set where that is local.
+        prometheus: file; None: beside the JSON lines.
+        image_folder: where relative paths of input images start.
+    """
+
+    share: Share = field(default_factory=lambda: Share(0, 1, ""))
+    check: Check = "sha256"
+    shards_per_phase: int | None = None
+    grace: float = 30.0
+    metrics: str | None = None
+    prometheus: str | None = None
+    progress: bool = False
+    image_folder: str = "."
+
+
+Samples = Callable[[int], Sequence[Sample]]
+"""The samples of a shard."""
+
+
+def indexed(
+    store: Store, source: PromptSource, rules: RowRules, progress: bool = False
+) -> PromptIndex:
+    """The index of the prompts: that of an earlier start, if they are still the same."""
+    try:
+        head, _, rest = read_bytes(store, INDEX).partition(b"\n")
+        if head.decode() == _index_of(source, rules):
+            return index_from_json(rest)
+    except (FileNotFoundError, NotADirectoryError, KeyError, TypeError, ValueError):
+        pass
+    return source.scan(progress)
+
+
+def keep_index(store: Store, source: PromptSource, rules: RowRules, index: PromptIndex) -> None:
+    """Keeps the index for the next start, and for the other processes."""
+    content = _index_of(source, rules).encode() + b"\n" + index_to_json(index)
+    store.create_new(INDEX, content)
+
+
+def _index_of(source: PromptSource, rules: RowRules) -> str:
+    """What an index depends on."""
+    values = [source.digests, source.description, dataclasses.asdict(rules)]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def samples_of(
+    source: PromptSource, index: PromptIndex, rules: RowRules, manifest: Manifest
+) -> Samples:
+    return lambda shard: list(read_samples(source, index, rules, manifest.layout, shard))
+
+
+def make_shards(
+    store: Store,
+    manifest: Manifest,
+    samples: Samples,
+    load: Load,
+    batch_size: int,
+    running: Running,
+    only: Sequence[int] | None = None,
+) -> tuple[int, Mapping[str, float]]:
+    """Makes what is missing or damaged of this process's share.
+
+    Args:
+        samples: reads those of a shard.
+        load: see `Phases`.
+        batch_size: images of the pipelines that `load` makes.
+        only: make exactly these shards, whatever is there.
+
+    Returns:
+        (exit code, `Progress.state`): 0 when the share is finished, 128 + n after signal n.
+
+    Raises:
+        ValueError: another process has this share; StorageError: it cannot be written.
+    """
+    layout, share = manifest.layout, running.share
+    warnings.filterwarnings("ignore", category=PromptTruncatedWarning)
+    stop, locks = Stop(running.grace), Locks(store)
+    try:
+        if not locks.share(share.worker, share.workers):
+            raise ValueError(
+                f"another process is at work on share {share.worker} of {share.workers} of {store}:"
+                " give each its own number (--job, --jobs), or stop one."
+            )
+        remove_leavings(store, layout, locks)
+        write_card(store, manifest)
+        mine = list(share.shards(layout.shards)) if only is None else list(only)
+        sizes = {shard: len(range(*layout.range(shard))) for shard in mine}
+        there = finished_shards(store, layout) if only is None else set()
+        done = sum(sizes[shard] for shard in mine if shard in there)
+
+        def plans() -> Iterator[ShardPlan]:
+            sampler = make_sampler(manifest.settings.sampler)
+            todo = only
+            if todo is None:
+                todo = shards_to_make(store, manifest, mine, running.check, _note)
+            for shard in todo:
+                yield plan_shard(shard, samples(shard), batch_size, sampler)
+
+        phases = Phases(
+            load,
+            manifest.settings,
+            plans,
+            running.shards_per_phase,
+            stopped=lambda: stop.requested is not None,
+        )
+        json_lines, prometheus = _metric_files(store, running)
+        labels = {"job": "k3jax", "worker": str(share.worker), "host": socket.gethostname()}
+        with (
+            stop_on_signals(stop),
+            Progress(
+                sum(sizes.values()), done, labels, json_lines, prometheus, running.progress
+            ) as progress,
+        ):
+            complete = Engine(
+                store, manifest, phases, stop, progress, locks, running.image_folder
+            ).run()
+        return (0 if complete else stop.exit_code), progress.state()
+    finally:
+        locks.close()
+
+
+def model_of(manifest: Manifest, checkpoint_config: ModelConfig) -> ModelConfig:
+    """The model with the sampler of the manifest."""
+    return dataclasses.replace(checkpoint_config, sampler=manifest.settings.sampler)
+
+
+def _metric_files(store: Store, running: Running) -> tuple[Path | None, Path | None]:
+    share = running.share
+    folder = running.metrics
+    if folder is None and isinstance(store, LocalStore):
+        folder = store.root / METRICS
+    name = f"worker-{share.worker:05d}-of-{share.workers:05d}"
+    lines = None if folder is None else Path(folder).expanduser() / f"{name}.jsonl"
+    if running.prometheus is not None:
+        return lines, Path(os.path.expanduser(running.prometheus))
+    return lines, None if lines is None else lines.with_suffix(".prom")
+
+
+def _note(text: str) -> None:
+    print(f"k3jax: note: {text}", file=sys.stderr)

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shards in each format, written image by image and read back the same way.
+
+    webdataset   USTAR archive: KEY.jpg and KEY.json for each sample
+    parquet      a row per sample, the image embedded as Hugging Face `datasets` has it
+    files        a folder: KEY.jpg, and metadata.jsonl as its ImageFolder reads it
+
+Nothing in a shard depends on when, where or by whom it is written.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Protocol
+
+from k3jax.synthesis.layout import Format
+from k3jax.synthesis.storage import Store
+
+
+ROW_GROUP = 100  # images; what a writer holds in memory
+METADATA_FILE = "metadata.jsonl"
+IMAGE_FEATURE = {"_type": "Image"}
+FEATURE_OF = {int: "int64", float: "float64", str: "string"}
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """An image as it stands in a shard."""
+
+    key: str
+    content: bytes
+
+
+class Writer(Protocol):
+    def add(self, key: str, extension: str, content: bytes, record: Mapping[str, Any]) -> None:
+        """Appends a sample: its image and what is known of it."""
+
+
+@contextlib.contextmanager
+def create_shard(
+    store: Store, name: str, kind: Format, types: Mapping[str, type]
+) -> Iterator[tuple[Writer, "Digest"]]:
+    """A shard that appears when the body of the `with` has ended well.
+
+    Args:
+        types: of what is known of a sample.
+
+    Yields:
+        (writer, digest); the digest is complete when the `with` has been left.
+    """
+    digest = Digest()
+    if kind == "files":
+        with store.create_folder(name) as folder:
+            writer = _FolderWriter(folder, digest)
+            yield writer, digest
+            writer.close()
+        return
+    with store.create(name) as file:
+        target = _Hashed(file, digest)
+        writer = _TarWriter(target) if kind == "webdataset" else _ParquetWriter(target, types)
+        yield writer, digest
+        writer.close()
+
+
+def read_shard(store: Store, name: str, kind: Format) -> Iterator[StoredImage]:
+    """The images of a shard, in its order; whatever its reader raises where it is damaged."""
+    if kind == "files":
+        for file in store.names(name):
+            if file != METADATA_FILE:
+                with store.open(f"{name}/{file}") as opened:
+                    yield StoredImage(file.split(".")[0], opened.read())
+    elif kind == "webdataset":
+        with store.open(name) as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            for member in archive:
+                if not member.name.endswith(".json"):
+                    content = archive.extractfile(member).read()
+                    yield StoredImage(member.name.split(".")[0], content)
+    else:
+        import pyarrow.parquet as pq
+
+        with store.open(name) as file:
+            table = pq.ParquetFile(file, page_checksum_verification=True)
+            for batch in table.iter_batches(ROW_GROUP, columns=["image", "key"]):
+                for row in batch.to_pylist():
+                    yield StoredImage(row["key"], row["image"]["bytes"])
+
+
+def shard_digest(store: Store, name: str, kind: Format) -> "Digest | None":
+    """Size and hash of a shard as it lies there; None where it is missing."""
+    digest = Digest()
+    if kind == "files":
+        names = store.names(name)
+        if not names:
+            return None
+        for file in names:
+            with store.open(f"{name}/{file}") as opened:
+                digest.add_file(file, opened.read())
+        return digest
+    if store.size(name) is None:
+        return None
+    with store.open(name) as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest
+
+
+class Digest:
+    """Size and sha256 of a file; of a folder, sha256 over the names and hashes of its files."""
+
+    def __init__(self):
+        self.size, self._hash = 0, hashlib.sha256()
+        self._files: dict[str, str] = {}
+
+    def update(self, content: bytes) -> None:
+        self.size += len(content)
+        self._hash.update(content)
+
+    def add_file(self, name: str, content: bytes) -> None:
+        self.size += len(content)
+        self._files[name] = hashlib.sha256(content).hexdigest()
+
+    @property
+    def sha256(self) -> str:
+        if not self._files:
+            return self._hash.hexdigest()
+        lines = "".join(f"{name} {digest}\n" for name, digest in sorted(self._files.items()))
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+
+class _Hashed(io.RawIOBase):
+    """A file that is hashed as it is written, front to back."""
+
+    def __init__(self, file: BinaryIO, digest: Digest):
+        self._file, self._digest = file, digest
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content) -> int:
+        content = bytes(content)
+        self._file.write(content)
+        self._digest.update(content)
+        return len(content)
+
+    def tell(self) -> int:
+        return self._digest.size
+
+    def close(self) -> None:
+        """The file is its creator's to close."""
+
+
+class _TarWriter:
+    def __init__(self, file: _Hashed):
+        self._archive = tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)
+
+    def add(self, key, extension, content, record):
+        for ending, data in ((extension, content), ("json", _json(record))):
+            # TarInfo's defaults are those of nobody and no time: ids and mtime are 0.
+            member = tarfile.TarInfo(f"{key}.{ending}")
+            member.size = len(data)
+            self._archive.addfile(member, io.BytesIO(data))
+
+    def close(self):
+        self._archive.close()
+
+
+class _FolderWriter:
+    def __init__(self, folder: os.PathLike, digest: Digest):
+        self._folder, self._digest = folder, digest
+        self._lines: list[bytes] = []
+
+    def add(self, key, extension, content, record):
+        name = f"{key}.{extension}"
+        self._write(name, content)
+        self._lines.append(_json({"file_name": name, **record}))
+
+    def close(self):
+        self._write(METADATA_FILE, b"".join(line + b"\n" for line in self._lines))
+
+    def _write(self, name, content):
+        with open(os.path.join(self._folder, name), "wb") as file:
+            file.write(content)
+        self._digest.add_file(name, content)
+
+
+class _ParquetWriter:
+    def __init__(self, file: _Hashed, types: Mapping[str, type]):
+        self._file, self._writer, self._schema = file, None, parquet_schema(types)
+        self._rows: list[dict[str, Any]] = []
+
+    def add(self, key, extension, content, record):
+        image = {"bytes": content, "path": f"{key}.{extension}"}
+        self._rows.append({"image": image, "key": key, **record})
+        if len(self._rows) == ROW_GROUP:
+            self._flush()
+
+    def close(self):
+        if self._rows or self._writer is None:
+            self._flush()
+        self._writer.close()
+
+    def _flush(self):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        schema = self._schema
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(
+                self._file,
+                schema,
+                # Images are compressed already.
+                compression={name: "zstd" for name in schema.names if name != "image"},
+                write_page_checksum=True,
+                store_schema=True,
+            )
+        rows = [{name: row.get(name) for name in schema.names} for row in self._rows]
+        self._writer.write_table(pa.Table.from_pylist(rows, schema), row_group_size=ROW_GROUP)
+        self._rows.clear()
+
+
+RECORD_TYPES: dict[str, type] = {
+    "index": int,
+    "id": str,
+    "line": int,
+    "prompt": str,
+    "negative_prompt": str,
+    "seed": int,
+    "width": int,
+    "height": int,
+    "guidance_scale": float,
+    "steps": int,
+    "sampler": str,
+    "sha256": str,
+}
+IMAGE_RECORD_TYPES = {"image": str, "mask": str, "strength": float}
+
+
+def record_types(tasks: Sequence[str]) -> dict[str, type]:
+    """What is known of a sample in a shard, in every format, and its types."""
+    return RECORD_TYPES | (IMAGE_RECORD_TYPES if set(tasks) - {"text"} else {})
+
+
+def record_of(row: Mapping[str, Any], types: Mapping[str, type]) -> dict[str, Any]:
+    """The part of a sidecar's row that stands in the shard too.
+
+    Without nulls: readers that guess types from the first samples take a null for a type.
+    """
+    return {name: kind() if row[name] is None else row[name] for name, kind in types.items()}
+
+
+def parquet_schema(types: Mapping[str, type]):
+    """Columns of a Parquet shard, with the note by which `datasets` knows the image as one."""
+    import pyarrow as pa
+
+    arrow = {int: pa.int64(), float: pa.float64(), str: pa.string()}
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    columns = {"key": str, **types}
+    features = {"image": IMAGE_FEATURE} | {
+        name: {"dtype": FEATURE_OF[kind], "_type": "Value"} for name, kind in columns.items()
+    }
+    note = json.dumps({"info": {"features": features}})
+    fields = [("image", image), *((name, arrow[kind]) for name, kind in columns.items())]
+    return pa.schema(fields, metadata={"huggingface": note})
+
+
+def _json(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record, ensure_ascii=False).encode()

@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompt files of every kind become the same samples, and every bad line is named."""
+
+import io
+import json
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from k3jax.synthesis import prompt_files
+from k3jax.synthesis.prompt_source import PromptSource, index_from_json, index_to_json
+from k3jax.synthesis.samples import RowRules
+
+from data_sets import write_jsonl
+
+
+RULES = RowRules(0, 1, 1024, 512, 3.0, None, 64)
+ROWS = [
+    {"id": "a/b.c", "prompt": "a red circle", "seed": 7, "width": 64, "height": 128},
+    {"prompt": "рыжий кот", "negative_prompt": "dull, grey", "guidance_scale": 0},
+    {"id": "3", "prompt": 'say "hi", twice', "negative_prompt": "line\nbreak"},
+]
+
+
+def write(folder, kind):
+    """ROWS as a file of that kind."""
+    path = folder / f"prompts.{kind}"
+    if kind == "jsonl":
+        return write_jsonl(path, ROWS)
+    columns = dict.fromkeys(["note", *(column for row in ROWS for column in row)])
+    table = pa.Table.from_pylist([{**columns, **row} for row in ROWS])
+    if kind == "parquet":
+        pq.write_table(table, path, row_group_size=2)
+    else:
+        import csv
+
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, table.column_names)
+            writer.writeheader()
+            writer.writerows(table.to_pylist())
+    return path
+
+
+def rows_of(paths, rules=RULES, **options):
+    source = PromptSource([str(path) for path in paths], rules, **options)
+    index = source.scan()
+    assert index_from_json(index_to_json(index)) == index
+    return [row for *_, row in source.rows(index, 0, index.rows)], index
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_columns(tmp_path, kind):
+    rows, index = rows_of([write(tmp_path, kind)])
+    assert [row.id for row in rows] == ["a/b.c", rows[1].id, "3"]
+    assert rows[1].id in ("000000002", "000000003")  # the line; of a CSV behind its header
+    assert [row.prompt for row in rows] == [row["prompt"] for row in ROWS]
+    assert [row.negative_prompt for row in rows] == [None, "dull, grey", "line\nbreak"]
+    assert [row.seed for row in rows] == [7, None, None]
+    assert [(row.width, row.height) for row in rows] == [(64, 128), (1024, 512), (1024, 512)]
+    assert [row.guidance_scale for row in rows] == [3.0, 0.0, 3.0]
+    assert index.faults == 0 and index.sizes == {(64, 128): 1, (1024, 512): 2}
+    assert index.unused == (() if kind == "jsonl" else ("note",))
+
+
+def test_text(tmp_path):
+    (tmp_path / "p.txt").write_bytes("\ufeffa red circle\r\n\n  \n  рыжий кот  ".encode())
+    rows, index = rows_of([tmp_path / "p.txt"])
+    assert [(row.id, row.prompt) for row in rows] == [
+        ("000000001", "a red circle"),
+        ("000000004", "рыжий кот"),
+    ]
+    assert index.rows == 2
+
+
+def test_several_files(tmp_path):
+    """A pattern in the order of names, then another kind of file; numbers go through."""
+    for name in ("b", "a"):
+        (tmp_path / f"{name}.txt").write_text(f"{name} one\n{name} two\n")
+    last = write_jsonl(tmp_path / "z.jsonl", [{"prompt": "z"}])
+    rows, _ = rows_of([tmp_path / "*.txt", last])
+    assert [row.prompt for row in rows] == ["a one", "a two", "b one", "b two", "z"]
+    assert rows[3].id == "0001-000000002" and rows[4].id == "0002-000000001"
+    with pytest.raises(ValueError, match=r"no file matches .*\.csv"):
+        rows_of([tmp_path / "*.csv"])
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "parquet"])
+def test_any_row_is_read_where_it_stands(tmp_path, monkeypatch, kind):
+    """Rows from the middle on are those of a whole reading, also across files, without it."""
+    monkeypatch.setattr(prompt_files, "MARK_EVERY", 4)
+    monkeypatch.setattr("k3jax.synthesis.prompt_source.MARK_EVERY", 4)
+    paths = []
+    for number in range(2):
+        prompts = [f"{number} {k}" + " x" * (k % 7) for k in range(23)]
+        paths.append(tmp_path / f"{number}.{kind}")
+        if kind == "txt":
+            paths[-1].write_text("\n\n".join(prompts))
+        elif kind == "jsonl":
+            write_jsonl(paths[-1], [{"prompt": p} for p in prompts])
+        elif kind == "csv":
+            lines = [f'"{p}{chr(10) if k % 3 else ""}"' for k, p in enumerate(prompts)]
+            paths[-1].write_text("prompt\n" + "\n".join(lines))
+        else:
+            pq.write_table(pa.table({"prompt": prompts}), paths[-1], row_group_size=6)
+    source = PromptSource([str(p) for p in paths], RULES)
+    index = source.scan()
+    everything = list(source.rows(index, 0, 46))
+    assert [number for number, *_ in everything] == list(range(46))
+    for start in range(46):
+        for stop in (start, start + 1, min(46, start + 9), 46):
+            assert list(source.rows(index, start, stop)) == everything[start:stop]
+
+
+def test_other_names(tmp_path):
+    path = write_jsonl(tmp_path / "p.jsonl", [{"caption": "a", "image": "x.png", "url": "u"}])
+    (row,), index = rows_of([path], columns={"prompt": "caption", "id": "url", "image": ""})
+    assert (row.id, row.prompt) == ("u", "a") and index.unused == ("image",)
+    with pytest.raises(ValueError, match=r"--column promt: known are id, prompt"):
+        rows_of([path], columns={"promt": "caption"})
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        ('{"prompt": "a"', "not JSON (Expecting ',' delimiter at column 15)"),
+        ("[1]", "is not a JSON object but '[1]'"),
+        ("[" * 100_000, "not JSON"),
+        ('{"text": "a"}', "has no 'prompt' (it has: text)"),
+        ('{"prompt": ""}', "has no prompt"),
+        ('{"prompt": 3}', "has the prompt 3; it must be a string"),
+        ('{"prompt": "a\\u0007"}', "has a prompt that has the control character U+0007"),
+        ('{"prompt": "\\ud800"}', "has a prompt that has the control character U+D800"),
+        (json.dumps({"prompt": "a" * 100_001}), "has a prompt of 100,001 characters"),
+        ('{"prompt": "a", "seed": -1}', "has the seed -1; it must be between 0 and 2^63 - 1"),
+        ('{"prompt": "a", "seed": 1.5}', "has the seed 1.5, which is not a whole number"),
+        ('{"prompt": "a", "seed": true}', "has the seed True, which is not a whole number"),
+        ('{"prompt": "a", "width": 64}', "has a width but no height"),
+        ('{"prompt": "a", "width": 100, "height": 64}', "has the width 100; it must be a positive"),
+        ('{"prompt": "a", "width": 0, "height": 64}', "the width 0; it must be a positive multi"),
+        ('{"prompt": "a", "guidance_scale": -1}', "the guidance_scale -1; it must be 0 or more"),
+        ('{"prompt": "a", "guidance_scale": NaN}', "the guidance_scale nan; it must be 0 or more"),
+        ('{"prompt": "a", "guidance_scale": "x"}', "guidance_scale 'x', which is not a number"),
+        (json.dumps({"prompt": "a", "id": "i" * 1001}), "has an id of 1001 characters"),
+        ('{"prompt": "a", "id": "bad:1"}', "has an id that starts with 'bad:'"),
+        ('{"prompt": "a", "id": "one"}', "has the id 'one' of p.jsonl, line 1"),
+        ('{"prompt": "a", "id": 1.5}', "has the id 1.5; it must be a string"),
+        (b'{"prompt": "\xe4"}', "byte 13 is not UTF-8; save the file as UTF-8"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, refuses, stubs, line, reason):
+    line = line if isinstance(line, bytes) else line.encode()
+    good = b'{"prompt": "a", "id": "one"}\n\n'
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(good + line + b"\n" + good.replace(b"one", b"two"))
+    message = refuses("synthesize", path, tmp_path / "out")
+    assert message.startswith("p.jsonl, line 3: ") and reason in message
+    assert "--skip-bad" in message
+    assert not (tmp_path / "out").exists() and not stubs
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        ("prompt,seed\na,1,2\n", "line 2: has 3 cells under 2 columns"),
+        ('prompt,seed\n"a,1\n', "line 2: not CSV (unexpected end of data)"),
+        ("text\na\n", "has no column 'prompt' (it has: text): name that of the prompts with --col"),
+        ("", "is empty: a CSV file begins with its columns"),
+        ("prompt\n", "p.csv holds no prompts"),
+        ("prompt,negative_promt\na,b\n", "if 'negative_prompt' is meant, say --column neg"),
+        ("prompt,mask\na,b\n", "line 2: has a mask but no image"),
+    ],
+)
+def test_a_bad_table_is_refused(tmp_path, refuses, content, reason):
+    (tmp_path / "p.csv").write_text(content)
+    assert reason in refuses("synthesize", tmp_path / "p.csv", tmp_path / "out")
+
+
+def test_many_bad_lines(tmp_path, refuses):
+    (tmp_path / "p.jsonl").write_text("{\n" * 100)
+    message = refuses("synthesize", tmp_path / "p.jsonl", tmp_path / "out")
+    assert message.count("not JSON") == 5 and "and 95 more bad lines" in message
+
+
+def test_a_line_without_end(tmp_path, monkeypatch):
+    """It is one bad line, and is not held in memory."""
+    monkeypatch.setattr(prompt_files, "MAX_LINE", 1000)
+    (tmp_path / "p.txt").write_text("a\n" + "b" * 5000 + "\nc\n")
+    rows, index = rows_of([tmp_path / "p.txt"])
+    assert index.rows == 3 and index.faults == 1 and "is longer than" in rows[1]
+    assert rows[2].prompt == "c" and rows[2].id == "000000003"
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("none.txt", "none.txt does not exist"),
+        ("p.docx", "p.docx has none of the endings .txt, .jsonl, .csv, .parquet"),
+        ("bad.parquet", "bad.parquet cannot be read as Parquet"),
+        ("", " cannot be read: Is a directory"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path, refuses, name, reason):
+    (tmp_path / "p.docx").write_text("a")
+    (tmp_path / "bad.parquet").write_text("a")
+    options = [] if name else ["--prompts-format", "txt"]
+    assert reason in refuses("synthesize", tmp_path / name, tmp_path / "out", *options)
+
+
+def test_standard_input(tmp_path, made, refuses, monkeypatch, stubs):
+    """It is kept, and the same command with the same input goes on."""
+
+    def pipe(text):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+
+    pipe("one\ntwo\n")
+    made("synthesize", "-", tmp_path / "out", "--size", "64x64")
+    assert (tmp_path / "out" / "prompts.txt").read_text() == "one\ntwo\n"
+    (tmp_path / "out" / "metadata" / "000000.parquet").unlink()
+    pipe("one\ntwo\n")
+    made("synthesize", "-", tmp_path / "out", "--size", "64x64")
+    (tmp_path / "out" / "metadata" / "000000.parquet").unlink()
+    made("verify", tmp_path / "out", "--repair")  # from the copy
+    pipe("one\nthree\n")
+    message = refuses("synthesize", "-", tmp_path / "out", "--size", "64x64")
+    assert "standard input is not what" in message
+    share = ["--job", "0", "--jobs", "2"]
+    assert "by one process" in refuses("synthesize", "-", tmp_path / "new", *share)
+
+
+def test_a_data_set_of_hugging_face(tmp_path, made, stubs):
+    """As `datasets` saves it, and as it loads it by name and split."""
+    import datasets
+
+    data = datasets.Dataset.from_list([{"text": "a cat"}, {"text": "a dog"}])
+    data.save_to_disk(tmp_path / "saved")
+    (tmp_path / "named").mkdir()
+    data.to_json(tmp_path / "named" / "train.jsonl")
+    found = []
+    for number, name in enumerate((f"{tmp_path}/saved", f"{tmp_path}/named:train")):
+        out = tmp_path / f"out{number}"
+        made("synthesize", f"hf:{name}", out, "--column", "prompt=text", "--size", "64x64")
+        rows = pq.read_table(out / "metadata" / "000000.parquet").to_pylist()
+        found.append([(row["id"], row["prompt"], row["sha256"]) for row in rows])
+    assert found[0] == found[1] and found[0][1][1] == "a dog"
+
+
+def test_a_bucket(tmp_path, made, stubs):
+    """Prompts from an address and a data set at one, in fsspec's memory."""
+    import fsspec
+
+    files = fsspec.filesystem("memory")
+    for number in range(2):
+        files.pipe_file(f"/in/{number}.txt", b"one\ntwo\n")
+    words = ["synthesize", "memory://in/*.txt", "memory://out/set", "--size", "64x64"]
+    words += ["--samples-per-shard", "3"]
+    made(*words)
+    assert files.exists("/out/set/data/000001.tar") and files.exists("/out/set/manifest.json")
+    files.rm_file("/out/set/metadata/000001.parquet")
+    out, _ = made(*words)
+    assert out == ["data/000001.tar: 1 images"]
+    assert "as they should be" in made("verify", "memory://out/set")[0][-1]
+    made("gallery", "memory://out/set")
+    assert files.exists("/out/set/gallery.html")
+    files.pipe_file("/out/set/data/000000.tar", files.cat_file("/out/set/data/000000.tar")[:-2000])
+    assert made("verify", "memory://out/set", "--repair")[0][0] == "making 1 shards again: 0"
+    for kind in ("parquet", "files"):
+        made("synthesize", "memory://in/*.txt", f"memory://out/{kind}", "--format", kind)
+        made("verify", f"memory://out/{kind}")

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pipelines that share components: nothing is in memory twice."""
+
+import dataclasses
+import gc
+import tempfile
+import warnings
+
+import jax
+import numpy as np
+import pytest
+
+from k3jax import (
+    Kandinsky3Img2ImgPipeline,
+    Kandinsky3InpaintPipeline,
+    Kandinsky3Pipeline,
+)
+from k3jax.abstract import COMPONENTS
+from k3jax.checkpoint import CheckpointWriter, save_module
+
+from pictures import picture
+from random_checkpoint import (
+    MODEL,
+    random_module,
+    write_byte_tokenizer,
+    write_random_checkpoint,
+)
+
+
+SMALL = dict(num_inference_steps=2, output_type="np", progress_bar=False)
+
+
+def held() -> int:
+    """Bytes of all arrays on the devices."""
+    gc.collect()
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+def size_of(module) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(module))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """A base checkpoint, and one of inpainting that points at its encoder and has its MoVQ too."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    write_random_checkpoint(folder / "base")
+    unet = dataclasses.replace(MODEL.unet, in_channels=9)
+    config = dataclasses.replace(MODEL, unet=unet)
+    rng = np.random.default_rng(1)
+    with (
+        tempfile.TemporaryDirectory() as tokenizer,
+        CheckpointWriter(folder / "inpainting") as writer,
+    ):
+        write_byte_tokenizer(tokenizer)
+        writer.add_tokenizer(tokenizer)
+        writer.share("text_encoder", folder / "base")
+        for name in ("text_projection", "unet"):
+            save_module(writer, name, random_module(name, config, rng))
+        movq = random_module(
+            "movq", MODEL, np.random.default_rng([0, list(COMPONENTS).index("movq")])
+        )
+        save_module(writer, "movq", movq)
+        writer.commit(config, source={"layout": "random"}, dtype="float32")
+    return folder / "base", folder / "inpainting"
+
+
+@pytest.fixture
+def pipe(checkpoints):
+    return Kandinsky3Pipeline.from_pretrained(checkpoints[0], mesh="data=8", dtype="float32")
+
+
+def test_pipelines_of_one_checkpoint_are_the_same_modules(pipe):
+    before = held()
+    for kind in (Kandinsky3Img2ImgPipeline, Kandinsky3InpaintPipeline):
+        other = kind.from_pipe(pipe)
+        assert all(getattr(other, name) is getattr(pipe, name) for name in COMPONENTS)
+        assert other.tokenizer is pipe.tokenizer and other.mesh is pipe.mesh
+        assert other.fingerprint == pipe.fingerprint and other.batch_size == pipe.batch_size
+    assert held() == before
+
+
+def test_of_another_checkpoint_only_what_differs_is_loaded(pipe, checkpoints):
+    """The encoder by reference, MoVQ because its weights are equal."""
+    before = held()
+    other = Kandinsky3InpaintPipeline.from_pipe(pipe, checkpoints[1])
+    assert other.method == "model"
+    assert other.text_encoder is pipe.text_encoder and other.movq is pipe.movq
+    new = size_of(other.unet) + size_of(other.text_projection)
+    assert before + new <= held() < before + 1.01 * new
+    assert other.unet.dtype == pipe.unet.dtype and other.tokenizer is pipe.tokenizer
+    mask = np.zeros((64, 64))
+    mask[:32] = 1
+    shared = other("a", picture(0), mask, **SMALL).images
+    alone = Kandinsky3InpaintPipeline.from_pretrained(
+        checkpoints[1], mesh=pipe.mesh, dtype="float32"
+    )
+    assert np.array_equal(alone("a", picture(0), mask, **SMALL).images, shared)
+
+
+def test_components_are_swapped_without_a_second_copy(pipe, checkpoints, monkeypatch):
+    """`release` frees the old U-Net before the new one is read."""
+    from k3jax import components
+
+    most, restore = [], components.restore
+
+    def watched(checkpoint, name, **kwargs):
+        most.append(held())
+        return restore(checkpoint, name, **kwargs)
+
+    monkeypatch.setattr(components, "restore", watched)
+    before, old = held(), size_of(pipe.unet) + size_of(pipe.text_projection)
+    other = Kandinsky3InpaintPipeline.from_pipe(pipe, checkpoints[1], release=True)
+    assert most[0] == before - old
+    assert held() < 1.01 * before and pipe.unet is None
+    with pytest.raises(ValueError, match="this pipeline lacks a component that this takes"):
+        pipe("a", height=64, width=64, **SMALL)
+    assert other.unet is not None and pipe.movq is other.movq
+
+
+def test_what_cannot_be_shared(pipe, checkpoints):
+    with pytest.raises(ValueError, match=r"inpainting checkpoint .* image to image needs a base"):
+        Kandinsky3Img2ImgPipeline.from_pipe(pipe, checkpoints[1])
+    with pytest.raises(ValueError, match="There is no checkpoint at"):
+        Kandinsky3InpaintPipeline.from_pipe(pipe, checkpoints[1] / "none")
+
+
+def test_a_dtype_for_each_component(checkpoints):
+    pipe = Kandinsky3Pipeline.from_pretrained(
+        checkpoints[0], mesh="data=8", dtype={"movq": "float32", "text_encoder": "float32"}
+    )
+    found = {name: str(np.dtype(getattr(pipe, name).dtype)) for name in COMPONENTS}
+    assert found == {
+        "text_encoder": "float32",
+        "text_projection": "float32",
+        "unet": "bfloat16",
+        "movq": "float32",
+    }
+    for dtype, message in (
+        ({"vae": "float32"}, "dtype names 'vae', which is not one of text_encoder"),
+        ({"movq": "float16"}, "dtype float16 is not one of bfloat16, float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Kandinsky3Pipeline.from_pretrained(checkpoints[0], mesh="data=8", dtype=dtype)
+
+
+def test_a_lora_stays_with_its_unet(pipe, checkpoints):
+    pipe._unet_without_lora = pipe.unet
+    other = Kandinsky3Img2ImgPipeline.from_pipe(pipe)
+    assert other._unet_without_lora is pipe.unet
+    inpaint = Kandinsky3InpaintPipeline.from_pipe(pipe, checkpoints[1])
+    assert inpaint._unet_without_lora is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other.unload_lora()
+    assert other.unet is pipe.unet
