@@ -13,10 +13,6 @@ from flax import nnx
 from k3jax.sharding import axes
 
 
-SMALL_MAP = 16
-"""Pixels of a map up to which a 3x3 convolution is a matmul."""
-
-
 def linear(
     features_in: int,
     features_out: int,
@@ -56,8 +52,7 @@ def conv(
     """A convolution, kernel (h, w, in, out). Padding defaults to that which keeps the size."""
     if padding is None:
         padding = (kernel_size - 1) // 2
-    kinds = {1: PointwiseConv, 3: SameConv} if strides == 1 else {}
-    return kinds.get(kernel_size, nnx.Conv)(
+    return (PointwiseConv if kernel_size == 1 else nnx.Conv)(
         channels_in,
         channels_out,
         (kernel_size, kernel_size),
@@ -78,24 +73,6 @@ class PointwiseConv(nnx.Conv):
         """(b, h, w, in) -> (b, h, w, out)."""
         kernel = self.kernel[...].astype(self.dtype)
         return x.astype(self.dtype) @ kernel[0, 0] + self.bias[...].astype(self.dtype)
-
-
-class SameConv(nnx.Conv):
-    """A 3x3 convolution that keeps the size; on the smallest maps as one matmul.
-
-    XLA:CPU takes 13 times as long for a convolution of 2 x 2 pixels as for the matmul over their
-    gathered neighbours. Only small models have such maps: 16 pixels and less.
-    """
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(b, h, w, in) -> (b, h, w, out)."""
-        h, w = x.shape[1:3]
-        if h * w > SMALL_MAP:
-            return super().__call__(x)
-        padded = jnp.pad(x.astype(self.dtype), ((0, 0), (1, 1), (1, 1), (0, 0)))
-        shifted = [padded[:, i : i + h, j : j + w] for i in range(3) for j in range(3)]
-        kernel = rearrange(self.kernel[...].astype(self.dtype), "h w i o -> (h w i) o")
-        return jnp.concatenate(shifted, axis=-1) @ kernel + self.bias[...].astype(self.dtype)
 
 
 class Upsample2x(nnx.Module):

@@ -9,6 +9,10 @@ PACKAGED = {"tiny": "text to image"}
 """Name -> what it does. The weights are in `weights/NAME`."""
 
 
+DEFAULT = WEIGHTS / "tiny"
+"""What commands use that are given no checkpoint."""
+
+
 def packaged_path(path) -> Path | None:
     """The folder of a packaged checkpoint, where `path` is the name of one and of nothing else."""
     if str(path) in PACKAGED and not Path(str(path)).exists():

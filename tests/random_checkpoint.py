@@ -52,7 +52,7 @@ def write_random_checkpoint(path: str | Path, seed: int = 0) -> None:
         for number, component in enumerate(COMPONENTS):
             module = random_module(component, MODEL, np.random.default_rng([seed, number]))
             save_module(writer, component, module)
-        source = {"layout": "random", "seed": seed}
+        source = {"layout": "random", "note": "random weights", "seed": seed}
         writer.commit(MODEL, source=source, dtype="float32")
 
 

@@ -6,10 +6,13 @@ import re
 import shlex
 from pathlib import Path
 
+import jax
 import pytest
 
+from k3jax import base_pipeline
 from k3jax.base_pipeline import BasePipeline
 from k3jax.cli.main import parse
+from k3jax.sharding import make_mesh
 
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +55,9 @@ def test_python_block_runs(block, tmp_path, monkeypatch):
         init(self, dataclasses.replace(config, sampler=sampler), *args, **kwargs)
 
     monkeypatch.setattr(BasePipeline, "__init__", few_steps)
+    # One device: programs for 8 take three times as long to compile, and other tests have them.
+    one = make_mesh("data=1", jax.devices()[:1])
+    monkeypatch.setattr(base_pipeline, "make_mesh", lambda spec: one)
     monkeypatch.chdir(tmp_path)
     exec(compile(block.replace("weights/kandinsky3", "tiny"), "README.md", "exec"), {})
     for picture in re.findall(r'save\("(.*?)"\)', block):

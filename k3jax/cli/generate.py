@@ -117,10 +117,11 @@ def run(args: argparse.Namespace) -> None:
 def asked_checkpoint(values, named_by_config: bool):
     """The checkpoint that is asked for, its weights not read."""
     from k3jax.checkpoint_format import as_path, read_checkpoint
+    from k3jax.packaged import DEFAULT
 
     path = values.get("checkpoint")
     if path is None:
-        return read_checkpoint("tiny")
+        return read_checkpoint(DEFAULT)
     if named_by_config and not as_path(path).exists():
         raise ValueError(
             f"the config's checkpoint {path} does not exist: make it with `k3jax convert`, or give "

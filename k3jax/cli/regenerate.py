@@ -37,7 +37,8 @@ def run(args: argparse.Namespace) -> int:
     manifest = read_manifest(store)
     weights = weights_of(manifest, args.checkpoint, args.lora)
     prompts = Prompts(store, manifest, weights.checkpoint, args.prompts)
-    found = prompts.find(args.ids)
+    places = prompts.find(args.ids)
+    found = {sample_id: places[sample_id] for sample_id in args.ids}
     target = LocalStore(args.output)
     extension = manifest.settings.encoding.extension
     names = {sample_id: f"{key_of(sample_id)}.{extension}" for sample_id in found}

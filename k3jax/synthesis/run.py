@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from k3jax.config import ModelConfig
 from k3jax.samplers import make_sampler
 from k3jax.synthesis.card import write_card
 from k3jax.synthesis.checking import Check, finished_shards, remove_leavings, shards_to_make
@@ -163,11 +162,6 @@ def make_shards(
         return (0 if complete else stop.exit_code), progress.state()
     finally:
         locks.close()
-
-
-def model_of(manifest: Manifest, checkpoint_config: ModelConfig) -> ModelConfig:
-    """The model with the sampler of the manifest."""
-    return dataclasses.replace(checkpoint_config, sampler=manifest.settings.sampler)
 
 
 def _metric_files(store: Store, running: Running) -> tuple[Path | None, Path | None]:

@@ -63,8 +63,11 @@ def create_shard(
     with store.create(name) as file:
         target = _Hashed(file, digest)
         writer = _TarWriter(target) if kind == "webdataset" else _ParquetWriter(target, types)
-        yield writer, digest
-        writer.close()
+        try:
+            yield writer, digest
+            writer.close()
+        finally:
+            target.end()
 
 
 def read_shard(store: Store, name: str, kind: Format) -> Iterator[StoredImage]:
@@ -116,8 +119,8 @@ class Digest:
         self.size, self._hash = 0, hashlib.sha256()
         self._files: dict[str, str] = {}
 
-    def update(self, content: bytes) -> None:
-        self.size += len(content)
+    def update(self, content, size: int | None = None) -> None:
+        self.size += len(content) if size is None else size
         self._hash.update(content)
 
     def add_file(self, name: str, content: bytes) -> None:
@@ -138,14 +141,18 @@ class _Hashed(io.RawIOBase):
     def __init__(self, file: BinaryIO, digest: Digest):
         self._file, self._digest = file, digest
 
+    def end(self) -> None:
+        """What a writer of an abandoned shard still has to say goes nowhere."""
+        self._file = io.BytesIO()
+
     def writable(self) -> bool:
         return True
 
     def write(self, content) -> int:
-        content = bytes(content)
+        size = memoryview(content).nbytes
         self._file.write(content)
-        self._digest.update(content)
-        return len(content)
+        self._digest.update(content, size)
+        return size
 
     def tell(self) -> int:
         return self._digest.size
@@ -209,12 +216,15 @@ class _ParquetWriter:
         import pyarrow.parquet as pq
 
         schema = self._schema
+        others = [name for name in schema.names if name != "image"]
         if self._writer is None:
             self._writer = pq.ParquetWriter(
                 self._file,
                 schema,
-                # Images are compressed already.
-                compression={name: "zstd" for name in schema.names if name != "image"},
+                # Images are compressed already, and none is there twice.
+                compression={name: "zstd" for name in others},
+                use_dictionary=others,
+                write_statistics=others,
                 write_page_checksum=True,
                 store_schema=True,
             )
@@ -237,12 +247,14 @@ RECORD_TYPES: dict[str, type] = {
     "sampler": str,
     "sha256": str,
 }
-IMAGE_RECORD_TYPES = {"image": str, "mask": str, "strength": float}
+INPUT_TYPES = {"input_image": str, "input_mask": str, "strength": float}
+INPUT_COLUMNS = {"input_image": "image", "input_mask": "mask"}
+"""Names in shards, where `image` is what was made, -> those of the sidecar."""
 
 
 def record_types(tasks: Sequence[str]) -> dict[str, type]:
     """What is known of a sample in a shard, in every format, and its types."""
-    return RECORD_TYPES | (IMAGE_RECORD_TYPES if set(tasks) - {"text"} else {})
+    return RECORD_TYPES | (INPUT_TYPES if set(tasks) - {"text"} else {})
 
 
 def record_of(row: Mapping[str, Any], types: Mapping[str, type]) -> dict[str, Any]:
@@ -250,7 +262,8 @@ def record_of(row: Mapping[str, Any], types: Mapping[str, type]) -> dict[str, An
 
     Without nulls: readers that guess types from the first samples take a null for a type.
     """
-    return {name: kind() if row[name] is None else row[name] for name, kind in types.items()}
+    values = {name: row[INPUT_COLUMNS.get(name, name)] for name in types}
+    return {name: kind() if values[name] is None else values[name] for name, kind in types.items()}
 
 
 def parquet_schema(types: Mapping[str, type]):

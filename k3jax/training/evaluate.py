@@ -4,6 +4,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -12,6 +13,7 @@ from k3jax.scenes.caption import captioned
 from k3jax.scenes.checker import Verdict, check, summary
 from k3jax.scenes.scene import Scene
 from k3jax.training.movq import psnr
+from k3jax.training.tasks import encode_images
 
 
 SEED = 20  # of the scenes; training has its own
@@ -66,15 +68,11 @@ def shares(judged: list[Judged]) -> dict[str, float]:
 
 def reconstruction_psnr(pipe: Kandinsky3Pipeline, count: int = 64) -> float:
     """Of MoVQ on scenes of the test split, in dB over all their pixels."""
-    import jax
-    import jax.numpy as jnp
-
-    from k3jax.training.tasks import encode_images
-
     images = np.stack([captioned(SEED, index, "test")[0] for index in range(count)])
     errors = []
     for first in range(0, count, 8):
         part = images[first : first + 8]
-        decoded = pipe.decode(np.asarray(jax.jit(encode_images)(pipe.movq, part)), "np").images
-        errors.append(np.square(2 * decoded - (jnp.asarray(part, jnp.float32) / 127.5 - 1)).mean())
+        latents = np.asarray(jax.jit(encode_images)(pipe.movq, part))
+        decoded = pipe.decode(latents, "np").images
+        errors.append(np.square(2 * (decoded - part / 255)).mean())
     return psnr(float(np.mean(errors)))

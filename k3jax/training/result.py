@@ -12,8 +12,9 @@ import numpy as np
 
 from k3jax.abstract import COMPONENTS, abstract_module
 from k3jax.checkpoint import CheckpointWriter, save_module
-from k3jax.checkpoint_format import Checkpoint
+from k3jax.checkpoint_format import Checkpoint, as_path
 from k3jax.lora_format import save_lora
+from k3jax.manifest import MANIFEST, file_digest, files_below, read_manifest, write_manifest
 from k3jax.training.setup import Start
 from k3jax.training.state import TrainState, Weights, with_weights
 from k3jax.training.tasks import nested
@@ -94,3 +95,14 @@ def pack(source: Checkpoint, path: Path, dtype: str = "float16") -> None:
             for name, array in iterate_leaves(source, component):
                 writer.write(component, {name: array.astype(dtype)})
         writer.commit(source.config, source.source, dtype)
+    _forget_places(as_path(path))
+
+
+def _forget_places(path) -> None:
+    """Orbax notes in a file where it wrote; what is published should not tell that."""
+    digests = read_manifest(path)["components"]
+    (path / MANIFEST).unlink()
+    for file in files_below(path):
+        if file.name == "commit_success.txt":
+            file.write_text("Checkpoint commit was successful")
+    write_manifest(path, digests, file_digest, extra={})

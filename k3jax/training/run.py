@@ -119,7 +119,7 @@ def _train(run: RunConfig, stop: Stop, progress: bool) -> Path | None:
             abstract = abstract_state(start.shapes, optimizer, placed)
             state, position = checkpoints.restore(abstract)
             data.batches.restore(position["data"])
-            writer.resume(int(state.step))
+        writer.resume(int(state.step))
         frozen = frozen_modules(start)
         step = make_step(
             start.task.loss,

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from k3jax.packaged import DEFAULT
+
 import torch_checkpoints
 
 
@@ -21,7 +23,7 @@ def test_info(run, refuses, demo):
     assert code == 0 and values["config"]["unet"]["groups"] == 16
     assert values["components"]["unet"]["parameters"] == 5_776_660
     assert values["components"]["unet"]["dtypes"] == {"float32": 5_776_660}
-    assert run("info", demo, "--config", "tiny")[0] == 0
+    assert run("info", DEFAULT, "--config", "tiny")[0] == 0
     assert "another architecture" in refuses("info", demo, "--config", "flash")
 
 

@@ -94,7 +94,7 @@ def test_generate_end_to_end_without_a_checkpoint(tmp_path):
     notes = [line for line in done.stderr.splitlines() if line.startswith("k3jax:")]
     assert len(notes) == 2, done.stderr
     assert "small model of coloured shapes" in notes[0] and "k3jax convert" in notes[0]
-    assert notes[1].startswith("k3jax: warning: prompt 0 has 10401 tokens and the model sees 128")
+    assert notes[1].startswith("k3jax: warning: prompt 0 has 2402 tokens and the model sees 128")
 
 
 def test_flags_win_over_overrides_and_these_over_the_config(run, demo, asked, tmp_path):

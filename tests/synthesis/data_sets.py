@@ -21,8 +21,9 @@ from k3jax.config import (
     TextProjectionConfig,
     UNetConfig,
 )
-from k3jax.demo import random_module, write_byte_tokenizer
 from k3jax.synthesis.layout import DATA, METADATA
+
+from random_checkpoint import random_module, write_byte_tokenizer
 
 
 # One level: attention to itself and to the text, down and up, in a fraction of the compile time.

@@ -78,14 +78,16 @@ def test_rows(stored):
     row = stored["masked"]
     assert (row["image"], row["mask"], row["strength"]) == ("in/square.png", "in/mask.png", 1.0)
     assert len(row["image_sha256"]) == len(row["mask_sha256"]) == 64
-    assert stored["text"]["image"] is None and stored["text"]["record"]["image"] is not None
+    assert stored["text"]["image"] is None and stored["text"]["record"]["input_image"] == ""
+    assert stored["masked"]["record"]["input_mask"] == "in/mask.png"
 
 
 def test_the_pipelines_make_the_same(stored, checkpoint, folder):
     pipe = Kandinsky3Pipeline.from_pretrained(checkpoint, dtype="float32")
 
-    def same(name, made):
-        np.testing.assert_array_equal(np.asarray(made.images[0]), stored[name]["pixels"])
+    def same(name, made, tolerance=0):
+        difference = np.asarray(made.images[0]).astype(int) - stored[name]["pixels"]
+        assert np.abs(difference).max() <= tolerance
 
     def settings(name):
         row = stored[name]
@@ -99,7 +101,11 @@ def test_the_pipelines_make_the_same(stored, checkpoint, folder):
     middle = middle.resize((64, 64), Image.Resampling.BICUBIC)
     same("wide", change("a red circle", middle, 0.5, **settings("wide")))
     paint = Kandinsky3InpaintPipeline.from_pipe(pipe)
-    same("masked", paint("a cat", square, folder / "in" / "mask.png", **settings("masked")))
+    mask = folder / "in" / "mask.png"
+    # The seam is blended before the pixels are rounded; for PIL images, afterwards.
+    same("masked", paint("a cat", square, mask, **settings("masked")), 1)
+    (made,) = paint("a cat", square, mask, output_type="np", **settings("masked")).images
+    np.testing.assert_array_equal(np.round(made * 255), stored["masked"]["pixels"])
 
 
 def test_regenerate_and_repair(data_set, folder, stored, made, refuses, tmp_path):
@@ -131,7 +137,10 @@ def test_regenerate_and_repair(data_set, folder, stored, made, refuses, tmp_path
         ({"strength": 0.5}, "has a strength but no image"),
         ({"image": "i.png", "strength": 2}, "has an image whose strength is 2.0; it must be betwe"),
         ({"image": "i.png", "strength": 0.1}, "has an image whose strength 0.1 leaves none of 4"),
-        ({"image": "i.png", "mask": "m.png", "strength": 0}, "strength is 0, which repaints noth"),
+        (
+            {"image": "i.png", "mask": "m.png", "strength": 0},
+            "has an image whose strength is 0, which rep",
+        ),
         ({"image": {"bytes": "x"}}, "has the image {'bytes': 'x'}; it must be a string"),
     ],
 )

@@ -67,11 +67,13 @@ def spawn(words, *more, log=subprocess.DEVNULL):
     )
 
 
-def wait_for_work(process, out):
-    """Until a process that was just started writes something, or has ended."""
-    files = set(os.listdir(out / "data")) if (out / "data").exists() else set()
+def wait_for_shards(process, out, count):
+    """Until a process has finished so many more shards, or has begun one, or has ended."""
+    before, data = set(out.glob("metadata/0*")), set(out.glob("data/.*"))
     while process.poll() is None:
-        if (out / "data").exists() and set(os.listdir(out / "data")) - files:
+        if count and len(set(out.glob("metadata/0*")) - before) >= count:
+            return
+        if not count and set(out.glob("data/.*")) - data:
             return
         time.sleep(0.005)
 
@@ -97,8 +99,8 @@ def test_killed_at_random_moments(words, whole, tmp_path, name):
         if number % 5 == 0:
             moment = rng.uniform(0, starting)
         else:
-            wait_for_work(process, out)
-            moment = rng.uniform(0, 2 * working / KILLS)
+            wait_for_shards(process, out, number % 5 - 1)
+            moment = rng.uniform(0, working / KILLS)
         try:
             process.wait(moment)
         except subprocess.TimeoutExpired:
@@ -135,8 +137,8 @@ def test_machines_that_come_and_go(words, whole, tmp_path):
             spawn(words(out), "--job", job, "--jobs", jobs, "--batch-size", batch)
             for job in range(jobs)
         ]
-        wait_for_work(processes[0], out)
-        time.sleep(rng.uniform(0.1, 0.2) * working)
+        wait_for_shards(processes[0], out, 1)
+        time.sleep(rng.uniform(0, 0.1) * working)
         for process in processes:
             process.kill()
         for process in processes:

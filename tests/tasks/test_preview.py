@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 
 from k3jax import preview
+from k3jax.checkpoint import read_checkpoint, restore
 from k3jax.denoising import denoise_program
-from k3jax.preview import fit_preview, latents_to_rgb, smooth_images
+from k3jax.preview import fit_preview, flat_images, latents_to_rgb
+from k3jax.scenes.caption import captioned
 
 from pictures import picture
 
@@ -40,11 +42,21 @@ def test_a_map_that_is_linear_is_found():
     assert (latents_to_rgb(latents, found) == round(0.55 * 255)).all()
 
 
-def test_smooth_images_have_all_colours():
-    images = smooth_images(8, 64).reshape(-1, 3)
-    assert images.dtype == np.uint8
-    assert (images.min(0) < 20).all() and (images.max(0) > 235).all()
-    assert (np.abs(np.diff(smooth_images(8, 64).astype(int), axis=2)) < 60).all()
+def test_it_is_fitted_to_all_colours():
+    images = flat_images(16, 64)
+    assert images.dtype == np.uint8 and images.shape == (16, 64, 64, 3)
+    colors = images.reshape(-1, 3)
+    assert (colors.min(0) == 0).all() and (colors.max(0) == 255).all()
+    assert len(np.unique(colors, axis=0)) > 50
+
+
+def test_the_trained_model_looks_like_its_previews():
+    """Of scenes, each preview's pixels against the mean colours of what the decoder makes."""
+    movq = restore(read_checkpoint("tiny"), "movq", dtype="float32")
+    images = np.stack([captioned(22, index, "test")[0] for index in range(8)])
+    latents, colors = (np.asarray(x) for x in preview._pairs(movq, images))
+    shown = latents_to_rgb(latents, fit_preview(movq)) / 255
+    assert 1 - np.square(shown - colors).mean() / colors.var((0, 1, 2)).mean() > 0.9
 
 
 def test_the_callback_sees_what_the_image_will_be(base):

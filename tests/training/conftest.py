@@ -3,12 +3,14 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
 from k3jax.abstract import COMPONENTS
 from k3jax.checkpoint import CheckpointWriter, save_module
-from k3jax.run_config import PipelineConfig, RunConfig
+from k3jax.run_config import RunConfig
+from k3jax.sharding import make_mesh
 from k3jax.training.config import (
     CheckpointConfig,
     DataConfig,
@@ -49,10 +51,15 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture
-def run(base, cache, tmp_path):
-    """Makes a RunConfig: 16 scenes at 64 pixels, 8 a step, float32, one a device."""
+def run(base, cache, tmp_path, monkeypatch):
+    """Makes a RunConfig: 16 scenes at 64 pixels, 8 a step, float32, on one device.
 
-    def make(mesh="data=-1", cached=True, data=None, optimizer=None, loss=None, **train):
+    What meshes do is in test_step.py; a program for 8 devices takes three times as long to compile.
+    """
+    one = jax.devices()[:1]
+    monkeypatch.setattr("k3jax.training.run.make_mesh", lambda spec: make_mesh("data=1", one))
+
+    def make(cached=True, data=None, optimizer=None, loss=None, **train):
         data = {
             "kind": "scenes",
             "num_scenes": 16,
@@ -80,6 +87,6 @@ def run(base, cache, tmp_path):
             loss=LossConfig(**(loss or {})),
             **{**defaults, **train},
         )
-        return RunConfig(checkpoint=str(base), pipeline=PipelineConfig(mesh), train=config)
+        return RunConfig(checkpoint=str(base), train=config)
 
     return make

@@ -127,6 +127,7 @@ def test_text_encoder_and_movq_from_scratch(run, tmp_path, base):
 
 
 def test_prior_preservation_weighs_each_part_by_its_mean(run, tmp_path):
+    (tmp_path / "class").mkdir()
     for number in range(4):
         image, caption, _ = captioned(5, number, size=64)
         write_png(Image.fromarray(image), tmp_path / "class" / f"{number}.png")
@@ -161,7 +162,10 @@ def test_metrics_and_pictures_are_written(run, tmp_path):
     ("change", "message"),
     [
         ({"components": ("movq",)}, "trains the unet"),
-        ({"batch_size": 7}, "choose a multiple of 8"),
+        (
+            {"batch_size": 7, "optimizer": {"gradient_accumulation_steps": 2}},
+            "choose a multiple of 2",
+        ),
         ({"lora": LoraConfig(targets=("to_x",))}, "to_x"),
         ({"components": ("text_encoder", "unet")}, "leave out one of the two"),
         ({"validation_batches": 2}, "ask for fewer"),
