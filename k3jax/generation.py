@@ -96,6 +96,8 @@ def _sample(
     # Put where they belong before each call: the compiler may leave its results split in
     # another way, which as arguments would make another program.
     carry = pipe.put(initial_carry(sampler, start, preview is not None))
+    guidance_scale = pipe.put(batch.guidance_scale) if guided else None
+    extra_channels = None if batch.extra_channels is None else pipe.put(batch.extra_channels)
     window = _window(sampler.num_steps, loop)
     for first in range(0, sampler.num_steps, window):
         part = slice(first, first + window)
@@ -105,8 +107,8 @@ def _sample(
                 pipe.unet,
                 context,
                 unconditional if guided else None,
-                pipe.put(batch.guidance_scale) if guided else None,
-                None if batch.extra_channels is None else pipe.put(batch.extra_channels),
+                guidance_scale,
+                extra_channels,
                 carry,
                 {name: jnp.asarray(column[part]) for name, column in rows.items()},
                 keys,

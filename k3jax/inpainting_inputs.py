@@ -12,6 +12,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from k3jax.movq import normalize
+
 
 Encode = Callable[[jax.Array], jax.Array]
 """`MoVQ.encode`: images in [-1, 1], (b, h, w, 3) -> latents float32 (b, h/8, w/8, 4)."""
@@ -31,7 +33,7 @@ def inpainting_inputs(
         (mask float32 (b, h/8, w/8, 1), masked latents float32 (b, h/8, w/8, 4)).
     """
     if images.dtype == jnp.uint8:
-        images = images.astype(jnp.float32) / 127.5 - 1
+        images = normalize(images)
     masks = jnp.asarray(masks, jnp.float32)[..., None]
     latents = encode(jnp.where(masks < 1, 0.0, images))
     factor = images.shape[1] // latents.shape[1]

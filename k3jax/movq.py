@@ -152,6 +152,11 @@ class Decoder(nnx.Module):
         return norm_silu_conv(self.norm_out, self.conv_out, x, latents)
 
 
+def normalize(images: jax.Array) -> jax.Array:
+    """Images uint8 (b, h, w, 3) -> float32 in [-1, 1], as `MoVQ.encode` takes them."""
+    return images.astype(jnp.float32) / 127.5 - 1
+
+
 class MoVQ(nnx.Module):
     def __init__(self, config: MoVQConfig, *, dtype, param_dtype, rngs):
         kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from k3jax.compilation_cache import user_cache
-from k3jax.movq import MoVQ
+from k3jax.movq import MoVQ, normalize
 
 
 FIT_IMAGES, FIT_SIZE = 16, 128
@@ -100,7 +100,7 @@ def _pairs(movq: MoVQ, images: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Latents of images, and the mean colour that the decoder gives the pixels of each."""
 
     def one(image):
-        latents = movq.encode(image[None].astype(jnp.float32) / 127.5 - 1)
+        latents = movq.encode(normalize(image[None]))
         decoded = jnp.clip(movq.decode(latents) * 0.5 + 0.5, 0, 1)
         _, h, w, _ = latents.shape
         means = decoded.reshape(h, decoded.shape[1] // h, w, decoded.shape[2] // w, 3).mean((1, 3))

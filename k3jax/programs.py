@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from k3jax.config import Conditioning
 from k3jax.denoising import draw_noise
 from k3jax.inpainting_inputs import inpainting_inputs
-from k3jax.movq import MoVQ
+from k3jax.movq import MoVQ, normalize
 from k3jax.sharding import data_parallelism
 from k3jax.text_encoder import TextEncoder
 from k3jax.text_projection import Context, PromptEmbeds, TextProjection
@@ -80,10 +80,7 @@ def decode_latents(movq: MoVQ, latents: jax.Array, *, splits: int, as_uint8: boo
 def encode_images(movq: MoVQ, images: jax.Array, *, splits: int) -> jax.Array:
     """Images uint8 (b, h, w, 3) -> latents, float32 (b, h/8, w/8, 4), one at a time."""
 
-    def encode(images):
-        return movq.encode(images.astype(jnp.float32) / 127.5 - 1)
-
-    return _one_by_one(encode, images, splits)
+    return _one_by_one(lambda image: movq.encode(normalize(image)), images, splits)
 
 
 @functools.partial(jax.jit, static_argnames="splits")

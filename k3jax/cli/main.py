@@ -189,7 +189,8 @@ def _sentence(error: Exception) -> str | None:
         return f"this needs {error.name}, which is not installed: {INSTALL[error.name]}."
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
-    if isinstance(error, ValueError | OSError):
+    # ImportError itself: a sentence of ours on what is missing. Its subclass, a failed import.
+    if isinstance(error, ValueError | OSError) or type(error) is ImportError:
         inside = _raised_in_k3jax(error)
         return text if inside else f"{text} (K3JAX_TRACEBACK=1 shows where this comes from)"
     if "RESOURCE_EXHAUSTED" in text:

@@ -6,14 +6,12 @@ See k3jax/inpainting_inputs.py for what the channels are.
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from k3jax.abstract import abstract_module
 from k3jax.config import ModelConfig
-from k3jax.inpainting_inputs import Encode, inpainting_inputs
 from k3jax.training.config import MaskConfig
 from k3jax.training.masks import draw_masks
 from k3jax.unet import UNet
@@ -76,32 +74,3 @@ def masked_batch(
     """Masks for images uint8 (b, h, w, 3): float32 (b, h, w), 1 known, 0 to be painted."""
     count, height, width, _ = images.shape
     return draw_masks(rng, count, height, width, config)
-
-
-def inpainting_variants(
-    images: np.ndarray,
-    count: int,
-    rng: np.random.Generator,
-    encode: Encode,
-    config: MaskConfig | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """`count` masks for each image, to be cached beside its latents.
-
-    Args:
-        images: uint8 (b, h, w, 3).
-        encode: of batches of b; compile it before.
-
-    Returns:
-        (mask (b, count, h/8, w/8, 1), masked latents (b, count, h/8, w/8, 4)), float32 on the host.
-    """
-    parts = [
-        jax.device_get(inpainting_inputs(images, masked_batch(images, rng, config), encode))
-        for _ in range(count)
-    ]
-    masks, latents = (np.stack(x, axis=1) for x in zip(*parts, strict=True))
-    return masks, latents
-
-
-def unet_input(latents: jax.Array, mask: jax.Array, masked_latents: jax.Array) -> jax.Array:
-    """Noisy latents, mask and masked latents as the U-Net's 9 channels (b, h/8, w/8, 9)."""
-    return jnp.concatenate([latents, mask, masked_latents], axis=-1)

@@ -60,15 +60,17 @@ def model_flop_utilisation(
     return flops_per_step / (step_time * sum(peaks))
 
 
-def flops_of(compiled: jax.stages.Compiled) -> float | None:
-    """FLOPs that one device executes in a call of a compiled program; None where XLA does not say.
+def flops_of(program: jax.stages.Compiled | jax.stages.Lowered) -> float | None:
+    """FLOPs of one call of a program; None where XLA does not say.
 
-    These are hardware FLOPs of the program that each device runs: times the number of devices.
+    Of a compiled one, the hardware FLOPs that each device executes: times the number of devices. Of
+    one that is only lowered, those of the whole as it is written.
+
     XLA counts the body of a loop (`lax.scan`, so also gradient accumulation) once however often it
     runs, and custom calls such as fused attention kernels not at all.
     """
     try:
-        analysis = compiled.cost_analysis()
+        analysis = program.cost_analysis()
     except (NotImplementedError, RuntimeError):  # XlaRuntimeError is one: not on every backend
         return None
     if isinstance(analysis, list | tuple):  # one entry per program in some versions

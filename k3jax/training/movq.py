@@ -10,7 +10,7 @@ decoder sees makes the encoder use that range, and makes small errors of a diffu
 import jax
 import jax.numpy as jnp
 
-from k3jax.movq import MoVQ
+from k3jax.movq import MoVQ, normalize
 
 
 LATENT_NOISE = 0.05
@@ -29,7 +29,7 @@ def movq_loss(movq: MoVQ, images: jax.Array, key: jax.Array) -> tuple[jax.Array,
         Scalar loss; metrics `mse` (of pixels in [-1, 1]), `latent_std`, `latent_outside` (share of
         latents beyond 1).
     """
-    target = images.astype(jnp.float32) / 127.5 - 1
+    target = normalize(images)
     latents = movq.encode(target)
     noise = LATENT_NOISE * jax.random.normal(key, latents.shape)
     output = movq.decode(latents + noise)

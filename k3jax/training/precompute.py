@@ -9,6 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from k3jax.checkpoint import Checkpoint, restore
+from k3jax.inpainting_inputs import inpainting_inputs
 from k3jax.movq import MoVQ
 from k3jax.programs import encode_text
 from k3jax.sharding import batch_sharding, make_mesh
@@ -19,7 +20,7 @@ from k3jax.training.config import TrainConfig
 from k3jax.training.data.cache import LatentCache, cache_fingerprint
 from k3jax.training.data.index import BucketIndex
 from k3jax.training.data.source import Source
-from k3jax.training.inpainting import inpainting_inputs, masked_batch
+from k3jax.training.inpainting import masked_batch
 from k3jax.training.tasks import encode_images
 
 

@@ -35,6 +35,7 @@ from k3jax.training.data.index import bucket_index
 from k3jax.training.data.sources import open_source
 from k3jax.training.loop import put_batch, run_loop
 from k3jax.training.metrics import METRICS, MetricWriter
+from k3jax.training.mfu import flops_of
 from k3jax.training.optimizer import learning_rate, make_optimizer
 from k3jax.training.plot import plot_losses
 from k3jax.training.precompute import open_cache
@@ -144,7 +145,7 @@ def _train(run: RunConfig, stop: Stop, progress: bool) -> Path | None:
             learning_rate=learning_rate(config.optimizer, config.steps),
             timer=timer,
             validate=_validation(start, frozen, data.validation),
-            sample=_sampling(start, data, tokenizer_folder, writer),
+            sample=_sampling(start, first, tokenizer_folder, writer),
         )
     if jax.process_index() == 0 and (folder / METRICS).exists():
         plot_losses(folder / METRICS, folder / "loss.png")
@@ -226,12 +227,12 @@ def _validation(start: Start, frozen, batches) -> Callable[[TrainState], float] 
     return validate
 
 
-def _sampling(start: Start, data: _Data, tokenizer_folder, writer: MetricWriter):
+def _sampling(start: Start, batch, tokenizer_folder, writer: MetricWriter):
     """What shows the state as a grid of pictures, or None."""
     config = start.config
     if not config.sample_every or config.task == "text_encoder":
         return None
-    return samples.Sampler(start, data.batches.batch(0), tokenizer_folder, writer).show
+    return samples.SampleGrids(start, batch, tokenizer_folder, writer).show
 
 
 def _model_flops(start: Start, frozen, batch) -> float | None:
@@ -243,8 +244,8 @@ def _model_flops(start: Start, frozen, batch) -> float | None:
         for name, x in batch.items()
     }
     lowered = jax.jit(start.task.loss).lower(start.shapes, frozen, abstract, jax.random.key(0))
-    flops = (lowered.cost_analysis() or {}).get("flops")
-    return None if not flops else 3 * flops
+    flops = flops_of(lowered)
+    return None if flops is None else 3 * flops
 
 
 def _check_batch(config: TrainConfig, splits: int) -> None:

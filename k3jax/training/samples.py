@@ -5,23 +5,20 @@ import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from k3jax import lora
+from k3jax.abstract import COMPONENTS
+from k3jax.base_pipeline import BasePipeline
 from k3jax.checkpoint import Checkpoint, restore
 from k3jax.config import ModelConfig
-from k3jax.denoising import denoise_program, initial_carry, loop_rows, sample_keys
+from k3jax.inpaint import Kandinsky3InpaintPipeline
 from k3jax.pipeline import Kandinsky3Pipeline
-from k3jax.programs import decode_latents, encode_text, image_splits, initial_latents, make_contexts
-from k3jax.samplers import make_sampler
-from k3jax.sharding import batch_sharding, data_parallelism
-from k3jax.text_projection import PromptEmbeds, window_length
+from k3jax.sharding import data_parallelism
+from k3jax.text_projection import PromptEmbeds
 from k3jax.tokenizer import Tokenizer
-from k3jax.training.inpainting import inpainting_inputs
 from k3jax.training.metrics import MetricWriter
 from k3jax.training.result import final_weights
 from k3jax.training.setup import Start
@@ -32,7 +29,7 @@ from k3jax.training.tasks import nested
 MAX_SHOWN = 16
 
 
-class Sampler:
+class SampleGrids:
     """Shows the state of a run: prompts, inpainted or rebuilt images, whatever its task is."""
 
     def __init__(
@@ -49,7 +46,7 @@ class Sampler:
         self._start, self._writer = start, writer
         config = start.config
         self._dtype = config.frozen_dtype
-        self._prompts = self._movq = None
+        self._prompts = None
         prompts = config.sample_prompts
         self._images = batch["images"][:MAX_SHOWN] if "images" in batch else None
         self._masks = batch["masks"][:MAX_SHOWN] if "masks" in batch else None
@@ -68,7 +65,8 @@ class Sampler:
         task = self._start.config.task
         if task == "movq":
             movq = with_weights(self._start.task.trained["movq"], "movq", final_weights(state))
-            self._writer.images(step, "samples", reconstruction_grid(movq, self._images))
+            made = reconstruction_grid(self._start.model, movq, self._images, self._start.mesh)
+            self._writer.images(step, "samples", made)
         elif self._prompts is not None:
             modules = self._modules(final_weights(state))
             model, mesh = self._start.model, self._start.mesh
@@ -97,16 +95,28 @@ class Sampler:
         return restore(start.base, name, mesh=start.mesh, param_dtype=dtype, dtype=dtype)
 
 
+def pipeline_of(
+    kind: type[BasePipeline],
+    model: ModelConfig,
+    components: Mapping[str, nnx.Module],
+    mesh: Mesh,
+    count: int,
+    tokenizer: Tokenizer | None = None,
+) -> BasePipeline:
+    """A pipeline of the components there are, that makes `count` images in one batch."""
+    splits = data_parallelism(mesh)
+    components = {**dict.fromkeys(COMPONENTS), **components}
+    return kind(model, tokenizer, components, mesh, batch_size=-(-count // splits) * splits)
+
+
 def embed_prompts(
     checkpoint: Checkpoint, tokenizer: Tokenizer, prompts: Sequence[str], mesh: Mesh, dtype: str
 ) -> PromptEmbeds:
     """Embeddings on the host, so that the text encoder need not stay on the devices."""
     encoder = restore(checkpoint, "text_encoder", mesh=mesh, param_dtype=dtype, dtype=dtype)
-    ids, mask = tokenizer(prompts)
-    rows = _padded(len(prompts), mesh)
-    put = jax.device_put((ids[rows], mask[rows]), batch_sharding(mesh))
-    embeds = np.asarray(encode_text(encoder, *put), np.float32)[: len(prompts)]
-    return PromptEmbeds(embeds, mask, np.asarray(window_length(mask.sum(1)), np.int32))
+    components = {"text_encoder": encoder}
+    args = (checkpoint.config, components, mesh, len(prompts), tokenizer)
+    return pipeline_of(BasePipeline, *args).encode_prompt(prompts)
 
 
 def text_to_image_grid(
@@ -117,13 +127,9 @@ def text_to_image_grid(
     size: int,
 ) -> np.ndarray:
     """One image of each prompt with the model's default sampler; image k has seed k."""
-    rows = _padded(len(prompts), mesh)
-    components = {"text_encoder": None, **modules}
-    pipe = Kandinsky3Pipeline(model, None, components, mesh, batch_size=len(rows))
-    made = pipe(
-        prompt_embeds=prompts[rows], height=size, width=size, output_type="np", progress_bar=False
-    )
-    return grid(_uint8(made.images)[: len(prompts)])
+    pipe = pipeline_of(Kandinsky3Pipeline, model, modules, mesh, len(prompts))
+    made = pipe(prompt_embeds=prompts, height=size, width=size, progress_bar=False)
+    return grid(np.stack(made.images))
 
 
 def inpainting_grid(
@@ -139,41 +145,28 @@ def inpainting_grid(
     Args:
         images: uint8 (b, h, w, 3); masks: float32 (b, h, w), 1 known.
     """
-    count = len(images)
-    rows = _padded(count, mesh)
-    prompts = prompts[rows]
-    put = jax.device_put((prompts, images[rows], masks[rows]), batch_sharding(mesh))
-    context, unconditional = make_contexts(
-        modules["text_projection"], put[0], None, None, conditioning=model.conditioning
-    )
-    mask, masked = _inputs(modules["movq"], put[1], put[2])
-    keys = jax.device_put(sample_keys(range(len(rows))), batch_sharding(mesh))
-    loop = make_sampler(model.sampler)
-    latents, _ = denoise_program(
-        modules["unet"],
-        context,
-        unconditional,
-        jnp.full(len(rows), model.sampler.guidance_scale, jnp.float32),
-        jnp.concatenate([mask, masked], axis=-1),
-        initial_carry(loop, initial_latents(keys, shape=masked.shape[1:])),
-        {name: jnp.asarray(column) for name, column in loop_rows(loop).items()},
-        keys,
-        None,
-        step=loop.step,
-        stochastic=loop.stochastic,
-        renoise=loop.renoise,
-    )
-    made = decode_latents(
-        modules["movq"], latents, splits=image_splits(mesh, len(rows)), as_uint8=True
+    count, height, width, _ = images.shape
+    pipe = pipeline_of(Kandinsky3InpaintPipeline, model, modules, mesh, count)
+    made = pipe(
+        prompt_embeds=prompts,
+        image=list(images),
+        mask_image=list(1 - masks),
+        max_area=height * width,
+        paste_back=False,
+        progress_bar=False,
     )
     given = np.where(masks[..., None] < 1, np.uint8(128), images)
-    columns = np.stack([given, np.asarray(made)[:count], images], axis=1)
+    columns = np.stack([given, np.stack(made.images), images], axis=1)
     return grid(columns.reshape(-1, *images.shape[1:]), columns=3 * max(1, count // 8))
 
 
-def reconstruction_grid(movq: nnx.Module, images: np.ndarray) -> np.ndarray:
+def reconstruction_grid(
+    model: ModelConfig, movq: nnx.Module, images: np.ndarray, mesh: Mesh
+) -> np.ndarray:
     """Pairs of an image and what the autoencoder makes of it; uint8 (b, h, w, 3)."""
-    pairs = np.stack([images, np.asarray(_reconstruct(movq, images))], axis=1)
+    pipe = pipeline_of(BasePipeline, model, {"movq": movq}, mesh, len(images))
+    made = pipe.decode(pipe.encode_arrays(images)).images
+    pairs = np.stack([images, np.stack(made)], axis=1)
     return grid(pairs.reshape(-1, *images.shape[1:]), columns=8)
 
 
@@ -185,24 +178,3 @@ def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
     blank = np.full((rows * columns - count, height, width, 3), 255, np.uint8)
     cells = np.concatenate([images, blank]).reshape(rows, columns, height, width, 3)
     return cells.swapaxes(1, 2).reshape(rows * height, columns * width, 3)
-
-
-@jax.jit
-def _inputs(movq, images, masks):
-    return inpainting_inputs(images, masks, movq.encode)
-
-
-@jax.jit
-def _reconstruct(movq, images):
-    decoded = movq.decode(movq.encode(images.astype(jnp.float32) / 127.5 - 1))
-    return jnp.round(jnp.clip(decoded * 0.5 + 0.5, 0, 1) * 255).astype(jnp.uint8)
-
-
-def _uint8(images: np.ndarray) -> np.ndarray:
-    return np.round(images * 255).astype(np.uint8)
-
-
-def _padded(count: int, mesh: Mesh) -> np.ndarray:
-    """Rows 0..count - 1, the last one repeated until the mesh divides them."""
-    splits = data_parallelism(mesh)
-    return np.minimum(np.arange(-(-count // splits) * splits), count - 1)

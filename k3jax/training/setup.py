@@ -2,7 +2,6 @@
 """What a run begins with: the model, abstract modules, the task, and the first weights."""
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,7 +147,6 @@ def own_tokenizer(folder: Path, seed: int) -> Path:
     path = Path(folder) / "tokenizer"
     if not (path / "tokenizer_config.json").exists():
         scene_text.write_tokenizer(path, scene_text.captions_to_learn(seed))
-    json.loads((path / "tokenizer_config.json").read_text())
     return path
 
 

@@ -21,11 +21,11 @@ from flax import nnx
 
 from k3jax import lora
 from k3jax.config import ModelConfig
-from k3jax.movq import MoVQ
+from k3jax.inpainting_inputs import inpainting_inputs
+from k3jax.movq import MoVQ, normalize
 from k3jax.text_projection import PromptEmbeds, window_length
 from k3jax.training import scene_text
 from k3jax.training.config import TrainConfig
-from k3jax.training.inpainting import inpainting_inputs
 from k3jax.training.movq import movq_loss
 from k3jax.training.objective import noise_prediction_loss, training_context
 from k3jax.training.state import Weights, with_weights
@@ -50,7 +50,7 @@ class Task:
 
 def encode_images(movq: MoVQ, images: jax.Array) -> jax.Array:
     """uint8 (b, h, w, 3) -> latents float32 (b, h/8, w/8, 4)."""
-    return movq.encode(images.astype(jnp.float32) / 127.5 - 1)
+    return movq.encode(normalize(images))
 
 
 def prompt_of(batch: Batch, modules: Modules) -> PromptEmbeds:

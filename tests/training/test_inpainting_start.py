@@ -9,15 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from k3jax.inpainting_inputs import inpainting_inputs
 from k3jax.training.config import MaskConfig
-from k3jax.training.inpainting import (
-    inpainting_config,
-    inpainting_inputs,
-    inpainting_unet,
-    inpainting_variants,
-    masked_batch,
-    unet_input,
-)
+from k3jax.training.inpainting import inpainting_config, inpainting_unet, masked_batch
+from k3jax.training.tasks import extra_channels_of
 
 import tiny
 from random_checkpoint import random_module
@@ -53,7 +48,8 @@ def test_it_begins_as_the_base(unet):
     rng = np.random.default_rng(1)
     sample, timesteps = rng.standard_normal((2, 8, 8, 4), np.float32), np.array([1.0, 999.0])
     mask = rng.integers(0, 2, (*sample.shape[:3], 1)).astype(np.float32)
-    nine = unet_input(sample, mask, rng.standard_normal(sample.shape, np.float32))
+    masked = rng.standard_normal(sample.shape, np.float32)
+    nine = np.concatenate([sample, extra_channels(mask, masked)], axis=-1)
     call = jax.jit(lambda unet, sample: unet(sample, timesteps, None))
     expected = call(unet, sample)
     assert tiny.relative_error(call(made, nine), expected) < 1e-6
@@ -65,6 +61,11 @@ def test_what_cannot_be_a_start_is_refused(unet):
         inpainting_config(config)
     with pytest.raises(ValueError, match="of another architecture than the inpainting config"):
         inpainting_unet(unet, inpainting_config(tiny.CONFIG))
+
+
+def extra_channels(mask, masked_latents):
+    """As training puts them together."""
+    return extra_channels_of({"mask": mask, "masked_latents": masked_latents}, {})
 
 
 def brightness(images):
@@ -82,8 +83,8 @@ def test_what_is_painted_is_grey_before_it_is_encoded():
     assert mask.shape == (1, 2, 3, 1) and latents.shape == (1, 2, 3, 4)
     np.testing.assert_array_equal(mask[0, :, :, 0], [[1, 0, 1], [1, 1, 1]])
     np.testing.assert_allclose(latents[0, :, :, 0], [[1, 0, 1], [1, 1, 1]], rtol=1e-6)
-    channels = np.asarray(unet_input(7 * jnp.ones((1, 2, 3, 4)), mask, latents))[0, 0, 1]
-    np.testing.assert_array_equal(channels, [7, 7, 7, 7, 0, 0, 0, 0, 0])
+    nine = np.concatenate([7 * np.ones((1, 2, 3, 4)), extra_channels(mask, latents)], axis=-1)
+    np.testing.assert_array_equal(nine[0, 0, 1], [7, 7, 7, 7, 0, 0, 0, 0, 0])
     # Floats in [-1, 1] are taken as they are; the mask is sampled at the corner of each 8x8.
     masks[0, 0, 0] = 0.25
     mask, latents = inpainting_inputs(images / 127.5 - 1, masks, brightness)
@@ -104,11 +105,3 @@ def test_batches_and_variants():
     images = np.random.default_rng(0).integers(0, 256, (3, 16, 24, 3), np.uint8)
     masks = masked_batch(images, np.random.default_rng(1), MaskConfig(1, 0, 0))
     assert masks.shape == (3, 16, 24)
-    variants = inpainting_variants(
-        images, 2, np.random.default_rng(1), brightness, MaskConfig(1, 0, 0)
-    )
-    assert [v.shape for v in variants] == [(3, 2, 2, 3, 1), (3, 2, 2, 3, 4)]
-    first = inpainting_inputs(images, masks, brightness)
-    for variant, expected in zip(variants, first, strict=True):
-        np.testing.assert_array_equal(variant[:, 0], expected)
-    assert (variants[1][:, 0] != variants[1][:, 1]).any()

@@ -181,3 +181,16 @@ def test_refusals_come_before_training(run, change, message):
 def test_a_base_is_needed(run):
     with pytest.raises(ValueError, match="needs a checkpoint"):
         train(RunConfig(train=run().train))
+
+
+def test_pictures_of_inpainting_and_of_movq(run, tmp_path):
+    shown = {"steps": 1, "sample_every": 1, "cached": False}
+    prompts = ("a red circle", "a blue square")
+    inpainting = run(task="inpainting", components=("unet",), sample_prompts=prompts, **shown)
+    train(inpainting)
+    size = Image.open(tmp_path / "run" / "samples" / "step_00000001.png").size
+    assert size == (3 * 64, 2 * 64)  # given, made, there: a row for each prompt
+    movq = run(task="movq", output=str(tmp_path / "movq"), **shown)
+    train(movq)
+    size = Image.open(tmp_path / "movq" / "samples" / "step_00000001.png").size
+    assert size == (8 * 64, 2 * 64)  # 8 pairs of scene and reconstruction
