@@ -4,39 +4,22 @@
 k3jax train --config tiny_inpainting
 """
 
-from ml_collections import ConfigDict
-
-from k3jax.configs.tiny import get_config as tiny
+from k3jax.configs.tiny_unet import get_config as tiny_unet
 
 
 def get_config():
-    config = tiny()
+    config = tiny_unet()
     config.checkpoint = "train/tiny/unet/checkpoint"
-    config.train = train = ConfigDict()
-    train.task = "inpainting"
-    train.output = "train/tiny/inpainting"
-    train.components = ("unet",)  # the text projection stays that of the base, which shares it
-    train.steps = 1000
-    train.batch_size = 64
-    train.dtype = "float32"
-    train.frozen_dtype = "float32"
-    train.remat = False
-    train.ema_decay = 0.998
-    train.sample_every = 0
-    train.checkpoint = ConfigDict()
-    train.checkpoint.every = 250
-    train.data = ConfigDict()
-    train.data.kind = "scenes"
-    train.data.num_scenes = 16_384
-    train.data.resolution = 128
-    train.data.aspect_buckets = False
-    train.data.cache = "train/tiny/inpainting_latents"
-    train.loss = ConfigDict()
-    train.loss.snr_gamma = 5.0
-    train.optimizer = ConfigDict()
-    train.optimizer.learning_rate = 1e-3
-    train.optimizer.schedule = "cosine"
-    train.optimizer.final_learning_rate = 1e-5
-    train.optimizer.warmup_steps = 100
-    train.optimizer.b2 = 0.99
+    config.train.task = "inpainting"
+    config.train.output = "train/tiny/inpainting"
+    config.train.components = ("unet",)  # the text projection stays that of the base
+    config.train.from_scratch = False
+    config.train.steps = 1000
+    config.train.ema_decay = 0.998
+    config.train.sample_every = 0
+    config.train.data.num_scenes = 16_384
+    config.train.data.cache = "train/tiny/inpainting_latents"
+    config.train.optimizer.learning_rate = 1e-3
+    config.train.optimizer.final_learning_rate = 1e-5
+    config.train.optimizer.warmup_steps = 100
     return config

@@ -44,16 +44,16 @@ MODEL = ModelConfig(
 )
 
 
-def write_random_checkpoint(path: str | Path, seed: int = 0) -> None:
-    """Writes the checkpoint; the same bytes of weights for the same seed."""
+def write_random_checkpoint(path: str | Path, model: ModelConfig = MODEL, seed: int = 0) -> None:
+    """Writes a checkpoint; the same bytes of weights for the same seed."""
     with tempfile.TemporaryDirectory() as folder, CheckpointWriter(path) as writer:
         write_byte_tokenizer(folder)
         writer.add_tokenizer(folder)
         for number, component in enumerate(COMPONENTS):
-            module = random_module(component, MODEL, np.random.default_rng([seed, number]))
+            module = random_module(component, model, np.random.default_rng([seed, number]))
             save_module(writer, component, module)
         source = {"layout": "random", "note": "random weights", "seed": seed}
-        writer.commit(MODEL, source=source, dtype="float32")
+        writer.commit(model, source=source, dtype="float32")
 
 
 def random_module(component: str, config: ModelConfig, rng: np.random.Generator) -> nnx.Module:

@@ -45,6 +45,8 @@ SETTINGS = {
 }
 """Flag -> key of RunConfig."""
 
+IMAGES = "images (by default as the checkpoint says)"
+
 NOTE = (
     "k3jax: note: no --checkpoint was given, so this is the small model of coloured shapes that "
     "comes with k3jax. For Kandinsky 3 itself: `k3jax convert kandinsky-community/kandinsky-3 DIR` "
@@ -53,6 +55,17 @@ NOTE = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_inputs(parser)
+    add = parser.add_argument_group(IMAGES).add_argument
+    add("-n", "--num-images", type=int, metavar="N", help="images of each prompt (1)")
+    add("--height", type=int, metavar="PIXELS", help="a multiple of 64")
+    add("--width", type=int, metavar="PIXELS", help="a multiple of 64")
+    add_sampling(add)
+    add_running(parser)
+
+
+def add_inputs(parser: argparse.ArgumentParser) -> None:
+    """What every command takes that makes images of prompts."""
     add = parser.add_argument
     add("prompts", metavar="PROMPT", nargs="*", help="what to see")
     add("--prompts-file", metavar="FILE", help="one prompt per line; - reads standard input")
@@ -62,12 +75,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-o", "--output", metavar="DIR", help="folder of the images (out); or, of one, a .png file")
     add("--overwrite", action="store_true", help="replace images that exist")
 
-    add = parser.add_argument_group("images (by default as the checkpoint says)").add_argument
-    add("-n", "--num-images", type=int, metavar="N", help="images of each prompt (1)")
+
+def add_sampling(add) -> None:
+    """How an image is made; `add` is the add_argument of a group."""
     add("--seed", type=int, metavar="N", help="of the first image; the next ones count up (0)")
     add("--negative-prompt", metavar="TEXT", help="what not to see")
-    add("--height", type=int, metavar="PIXELS", help="a multiple of 64")
-    add("--width", type=int, metavar="PIXELS", help="a multiple of 64")
     add("--sampler", choices=get_args(SamplerName), help="how the noise is removed")
     add("--steps", "--num-inference-steps", type=int, metavar="N", help="passes of the U-Net")
     add("--guidance-scale", type=float, metavar="W", help="(W + 1) conditional - W unconditional")
@@ -80,6 +92,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--eta", type=float, metavar="X", help="share of new noise in each step, 0 to 1")
 
+
+def add_running(parser: argparse.ArgumentParser) -> None:
+    """Where and in what precision it runs."""
     add = parser.add_argument_group("running").add_argument
     add("--mesh", help="devices, such as data=-1 (the default) or data=2,tensor=4")
     add("--dtype", choices=("bfloat16", "float32"), help="of the computation (bfloat16)")

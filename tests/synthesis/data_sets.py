@@ -9,10 +9,7 @@ import sys
 from pathlib import Path
 
 import jax
-import numpy as np
 
-from k3jax.abstract import COMPONENTS
-from k3jax.checkpoint import CheckpointWriter, save_module
 from k3jax.config import (
     ModelConfig,
     MoVQConfig,
@@ -23,7 +20,7 @@ from k3jax.config import (
 )
 from k3jax.synthesis.layout import DATA, METADATA
 
-from random_checkpoint import random_module, write_byte_tokenizer
+from random_checkpoint import write_random_checkpoint
 
 
 # One level: attention to itself and to the text, down and up, in a fraction of the compile time.
@@ -50,13 +47,7 @@ MODEL = ModelConfig(
 
 def write_checkpoint(folder: Path) -> Path:
     """A checkpoint of MODEL with random weights."""
-    write_byte_tokenizer(folder / "tokenizer")
-    with CheckpointWriter(folder / "checkpoint") as writer:
-        writer.add_tokenizer(folder / "tokenizer")
-        for number, name in enumerate(COMPONENTS):
-            module = random_module(name, MODEL, np.random.default_rng(number))
-            save_module(writer, name, module)
-        writer.commit(MODEL, {"layout": "test"}, "float32")
+    write_random_checkpoint(folder / "checkpoint", MODEL)
     return folder / "checkpoint"
 
 

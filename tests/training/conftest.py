@@ -4,11 +4,8 @@
 import dataclasses
 
 import jax
-import numpy as np
 import pytest
 
-from k3jax.abstract import COMPONENTS
-from k3jax.checkpoint import CheckpointWriter, save_module
 from k3jax.run_config import RunConfig
 from k3jax.sharding import make_mesh
 from k3jax.training.config import (
@@ -20,7 +17,7 @@ from k3jax.training.config import (
 )
 
 import tiny
-from random_checkpoint import random_module, write_byte_tokenizer
+from random_checkpoint import write_random_checkpoint
 
 
 # One level: attention to itself and to the text, down and up, in a fraction of the compile time.
@@ -33,15 +30,9 @@ MODEL = dataclasses.replace(tiny.CONFIG, unet=UNET, sample_size=64)
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """A checkpoint with random weights."""
-    folder = tmp_path_factory.mktemp("base")
-    write_byte_tokenizer(folder / "tokenizer")
-    with CheckpointWriter(folder / "checkpoint") as writer:
-        writer.add_tokenizer(folder / "tokenizer")
-        for number, name in enumerate(COMPONENTS):
-            module = random_module(name, MODEL, np.random.default_rng(number))
-            save_module(writer, name, module)
-        writer.commit(MODEL, {"layout": "test"}, "float32")
-    return folder / "checkpoint"
+    path = tmp_path_factory.mktemp("base") / "checkpoint"
+    write_random_checkpoint(path, MODEL)
+    return path
 
 
 @pytest.fixture(scope="session")
