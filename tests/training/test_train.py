@@ -34,7 +34,7 @@ def weights(path, component):
 
 def test_the_loss_falls_on_a_few_scenes_and_resumes(run, base):
     wanted = run(
-        steps=80,
+        steps=200,
         checkpoint=CheckpointConfig(every=1000),
         ema_decay=0.9,
         validation_batches=1,
@@ -44,7 +44,7 @@ def test_the_loss_falls_on_a_few_scenes_and_resumes(run, base):
     )
     result = train(wanted)
     values = losses(wanted, "noise_mse")
-    assert len(values) == 80
+    assert len(values) == 200
     assert np.mean(values[:3]) > 0.9  # of noise with variance 1
     assert np.mean(values[-8:]) < 0.35
     assert losses(wanted, "validation_loss")[-1] < 1
