@@ -5,12 +5,52 @@ Activations are b h w c (batch, height, width, channels) everywhere. Statistics 
 whatever the compute dtype.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
 from k3jax.sharding import axes
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def dense(x: jax.Array, kernel: jax.Array, precision: jax.lax.Precision | None = None) -> jax.Array:
+    """(..., in) @ (in, out) -> (..., out), with a gradient that XLA:CPU computes twice as fast.
+
+    For the kernel's gradient XLA transposes x, and fuses into that transposition whatever made x:
+    a strided loop with exponentials in it. Held apart, both are quick.
+    """
+    return jnp.matmul(x, kernel, precision=precision)
+
+
+def _dense_forward(x, kernel, precision):
+    return dense(x, kernel, precision), (x, kernel)
+
+
+def _dense_backward(precision, residuals, gradient):
+    x, kernel = residuals
+    x, gradient = jax.lax.platform_dependent(
+        x, gradient, cpu=_held_apart, default=lambda *arrays: arrays
+    )
+    rows = tuple(range(x.ndim - 1))
+    to_kernel = jnp.tensordot(x, gradient, (rows, rows), precision=precision)
+    return jnp.matmul(gradient, kernel.T, precision=precision), to_kernel
+
+
+def _held_apart(*arrays):
+    return jax.lax.optimization_barrier(arrays)
+
+
+dense.defvjp(_dense_forward, _dense_backward)
+
+
+class Linear(nnx.Linear):
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(..., in) -> (..., out)."""
+        y = dense(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.precision)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
 def linear(
@@ -23,9 +63,9 @@ def linear(
     dtype,
     param_dtype,
     rngs,
-) -> nnx.Linear:
+) -> Linear:
     """A linear layer, kernel (in, out), whose kernel dimensions have the logical axes `names`."""
-    return nnx.Linear(
+    return Linear(
         features_in,
         features_out,
         use_bias=use_bias,
@@ -72,7 +112,7 @@ class PointwiseConv(nnx.Conv):
     def __call__(self, x: jax.Array) -> jax.Array:
         """(b, h, w, in) -> (b, h, w, out)."""
         kernel = self.kernel[...].astype(self.dtype)
-        return x.astype(self.dtype) @ kernel[0, 0] + self.bias[...].astype(self.dtype)
+        return dense(x.astype(self.dtype), kernel[0, 0]) + self.bias[...].astype(self.dtype)
 
 
 class Upsample2x(nnx.Module):
@@ -93,9 +133,9 @@ class Upsample2x(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """(b, h, w, c) -> (b, 2h, 2w, c)."""
         kernel = self.kernel[...].astype(self.dtype)
-        y = jnp.einsum("b h w i, y x i o -> b h w y x o", x.astype(self.dtype), kernel)
-        y = y + self.bias[...].astype(self.dtype)
-        return rearrange(y, "b h w y x o -> b (h y) (w x) o")
+        y = dense(x.astype(self.dtype), rearrange(kernel, "y x i o -> i (y x o)"))
+        y = rearrange(y, "b h w (y x o) -> b (h y) (w x) o", y=2, x=2)
+        return y + self.bias[...].astype(self.dtype)
 
 
 def group_statistics(x: jax.Array, groups: int, epsilon: float) -> tuple[jax.Array, jax.Array]:

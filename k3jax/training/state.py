@@ -78,14 +78,12 @@ def state_shardings(
     """
     copied = NamedSharding(mesh, PartitionSpec())
     weights, placed = dict(weights), dict(placed)
-    opt_state = optax.tree_map_params(
-        optimizer,
-        lambda moment, weight, sharding: sharding if moment.shape == weight.shape else copied,
-        jax.eval_shape(optimizer.init, weights),
-        weights,
-        placed,
-        transform_non_params=lambda _: copied,
-    )
+
+    def sharding(path, leaf):
+        name = getattr(path[-1], "key", None) if path else None  # moments are dicts like `weights`
+        return placed[name] if name in weights and leaf.shape == weights[name].shape else copied
+
+    opt_state = jax.tree_util.tree_map_with_path(sharding, jax.eval_shape(optimizer.init, weights))
     return TrainState(copied, placed, placed if ema else None, opt_state)
 
 

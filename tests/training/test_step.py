@@ -100,7 +100,7 @@ def test_learning_rates():
     np.testing.assert_allclose([cosine(10), cosine(55), cosine(100)], [1, 0.55, 0.1], rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
 def test_only_kernels_decay(name):
     config = OptimizerConfig(
         name=name, learning_rate=0.1, warmup_steps=0, weight_decay=0.5, max_grad_norm=None
@@ -110,6 +110,28 @@ def test_only_kernels_decay(name):
     updates, _ = rule.update(jax.tree.map(jnp.zeros_like, weights), rule.init(weights), weights)
     np.testing.assert_allclose(updates["kernel"], -0.05, rtol=1e-5)
     np.testing.assert_array_equal(updates["bias"], 0)
+
+
+def test_muon_turns_matrices_evenly_and_leaves_both_ends_to_adam():
+    config = OptimizerConfig(name="muon", learning_rate=1.0, warmup_steps=0, weight_decay=0)
+    rule = make_optimizer(config, 10)
+    rng = np.random.default_rng(0)
+    shapes = {"q.kernel": (16, 24), "conv.kernel": (3, 3, 4, 16), "conv_in.kernel": (3, 3, 4, 8)}
+    weights = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+    # Gradients of one strong direction: it must not drown the others.
+    grads = {
+        name: jnp.asarray(rng.normal(size=shape) * np.geomspace(1, 1e-2, shape[-1]), jnp.float32)
+        for name, shape in shapes.items()
+    }
+    updates, _ = rule.update(grads, rule.init(weights), weights)
+    for name in ("q.kernel", "conv.kernel"):
+        matrix = np.asarray(updates[name]).reshape(-1, shapes[name][-1])
+        strengths = np.linalg.svd(matrix, compute_uv=False)
+        assert strengths.max() < 3 * strengths.min()
+        # The size of the updates is Adam's in the middle of a run.
+        assert 0.1 < np.sqrt((matrix**2).mean()) < 0.3
+    sizes = np.abs(updates["conv_in.kernel"])  # Adam's first step has one size for all
+    assert sizes.max() < 1.01 * sizes.min()
 
 
 def test_adafactor_remembers_rows_and_columns_only():

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layers' own forms of standard operations are those operations, gradients included."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from k3jax.layers import Upsample2x, conv, dense, linear
+
+
+FLOAT32 = dict(dtype=jnp.float32, param_dtype=jnp.float32)
+
+
+def draw(*shape):
+    return jnp.asarray(np.random.default_rng(len(shape)).normal(size=shape), jnp.float32)
+
+
+def gradients(function, *inputs):
+    """Of a function whose outputs count unequally."""
+    value = function(*inputs)
+    return jax.jit(
+        jax.grad(
+            lambda *xs: (
+                function(*xs) * jnp.cos(jnp.arange(value.size).reshape(value.shape))
+            ).sum(),
+            argnums=tuple(range(len(inputs))),
+        )
+    )(*inputs)
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (2, 3, 5), (2, 3, 4, 5)])
+def test_a_dense_product_and_its_gradients(shape):
+    x, kernel = draw(*shape), draw(5, 7)
+    np.testing.assert_allclose(dense(x, kernel), x @ kernel, rtol=1e-6)
+    ours = gradients(lambda x, kernel: dense(jnp.sin(x), kernel), x, kernel)
+    theirs = gradients(lambda x, kernel: jnp.sin(x) @ kernel, x, kernel)
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_linear_layer_is_that_of_flax(dtype):
+    ours = linear(5, 7, (None, None), dtype=dtype, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    ours.bias[...] = draw(7)
+    theirs = nnx.Linear(5, 7, dtype=dtype, param_dtype=jnp.float32, rngs=nnx.Rngs(1))
+    nnx.update(theirs, nnx.state(ours))
+    x = draw(2, 3, 5)
+    assert ours(x).dtype == dtype
+    np.testing.assert_allclose(
+        ours(x).astype(jnp.float32),
+        theirs(x).astype(jnp.float32),
+        rtol=1e-2 if dtype != jnp.float32 else 1e-6,
+    )
+
+
+def test_a_pointwise_convolution():
+    layer = conv(5, 7, 1, **FLOAT32, rngs=nnx.Rngs(0))
+    layer.bias[...] = draw(7)
+    x = draw(2, 4, 3, 5)
+    expected = jax.lax.conv_general_dilated(
+        x, layer.kernel[...], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    np.testing.assert_allclose(layer(x), expected + layer.bias[...], rtol=1e-5, atol=1e-5)
+
+
+def test_upsampling_puts_the_kernels_corners_where_pytorch_does():
+    layer = Upsample2x(3, **FLOAT32, rngs=nnx.Rngs(0))
+    layer.bias[...] = draw(3)
+    x = draw(2, 4, 5, 3)
+    y = np.asarray(layer(x))
+    assert y.shape == (2, 8, 10, 3)
+    for a in (0, 1):
+        for b in (0, 1):
+            expected = x @ layer.kernel[...][a, b] + layer.bias[...]
+            np.testing.assert_allclose(y[:, a::2, b::2], expected, rtol=1e-5, atol=1e-5)
