@@ -98,6 +98,7 @@ class BasePipeline:
         param_dtype: str | None = None,
         batch_size: int | None = None,
         verify: bool | None = None,
+        int8_text_encoder: bool = False,
     ) -> Self:
         """Loads a checkpoint made by `k3jax convert`, straight into the mesh's shardings.
 
@@ -108,6 +109,7 @@ class BasePipeline:
                 {"movq": "float32"}, bfloat16 where none is named.
             param_dtype: of the weights; that of the computation by default.
             verify: check the files' checksums first; see `k3jax.checkpoint.restore`.
+            int8_text_encoder: its matrices in int8, half the memory; see `k3jax.quantization`.
 
         Raises:
             CheckpointError: not a checkpoint, damaged, or of another architecture.
@@ -117,7 +119,9 @@ class BasePipeline:
         checkpoint = read_checkpoint(path)
         cls.check_config(checkpoint.config)
         mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
-        components = load_components(checkpoint, mesh, dtype, param_dtype, verify)
+        components = load_components(
+            checkpoint, mesh, dtype, param_dtype, verify, int8_text_encoder
+        )
         return cls(
             checkpoint.config,
             Tokenizer(checkpoint.path / "tokenizer"),

@@ -32,6 +32,7 @@ from k3jax.manifest import (
     is_local,
     read_manifest,
 )
+from k3jax.quantization import quantize, with_int8_layers
 from k3jax.sharding import RULES, shardings
 
 
@@ -59,6 +60,7 @@ def restore(
     dtype=None,
     rules=RULES,
     verify: bool | None = None,
+    int8: bool = False,
 ) -> nnx.Module:
     """Reads a component straight into its shardings; each process reads only what it holds.
 
@@ -74,6 +76,8 @@ def restore(
             modification time changes. With several processes each hashes its share of the
             files, which is all of them on a shared disk. In a bucket the default is no: there
             it would read everything twice. Sizes are compared in any case.
+        int8: the matrices of the text encoder's layers become int8 while they are read, one by
+            one, on the device; see `k3jax.quantization`.
 
     Raises:
         CheckpointError: files that are missing or damaged, or arrays that are unknown, missing
@@ -89,24 +93,28 @@ def restore(
         hashed=is_local(folder) if verify is None else verify,
         share=(jax.process_index(), jax.process_count()),
     )
-    graph, state = nnx.split(module)
-    leaves = _leaves(state, module, mesh, rules)
+    leaves = _leaves(module, mesh, rules)
     pieces = [piece for name, leaf in leaves.items() for piece in _pieces(name, leaf)]
     _compare(folder, {piece.name: piece.struct for piece in pieces})
+    if int8:
+        module = with_int8_layers(module)
+        leaves = _leaves(module, mesh, rules)
 
     arrays: dict[str, jax.Array] = {}
     for batch in _batches(pieces):
         loaded = orbax_io.load_arrays(folder, {piece.name: piece.struct for piece in batch})
         for piece in batch:
             array = loaded.pop(piece.name)
-            if piece.layer is not None:
-                leaf = leaves[piece.leaf]
-                stack = arrays.get(piece.leaf)
-                if stack is None:
-                    stack = _zeros(leaf.shape, leaf.dtype, leaf.sharding)
-                array = _insert(leaf.sharding)(stack, array, piece.layer)
-            arrays[piece.leaf] = array
+            for name, part in _as_wanted(piece.leaf, array, leaves).items():
+                if piece.layer is not None:
+                    leaf = leaves[name]
+                    stack = arrays.get(name)
+                    if stack is None:
+                        stack = _zeros(leaf.shape, leaf.dtype, leaf.sharding)
+                    part = _insert(leaf.sharding)(stack, part, piece.layer)
+                arrays[name] = part
         jax.block_until_ready(arrays)  # before the next batch takes memory
+    graph, state = nnx.split(module)
     flat = [(path, v.replace(arrays[_dotted(path)])) for path, v in nnx.to_flat_state(state)]
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
@@ -180,8 +188,9 @@ class _Piece(NamedTuple):
     layer: int | None
 
 
-def _leaves(state, module, mesh, rules) -> dict[str, jax.ShapeDtypeStruct]:
+def _leaves(module, mesh, rules) -> dict[str, jax.ShapeDtypeStruct]:
     """Dotted name -> shape, dtype and sharding of each of a module's weights."""
+    state = nnx.state(module)
     if mesh is None:
         single = SingleDeviceSharding(jax.local_devices()[0])
         placed = {path: single for path, _ in nnx.to_flat_state(state)}
@@ -204,6 +213,19 @@ def _pieces(name: str, leaf: jax.ShapeDtypeStruct) -> Iterator[_Piece]:
     struct = jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=sharding)
     for layer in range(leaf.shape[0]):
         yield _Piece(_layer_name(name, layer), struct, name, layer)
+
+
+def _as_wanted(
+    leaf: str, array: jax.Array, leaves: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    """An array of the checkpoint under the names that the module has: itself, or quantised."""
+    if leaves[leaf].dtype != jnp.int8:
+        return {leaf: array}
+    kernel, scale = _quantize(array)
+    return {leaf: kernel, f"{leaf.removesuffix('kernel')}scale": scale}
+
+
+_quantize = jax.jit(quantize, donate_argnums=0)
 
 
 def _compare(folder: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> None:

@@ -12,6 +12,7 @@ from k3jax.abstract import COMPONENTS
 from k3jax.checkpoint import restore
 from k3jax.checkpoint_format import Checkpoint
 from k3jax.manifest import read_manifest
+from k3jax.quantization import is_int8
 
 
 def load_components(
@@ -20,6 +21,7 @@ def load_components(
     dtype: str | Mapping[str, str],
     param_dtype: str | None,
     verify: bool | None,
+    int8_text_encoder: bool = False,
 ) -> dict[str, nnx.Module]:
     """All components, straight into the mesh's shardings; see `BasePipeline.from_pretrained`.
 
@@ -30,7 +32,11 @@ def load_components(
     for kind in {kind for pair in dtypes.values() for kind in pair}:
         if jnp.dtype(kind) not in (jnp.bfloat16, jnp.float32):
             raise ValueError(f"dtype {kind} is not one of bfloat16, float32.")
-    return {name: _restore(checkpoint, name, mesh, dtypes[name], verify) for name in COMPONENTS}
+    int8 = {"text_encoder"} if int8_text_encoder else set()
+    return {
+        name: _restore(checkpoint, name, mesh, dtypes[name], verify, name in int8)
+        for name in COMPONENTS
+    }
 
 
 def share_components(
@@ -46,12 +52,13 @@ def share_components(
     modules = {name: getattr(pipe, name) for name in COMPONENTS}
     new = [name for name in COMPONENTS if digests[name] != pipe.digests.get(name)]
     dtypes = {name: _dtypes_of(modules[name]) for name in new}
+    int8 = {name for name in new if is_int8(modules[name])}
     for name in new:
         modules[name] = None
         if release:
             pipe.release(name)
     for name in new:
-        modules[name] = _restore(checkpoint, name, pipe.mesh, dtypes[name], verify)
+        modules[name] = _restore(checkpoint, name, pipe.mesh, dtypes[name], verify, name in int8)
     return modules
 
 
@@ -74,10 +81,19 @@ def _by_component(dtype: str | Mapping[str, str]) -> dict[str, str]:
 
 
 def _dtypes_of(module: nnx.Module) -> tuple[Any, Any]:
-    """(of the computation, of the weights)."""
-    return module.dtype, jax.tree.leaves(nnx.state(module))[0].dtype
+    """(of the computation, of the weights that are not quantised)."""
+    kinds = [leaf.dtype for leaf in jax.tree.leaves(nnx.state(module))]
+    return module.dtype, next(kind for kind in kinds if kind != jnp.int8)
 
 
-def _restore(checkpoint: Checkpoint, name: str, mesh, dtypes: tuple[Any, Any], verify):
+def _restore(checkpoint: Checkpoint, name: str, mesh, dtypes: tuple[Any, Any], verify, int8: bool):
     dtype, param_dtype = (jnp.dtype(kind) for kind in dtypes)
-    return restore(checkpoint, name, mesh=mesh, param_dtype=param_dtype, dtype=dtype, verify=verify)
+    return restore(
+        checkpoint,
+        name,
+        mesh=mesh,
+        param_dtype=param_dtype,
+        dtype=dtype,
+        verify=verify,
+        int8=int8,
+    )

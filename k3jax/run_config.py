@@ -32,6 +32,8 @@ class PipelineConfig:
     """Of the computation."""
     param_dtype: Dtype | None = None
     """Of the weights; that of the computation by default."""
+    int8_text_encoder: bool = False
+    """The matrices of the text encoder in int8; see `k3jax.quantization`."""
     batch_size: int | None = None
     """Images per compiled batch over the whole mesh; one per device by default."""
     lora: str | None = None

@@ -40,6 +40,7 @@ def make_images(
         mesh=mesh,
         dtype=config.pipeline.dtype,
         param_dtype=config.pipeline.param_dtype,
+        int8_text_encoder=config.pipeline.int8_text_encoder,
         batch_size=config.pipeline.batch_size,
     )
     pipe.config = config.model
@@ -122,6 +123,7 @@ def run_settings(
         "batch_size": pipe.batch_size,
         "dtype": config.pipeline.dtype,
         "param_dtype": config.pipeline.param_dtype or config.pipeline.dtype,
+        "int8_text_encoder": config.pipeline.int8_text_encoder,
         "checkpoint": {"fingerprint": checkpoint.fingerprint, "source": checkpoint.source},
         "conditioning": config.model.conditioning,
         "sampler": to_dict(sampler),

@@ -15,6 +15,7 @@ used. It draws scenes of coloured shapes and knows nothing else.
 import argparse
 import sys
 import warnings
+from collections.abc import Callable
 from typing import get_args
 
 from k3jax.cli.output import check_folder, plan
@@ -39,6 +40,7 @@ SETTINGS = {
     "mesh": "pipeline.mesh",
     "dtype": "pipeline.dtype",
     "param_dtype": "pipeline.param_dtype",
+    "int8_text_encoder": "pipeline.int8_text_encoder",
     "batch_size": "pipeline.batch_size",
     "lora": "pipeline.lora",
     "lora_scale": "pipeline.lora_scale",
@@ -99,7 +101,17 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     add("--mesh", help="devices, such as data=-1 (the default) or data=2,tensor=4")
     add("--dtype", choices=("bfloat16", "float32"), help="of the computation (bfloat16)")
     add("--param-dtype", choices=("bfloat16", "float32"), help="of the weights (as --dtype)")
+    add_int8(add)
     add("--batch-size", type=int, metavar="N", help="images at a time (one per device)")
+
+
+def add_int8(add: Callable) -> None:
+    add(
+        "--int8-text-encoder",
+        action="store_true",
+        default=None,
+        help="its matrices in int8: half the memory",
+    )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -165,6 +165,7 @@ def _make(checkpoint, config: RunConfig, mesh, task: Task, call, inputs, jobs, p
         mesh=mesh,
         dtype=config.pipeline.dtype,
         param_dtype=config.pipeline.param_dtype,
+        int8_text_encoder=config.pipeline.int8_text_encoder,
         batch_size=config.pipeline.batch_size,
     )
     pipe.config = config.model

@@ -21,7 +21,7 @@ import os
 import sys
 from typing import get_args
 
-from k3jax.cli.generate import NOTE, asked_checkpoint, check_architecture
+from k3jax.cli.generate import NOTE, add_int8, asked_checkpoint, check_architecture
 from k3jax.config import SamplerName
 from k3jax.run_config import build, collect
 
@@ -55,6 +55,7 @@ SETTINGS = {
     "mesh": "pipeline.mesh",
     "dtype": "pipeline.dtype",
     "param_dtype": "pipeline.param_dtype",
+    "int8_text_encoder": "pipeline.int8_text_encoder",
     "lora": "pipeline.lora",
     "lora_scale": "pipeline.lora_scale",
     "batch_size": "pipeline.batch_size",
@@ -112,6 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, metavar="N", help="images at a time (one per device)")
     add("--dtype", choices=("bfloat16", "float32"), help="of the computation (bfloat16)")
     add("--param-dtype", choices=("bfloat16", "float32"), help="of the weights (as --dtype)")
+    add_int8(add)
     add("--check", choices=("sha256", "size", "none"), help="of finished shards (sha256)")
     add("--phases", choices=("auto", "together", "alternate"), help="encode and denoise (auto)")
     add("--shards-per-phase", type=int, metavar="N", help="where they alternate (4)")

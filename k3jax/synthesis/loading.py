@@ -69,6 +69,7 @@ def loader(weights: Weights, settings: Settings, mesh: jax.sharding.Mesh, batch_
             mesh=mesh,
             param_dtype=np.dtype(settings.param_dtype),
             dtype=np.dtype(settings.dtype),
+            int8=settings.int8_text_encoder and name == "text_encoder",
         )
 
     kind = pipeline_class(config.unet.in_channels, config.movq.latent_channels)
@@ -92,11 +93,14 @@ def weights_fit_together(
     memory = mesh.devices.flat[0].memory_stats() or {}
     if "bytes_limit" not in memory:
         return True
-    parameters = sum(
-        math.prod(leaf.shape) for name in ALL for leaf in leaf_shapes(checkpoint, name).values()
+    size = np.dtype(settings.param_dtype).itemsize
+    needed = sum(
+        math.prod(leaf.shape)
+        * (1 if settings.int8_text_encoder and name == "text_encoder" else size)
+        for name in ALL
+        for leaf in leaf_shapes(checkpoint, name).values()
     )
-    split = mesh.shape["fsdp"] * mesh.shape["tensor"]
-    needed = parameters * np.dtype(settings.param_dtype).itemsize / split
+    needed /= mesh.shape["fsdp"] * mesh.shape["tensor"]
     return needed < ROOM * memory["bytes_limit"]
 
 

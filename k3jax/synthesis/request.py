@@ -107,6 +107,7 @@ def settings_of(config: RunConfig, size: str | None = None) -> Settings:
         columns=tuple(f"{name}={theirs}" for name, theirs in sorted(columns.items())),
         skip_bad=wanted.skip_bad,
         strength=wanted.strength,
+        int8_text_encoder=config.pipeline.int8_text_encoder,
     )
 
 

@@ -60,6 +60,7 @@ class Settings:
     columns: tuple[str, ...]
     skip_bad: bool
     strength: float | None = None
+    int8_text_encoder: bool = False
 
     def row_rules(self, model: ModelConfig) -> RowRules:
         """What rows are checked against, for a checkpoint's model."""
