@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from k3jax.abstract import COMPONENTS, abstract_module
-from k3jax.checkpoint import CheckpointWriter, save_module
+from k3jax.checkpoint import CheckpointWriter, iterate_leaves, leaf_shapes, save_module
 from k3jax.checkpoint_format import Checkpoint, as_path
 from k3jax.lora_format import save_lora
 from k3jax.manifest import MANIFEST, file_digest, files_below, read_manifest, write_manifest
@@ -81,21 +81,34 @@ def _host(value: Any) -> np.ndarray:
     return np.asarray(value)
 
 
-def pack(source: Checkpoint, path: Path, dtype: str = "float16") -> None:
+def pack(
+    source: Checkpoint, path: Path, base: Checkpoint | None = None, dtype: str = "float16"
+) -> None:
     """Copies a checkpoint with all it shares into one small folder, in another dtype.
 
     The weights that ship inside the package are made so.
-    """
-    from k3jax.checkpoint import iterate_leaves
 
+    Args:
+        base: a packed checkpoint; components that are the same as its own are shared with it.
+    """
     with tempfile.TemporaryDirectory() as copy, CheckpointWriter(path) as writer:
         shutil.copytree(source.path / "tokenizer", copy, dirs_exist_ok=True)
         writer.add_tokenizer(copy)
         for component in source.component_paths:
+            if base is not None and _equal(source, base, component, dtype):
+                writer.share(component, base.path)
+                continue
             for name, array in iterate_leaves(source, component):
                 writer.write(component, {name: array.astype(dtype)})
         writer.commit(source.config, source.source, dtype)
     _forget_places(as_path(path))
+
+
+def _equal(source: Checkpoint, base: Checkpoint, component: str, dtype: str) -> bool:
+    pairs = zip(iterate_leaves(source, component), iterate_leaves(base, component), strict=False)
+    return leaf_shapes(source, component).keys() == leaf_shapes(base, component).keys() and all(
+        np.array_equal(ours.astype(dtype), theirs) for (_, ours), (_, theirs) in pairs
+    )
 
 
 def _forget_places(path) -> None:

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints packed to ship: small, whole, sharing what is the same, and telling no places."""
+
+import numpy as np
+
+from k3jax.checkpoint import CheckpointWriter, iterate_leaves, read_checkpoint, verify
+from k3jax.manifest import files_below, read_manifest
+from k3jax.training.result import pack
+
+
+def variant(base, path):
+    """The base with another U-Net; all else is shared."""
+    with CheckpointWriter(path) as writer:
+        writer.add_tokenizer(base.path / "tokenizer")
+        for component in base.component_paths:
+            if component != "unet":
+                writer.share(component, base.path)
+                continue
+            for name, array in iterate_leaves(base, component):
+                writer.write(component, {name: array + 1})
+        writer.commit(base.config, {"layout": "test"}, "float32")
+    return read_checkpoint(path)
+
+
+def test_equal_components_are_shared_and_others_are_not(base, tmp_path):
+    base = read_checkpoint(base)
+    other = variant(base, tmp_path / "variant")
+    pack(base, tmp_path / "packed" / "base")
+    packed = read_checkpoint(tmp_path / "packed" / "base")
+    pack(other, tmp_path / "packed" / "other", packed)
+    # Moved together they stay whole: the reference is relative.
+    (tmp_path / "packed").rename(tmp_path / "moved")
+    packed = read_checkpoint(tmp_path / "moved" / "base")
+    shares = read_checkpoint(tmp_path / "moved" / "other")
+    for component, folder in shares.component_paths.items():
+        home = shares if component == "unet" else packed
+        assert folder.parent == home.path
+        assert (
+            read_manifest(shares.path)["components"][component]
+            == read_manifest(home.path)["components"][component]
+        )
+    assert not verify(shares.path) and not verify(packed.path)
+    for (name, array), (_, original) in zip(
+        iterate_leaves(shares, "unet"), iterate_leaves(other, "unet"), strict=True
+    ):
+        assert array.dtype == np.float16, name
+        np.testing.assert_array_equal(array, original.astype(np.float16))
+
+
+def test_no_place_is_told(base, tmp_path):
+    pack(read_checkpoint(base), tmp_path / "packed")
+    for file in files_below(read_checkpoint(tmp_path / "packed").path):
+        assert str(tmp_path).encode() not in file.read_bytes(), file
