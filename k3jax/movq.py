@@ -18,9 +18,8 @@ from k3jax.movq_blocks import (
     PlainNorm,
     ResBlock,
     SpatialNorm,
-    convolve,
+    convolve_upsampled,
     norm_silu_conv,
-    take_rows,
 )
 from k3jax.sharding import axes
 
@@ -78,8 +77,7 @@ class DecoderLevel(nnx.Module):
                 x = self.attentions[i](x, latents)
         if self.upsample is None:
             return x
-        _, h, w, _ = x.shape
-        return convolve(self.upsample, lambda index: take_rows(x, index, 2), 2 * h, 2 * w)
+        return convolve_upsampled(self.upsample, x)
 
 
 class MidBlock(nnx.Module):

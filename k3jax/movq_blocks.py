@@ -30,8 +30,7 @@ Rows = Callable[[jax.Array | None], jax.Array]
 
 def convolve(layer: nnx.Conv, rows: Rows, height: int, width: int) -> jax.Array:
     """A 3x3 convolution (padding 1) of the map `rows` of height x width pixels."""
-    most = max(STRIP_PIXELS // width, 1)
-    strip = next(n for n in range(min(most, height), 0, -1) if height % n == 0)
+    strip = _strip(height, width)
     if strip == height:
         return layer(rows(None))
 
@@ -49,12 +48,75 @@ def convolve(layer: nnx.Conv, rows: Rows, height: int, width: int) -> jax.Array:
         y = y + layer.bias[...].astype(layer.dtype)
         return jax.lax.dynamic_update_slice_in_dim(out, y, first, axis=1), None
 
-    # Every value is overwritten. Starting from one that depends on the input keeps the compiler
-    # from making the buffers of all convolutions at the start of the program.
-    start = rows(jnp.zeros(1, jnp.int32))[:, :1, :1, :1].astype(layer.dtype)
+    start = _first_pixel(rows(jnp.zeros(1, jnp.int32)), layer)
     shape = (start.shape[0], height, width, layer.out_features)
     out, _ = jax.lax.scan(one, jnp.broadcast_to(start, shape), jnp.arange(0, height, strip))
     return out
+
+
+def convolve_upsampled(layer: nnx.Conv, x: jax.Array) -> jax.Array:
+    """A 3x3 convolution (padding 1) of x enlarged twice by nearest neighbours.
+
+    Each pixel of x stands for four, and a 3x3 window sees four different pixels of x: the output at
+    each of the four places is a 2x2 convolution of x itself, with sums of the weights. The values
+    are the same from 4 products in the place of 9, and the enlarged map never exists.
+    """
+    b, height, width, _ = x.shape
+    kernels = _window_sums(layer.kernel[...].astype(jnp.float32)).astype(layer.dtype)
+    strip = _strip(height, 4 * width)
+
+    def enlarged(x):
+        """(b, strip + 2, w, c) with a row of context on either side -> (b, 2 strip, 2 w, out)."""
+
+        def at(down, right):
+            y = jax.lax.conv_general_dilated(
+                x[:, down : down + strip + 1].astype(layer.dtype),
+                kernels[down, right],
+                window_strides=(1, 1),
+                padding=((0, 0), (1 - right, right)),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+            return y + layer.bias[...].astype(layer.dtype)
+
+        y = jnp.stack([jnp.stack([at(down, right) for right in (0, 1)], 3) for down in (0, 1)], 2)
+        return y.reshape(b, 2 * strip, 2 * width, -1)
+
+    x = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0)))
+    if strip == height:
+        return enlarged(x)
+
+    def one(out, first):
+        y = enlarged(jax.lax.dynamic_slice_in_dim(x, first, strip + 2, axis=1))
+        return jax.lax.dynamic_update_slice_in_dim(out, y, 2 * first, axis=1), None
+
+    start = _first_pixel(x[:, 1:], layer)
+    shape = (b, 2 * height, 2 * width, layer.out_features)
+    out, _ = jax.lax.scan(one, jnp.broadcast_to(start, shape), jnp.arange(0, height, strip))
+    return out
+
+
+def _window_sums(kernel: jax.Array) -> jax.Array:
+    """(3, 3, in, out) -> (2, 2, 2, 2, in, out): place (down, right), then the 2x2 kernel there."""
+    # Of the three rows in a window at place 0, the first lies in the pixel of x above and two in
+    # its own; at place 1 two lie in its own and the last in the pixel below.
+    sums = jnp.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], jnp.float32)
+    highest = jax.lax.Precision.HIGHEST
+    return jnp.einsum("dyr, exs, rsio -> deyxio", sums, sums, kernel, precision=highest)
+
+
+def _strip(height: int, pixels_per_row: int) -> int:
+    """Rows done at once: a divisor of height, of at most STRIP_PIXELS where rows allow it."""
+    most = max(STRIP_PIXELS // pixels_per_row, 1)
+    return next(n for n in range(min(most, height), 0, -1) if height % n == 0)
+
+
+def _first_pixel(row: jax.Array, layer: nnx.Conv) -> jax.Array:
+    """What the result of a scan over strips starts from; every value is overwritten.
+
+    It depends on the input, which keeps the compiler from making the buffers of all convolutions at
+    the start of the program.
+    """
+    return row[:, :1, :1, :1].astype(layer.dtype)
 
 
 def take_rows(x: jax.Array, index: jax.Array | None, factor: int = 1) -> jax.Array:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from k3jax import movq_blocks
 from k3jax.layers import Upsample2x, conv, dense, linear
 
 
@@ -75,3 +76,15 @@ def test_upsampling_puts_the_kernels_corners_where_pytorch_does():
         for b in (0, 1):
             expected = x @ layer.kernel[...][a, b] + layer.bias[...]
             np.testing.assert_allclose(y[:, a::2, b::2], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("strip_pixels", [1, 64, 2**17])
+def test_convolving_an_enlarged_map_without_enlarging_it(monkeypatch, strip_pixels):
+    monkeypatch.setattr(movq_blocks, "STRIP_PIXELS", strip_pixels)
+    layer = conv(5, 7, 3, **FLOAT32, rngs=nnx.Rngs(0))
+    layer.bias[...] = draw(7)
+    x = draw(2, 6, 4, 5)
+    ours = jax.jit(movq_blocks.convolve_upsampled)(layer, x)
+    expected = layer(movq_blocks.take_rows(x, None, 2))
+    assert ours.shape == (2, 12, 8, 7)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
