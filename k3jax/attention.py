@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The attention functions: scores and softmax in float32, memory bounded where tokens are many."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 
 QUERY_CHUNK = 1024
 """Queries whose scores are in memory at once in `chunked_attention`."""
+TPU_QUERY_CHUNK = 512
+MANY_SCORES = 2**22
+"""Of one head, from which on `attention` works in chunks on a TPU: from 2048 tokens."""
 
 
 def attention(
@@ -29,6 +34,19 @@ def attention(
     Returns:
         (b, q, heads, d) in the dtype of `value`.
     """
+    if bias is not None or query.shape[1] * key.shape[1] < MANY_SCORES:
+        return _attention(query, key, value, scale=scale, bias=bias)
+    # libtpu 0.0.42 has a form of its own for so many scores, and crashes while it compiles it.
+    return jax.lax.platform_dependent(
+        query,
+        key,
+        value,
+        tpu=functools.partial(chunked_attention, scale=scale, chunk=TPU_QUERY_CHUNK),
+        default=functools.partial(_attention, scale=scale),
+    )
+
+
+def _attention(query, key, value, *, scale, bias=None):
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32) * scale
     if bias is not None:
         scores = scores + bias
@@ -37,18 +55,23 @@ def attention(
 
 
 def chunked_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, *, scale: float
+    query: jax.Array, key: jax.Array, value: jax.Array, *, scale: float, chunk: int = QUERY_CHUNK
 ) -> jax.Array:
-    """`attention` that holds the scores of QUERY_CHUNK queries at a time.
+    """`attention` that holds the scores of `chunk` queries at a time, in its gradient too.
 
     Exact, since the softmax of one query needs no other query. For the autoencoder, whose one head
     attends over every latent pixel: 16,384 at 1024x1024, a gigabyte of scores in one piece.
     """
     b, q, heads, d = query.shape
-    if q <= QUERY_CHUNK:
-        return attention(query, key, value, scale=scale)
-    chunks = -(-q // QUERY_CHUNK)
-    padded = jnp.pad(query, ((0, 0), (0, chunks * QUERY_CHUNK - q), (0, 0), (0, 0)))
-    padded = padded.reshape(b, chunks, QUERY_CHUNK, heads, d).swapaxes(0, 1)
-    out = jax.lax.map(lambda part: attention(part, key, value, scale=scale), padded)
-    return out.swapaxes(0, 1).reshape(b, chunks * QUERY_CHUNK, heads, d)[:, :q]
+    if q <= chunk:
+        return _attention(query, key, value, scale=scale)
+    chunks = -(-q // chunk)
+    padded = jnp.pad(query, ((0, 0), (0, chunks * chunk - q), (0, 0), (0, 0)))
+    padded = padded.reshape(b, chunks, chunk, heads, d).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def one(part):
+        return _attention(part, key, value, scale=scale)
+
+    out = jax.lax.map(one, padded)
+    return out.swapaxes(0, 1).reshape(b, chunks * chunk, heads, d)[:, :q]
