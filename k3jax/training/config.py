@@ -40,6 +40,8 @@ class OptimizerConfig:
 class LossConfig:
     snr_gamma: float | None = None
     """Min-SNR weighting (arXiv:2303.09556): the usual value is 5. None: every timestep weighs 1."""
+    layout_weight: float | None = None
+    """Largest weight of the errors at high noise, which decide what lies where; None: all 1."""
     caption_dropout: float = 0.1
     """Share of samples trained on the checkpoint's own unconditional input."""
 

@@ -45,6 +45,16 @@ def min_snr_weight(alphas_cumprod: jax.Array, gamma: float) -> jax.Array:
     return jnp.minimum(snr, gamma) / snr
 
 
+def layout_weight(alphas_cumprod: jax.Array, most: float) -> jax.Array:
+    """max(1, min(1 / SNR, most)): a noise-prediction error as an error of the image, where SNR < 1.
+
+    What lies where is decided at high noise, where the error of the noise is that of the image
+    times the SNR: next to nothing. (Truncated SNR of arXiv:2202.00512, with a bound.)
+    """
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    return jnp.clip(1 / snr, 1, most)
+
+
 def noise_prediction_loss(
     unet: UNet,
     context: Context | None,
@@ -78,4 +88,6 @@ def noise_prediction_loss(
     total = jnp.ones_like(error) if weight is None else weight
     if config.snr_gamma is not None:
         total = total * min_snr_weight(a_bar, config.snr_gamma)
+    if config.layout_weight is not None:
+        total = total * layout_weight(a_bar, config.layout_weight)
     return (total * error).mean(), {"noise_mse": error.mean()}

@@ -9,6 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from k3jax.checkpoint import Checkpoint, restore
+from k3jax.components import component_digests
 from k3jax.inpainting_inputs import inpainting_inputs
 from k3jax.movq import MoVQ
 from k3jax.programs import encode_text
@@ -40,8 +41,9 @@ def open_cache(
     For inpainting the mask and the latents of the masked image lie behind the clean latents, 9
     channels in all: each image has one mask, drawn from a hash of its pixels.
     """
-    settings = (checkpoint.fingerprint, config.frozen_dtype, config.task, str(config.masks))
-    weights = ",".join(settings)
+    digests = component_digests(checkpoint)  # whatever U-Net stands beside them
+    used = (digests["movq"], digests["text_encoder"])
+    weights = ",".join((*used, config.frozen_dtype, config.task, str(config.masks)))
     cache = LatentCache(config.data.cache, cache_fingerprint(source, index, weights))
     if cache.complete:
         return cache

@@ -13,7 +13,12 @@ from k3jax.sharding import make_mesh
 from k3jax.text_projection import Context, PromptEmbeds
 from k3jax.training.config import DataConfig, LossConfig, OptimizerConfig, TrainConfig
 from k3jax.training.loop import put_batch
-from k3jax.training.objective import min_snr_weight, noise_prediction_loss, training_context
+from k3jax.training.objective import (
+    layout_weight,
+    min_snr_weight,
+    noise_prediction_loss,
+    training_context,
+)
 from k3jax.training.optimizer import learning_rate, make_optimizer
 from k3jax.training.setup import first_weights, frozen_modules, prepare
 from k3jax.training.state import TrainState, new_state, state_shardings
@@ -63,6 +68,16 @@ def test_min_snr_weights():
         Echo(0.0), None, latents, jax.random.key(0), LossConfig(snr_gamma=5.0)
     )
     assert plain < metrics["noise_mse"]
+
+
+def test_errors_at_high_noise_weigh_as_those_of_the_image():
+    a = jnp.asarray([0.999, 0.5, 0.2, 0.001])
+    np.testing.assert_allclose(layout_weight(a, 30.0), [1, 1, 4, 30], rtol=1e-4)
+    latents = jnp.zeros((256, 8, 8, 4))
+    loss, metrics = noise_prediction_loss(
+        Echo(0.0), None, latents, jax.random.key(0), LossConfig(layout_weight=30.0)
+    )
+    assert loss > 2 * metrics["noise_mse"]
 
 
 @pytest.mark.parametrize("conditioning", ["diffusers", "original"])
