@@ -4,7 +4,7 @@
     k3jax generate "a red circle above a blue square"
     k3jax train --config tiny
 
-The second command makes the weights again, in four stages that end in train/tiny; it takes hours on
+The second command makes the weights again, in five stages that end in train/tiny; it takes hours on
 two CPU cores and goes on where it stopped. Captions it knows: `k3jax.scenes.caption`.
 """
 
@@ -49,5 +49,11 @@ def get_config():
     config.model.sampler.num_inference_steps = 25
 
     config.train = ConfigDict()
-    config.train.stages = ("tiny_text_encoder", "tiny_movq", "tiny_unet", "tiny_inpainting")
+    config.train.stages = (
+        "tiny_text_encoder",
+        "tiny_movq",
+        "tiny_unet",
+        "tiny_layout",
+        "tiny_inpainting",
+    )
     return config

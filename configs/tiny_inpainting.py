@@ -4,22 +4,20 @@
 k3jax train --config tiny_inpainting
 """
 
-from k3jax.configs.tiny_unet import get_config as tiny_unet
+from k3jax.configs.tiny_layout import get_config as tiny_layout
 
 
 def get_config():
-    config = tiny_unet()
-    config.checkpoint = "train/tiny/unet/checkpoint"
+    config = tiny_layout()
+    config.checkpoint = "train/tiny/layout/checkpoint"
     config.train.task = "inpainting"
     config.train.output = "train/tiny/inpainting"
     config.train.components = ("unet",)  # the text projection stays that of the base
-    config.train.from_scratch = False
     config.train.steps = 1000
     config.train.ema_decay = 0.998
     config.train.sample_every = 0
-    config.train.data.num_scenes = 16_384
+    config.train.data.num_scenes = 12_288
     config.train.data.cache = "train/tiny/inpainting_latents"
-    config.train.optimizer.learning_rate = 1e-3
-    config.train.optimizer.final_learning_rate = 1e-5
-    config.train.optimizer.warmup_steps = 100
+    config.train.optimizer.learning_rate = 3e-3
+    config.train.optimizer.final_learning_rate = 3e-5
     return config

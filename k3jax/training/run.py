@@ -43,6 +43,7 @@ from k3jax.training.result import final_weights, save_result
 from k3jax.training.run_folder import check_same_run
 from k3jax.training.setup import (
     Start,
+    architecture,
     check_base,
     first_weights,
     frozen_modules,
@@ -95,7 +96,7 @@ def _train(run: RunConfig, stop: Stop, progress: bool) -> Path | None:
         raise ValueError("train needs a checkpoint (--checkpoint DIR) or a config with a `model`.")
     mesh = make_mesh(run.pipeline.mesh)
     _check_batch(config, data_parallelism(mesh))
-    start = prepare(config, run.model if base is None else base.config, base, mesh)
+    start = prepare(config, architecture(config, run.model, base), base, mesh)
     check_base(start)
     config = start.config
     check_same_run(folder, _description(start))

@@ -77,6 +77,18 @@ def prepare(config: TrainConfig, model: ModelConfig, base: Checkpoint | None, me
     return Start(config, model, base, task, shapes, weight_shardings(task.trained, mesh), mesh)
 
 
+def architecture(
+    config: TrainConfig, model: ModelConfig | None, base: Checkpoint | None
+) -> ModelConfig:
+    """The base's own; but what starts from scratch is made as the config's `model` says."""
+    if base is None or model is None:
+        return model if base is None else base.config
+    if not config.from_scratch or config.lora is not None:
+        return base.config
+    own = {name: getattr(model, name) for name in _components(config)}
+    return dataclasses.replace(base.config, **own)
+
+
 def check_base(start: Start) -> None:
     """Checks that the base has what the run and its result need.
 
