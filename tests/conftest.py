@@ -11,9 +11,11 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import gc
 import pathlib
 
 import jax
+import pytest
 
 
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -23,3 +25,17 @@ jax.config.update(
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# Every compiled program for 8 devices holds hundreds of memory maps, of which Linux gives a process
+# 65,530; where they run out, XLA dies of a segmentation fault inside its compiler.
+MAPS = pathlib.Path("/proc/self/maps")
+MOST_MAPS = 30_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_memory_maps():
+    """Forgets the compiled programs behind a file of tests once they hold many maps."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
