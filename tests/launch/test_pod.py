@@ -120,7 +120,8 @@ def test_a_pod_that_loses_a_process_ends_whole(pod):
     processes[1].kill()
     assert processes[1].wait(60) == -signal.SIGKILL
     processes[0].terminate()  # if it is not through with its share already
-    assert processes[0].wait(pod.grace) in (0, 128 + signal.SIGTERM)
+    # The last is for a process that has not come to its own handlers yet.
+    assert processes[0].wait(pod.grace) in (0, 128 + signal.SIGTERM, -signal.SIGTERM)
     before = pod.finished()
     assert set(before) & mine and mine - set(before), "nothing was lost: make the shards smaller"
 
