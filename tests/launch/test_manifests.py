@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The manifests of launch/gke: valid by the published schemas, and agreed in themselves."""
+
+import json
+import re
+from pathlib import Path
+
+import jsonschema
+import kubernetes_validate
+import pytest
+
+from k3jax.cli.main import parse
+from k3jax.synthesis.shares import find_share
+
+from manifests import GKE, argv, container, flag, job_specs, manifest, replicated_job
+
+
+JOBS = job_specs()
+KUBERNETES = ("1.33", kubernetes_validate.latest_version())
+"""From the oldest with everything that is used (backoffLimitPerIndex is stable there)."""
+
+
+def check_job(job):
+    for version in KUBERNETES:
+        kubernetes_validate.validate(job, version, strict=True)
+
+
+def test_indexed_job_is_valid():
+    check_job(manifest("indexed_job.yaml"))
+
+
+def test_jobset_is_valid():
+    """By the structure of its own definition, and the Job inside by that of Job."""
+    schema = json.loads((Path(__file__).parent / "jobset_schema.json").read_text())
+    jsonschema.Draft202012Validator(schema).validate(manifest("jobset.yaml"))
+    template = replicated_job()["template"]
+    name = {"name": "k3jax-slice-0"}
+    check_job({"apiVersion": "batch/v1", "kind": "Job", "metadata": name, **template})
+
+
+@pytest.mark.parametrize("key", ["backofLimit", "podFailurePolicies"])
+def test_a_misspelt_key_is_seen(key):
+    job = manifest("indexed_job.yaml")
+    job["spec"][key] = 1
+    with pytest.raises(kubernetes_validate.ValidationError):
+        check_job(job)
+
+
+def test_a_misspelt_key_of_jobset_is_seen():
+    schema = json.loads((Path(__file__).parent / "jobset_schema.json").read_text())
+    jobset = manifest("jobset.yaml")
+    jobset["spec"]["failurePolicy"]["maxRestart"] = 1
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.Draft202012Validator(schema).validate(jobset)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_pods_have_time_to_stop(name):
+    pod = JOBS[name]["template"]["spec"]
+    grace = float(flag(container(JOBS[name])["args"], "grace"))
+    assert grace < pod["terminationGracePeriodSeconds"]
+    # What the API demands beside a podFailurePolicy, and no schema says.
+    assert pod["restartPolicy"] == "Never"
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_pods_are_not_root_and_ask_for_the_chips_that_they_may_have(name):
+    pod = JOBS[name]["template"]["spec"]
+    assert pod["securityContext"]["runAsNonRoot"]
+    resources = container(JOBS[name])["resources"]
+    assert resources["requests"]["google.com/tpu"] == resources["limits"]["google.com/tpu"]
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_everything_lies_in_the_bucket(name):
+    found = container(JOBS[name])
+    variables = {entry["name"]: entry.get("value") for entry in found["env"]}
+    assert variables["JAX_COMPILATION_CACHE_DIR"].startswith("gs://YOUR-BUCKET/")
+    assert [word for word in found["args"] if word.startswith("gs://")][1:] == [
+        "gs://YOUR-BUCKET/pictures"
+    ]
+    assert flag(found["args"], "checkpoint").startswith("gs://YOUR-BUCKET/")
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_k3jax_understands_its_arguments(name):
+    words = argv(container(JOBS[name]), {"JOB_INDEX": "0", "JOB_COMPLETION_INDEX": "1"})
+    args = parse(words[words.index("k3jax") + 1 :])
+    assert args.command == "synthesize"
+    assert args.output == "gs://YOUR-BUCKET/pictures"
+
+
+def shares(jobs, hosts, name):
+    """(worker, workers) of each pod, by its command and the variables that it finds."""
+    found = []
+    for job in range(jobs):
+        for index in range(hosts):
+            labels = {"JOB_INDEX": str(job), "JOB_COMPLETION_INDEX": str(index)}
+            words = argv(container(JOBS[name]), labels)
+            # As `env` leaves it to k3jax, over what GKE has put there.
+            given = {
+                "JOB_COMPLETION_INDEX": str(index),
+                "TPU_WORKER_ID": str(index),
+                "TPU_WORKER_HOSTNAMES": ",".join(f"host-{k}" for k in range(hosts)),
+            }
+            before = words[: words.index("k3jax")]
+            given |= dict(word.split("=", 1) for word in before if "=" in word)
+            args = parse(words[words.index("k3jax") + 1 :])
+            share = find_share(given, args.job, args.jobs, args.host, args.hosts)
+            found.append((share.worker, share.workers))
+    return found
+
+
+def test_every_pod_of_the_jobset_has_a_share_of_its_own():
+    """And the numbers of the manifest are those of its flags."""
+    slices, hosts = replicated_job()["replicas"], JOBS["jobset.yaml"]["completions"]
+    assert JOBS["jobset.yaml"]["parallelism"] == hosts  # a slice waits for all of its hosts
+    workers = slices * hosts
+    assert shares(slices, hosts, "jobset.yaml") == [(k, workers) for k in range(workers)]
+
+
+def test_every_pod_of_the_indexed_job_has_a_share_of_its_own():
+    """Its pods are one host each: GKE says nothing of other hosts to them."""
+    count = JOBS["indexed_job.yaml"]["completions"]
+    for index in range(count):
+        words = argv(container(JOBS["indexed_job.yaml"]), {})
+        args = parse(words[1:])
+        given = {"JOB_COMPLETION_INDEX": str(index), "TPU_WORKER_ID": "0"}
+        share = find_share(given, args.job, args.jobs, args.host, args.hosts)
+        assert (share.worker, share.workers) == (index, count)
+
+
+def test_the_command_of_the_xpk_line_is_that_of_the_jobset():
+    """Same variables, same arguments, but for its own numbers and two slices."""
+    line = re.search(r"--command '(.*)'", (GKE / "README.md").read_text())[1]
+    found = container(JOBS["jobset.yaml"])
+    words = line.split(" ")
+    isolation = found["command"][: found["command"].index("k3jax")]
+    assert words[: len(isolation)] == isolation
+    ours = parse(argv(found, {"JOB_INDEX": "0", "JOB_COMPLETION_INDEX": "0"})[len(isolation) + 1 :])
+    theirs = words[words.index("k3jax") + 1 :]
+    theirs = ["0" if word.startswith("$") else word for word in theirs]
+    assert vars(parse(theirs)) == {**vars(ours), "jobs": 2}
