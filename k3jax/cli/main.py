@@ -24,6 +24,7 @@ from k3jax.cli import (
     info,
     inpaint,
     outpaint,
+    plan,
     regenerate,
     synthesize,
     train,
@@ -46,6 +47,7 @@ COMMANDS = {
     "export": export,
     "train": train,
     "evaluate": evaluate,
+    "plan": plan,
 }
 USAGE_ERROR, INTERRUPTED = 2, 130
 INSTALL = {
@@ -55,6 +57,7 @@ INSTALL = {
     "pyarrow": "pip install 'k3jax[synth]'",
     "fsspec": "pip install 'k3jax[synth]'",
     "gcsfs": "pip install 'k3jax[gcs]'",
+    "libtpu": "pip install 'k3jax[tpu]'",
     "datasets": "pip install datasets",
 }
 """Optional package -> how to get it."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cycles of the compiler's final schedules: VLIW bundles times the trips of the loops around them.
 
-libtpu writes a file for each kernel that it emits (`DUMP_FLAGS`). A line of it is a bundle, which is
-one cycle; its depth in loops is the number of `>`:
+libtpu writes a file for each kernel that it emits (`DUMP_FLAGS`). A line of it is a bundle, which
+is one cycle; its depth in loops is the number of `>`:
 
     0x2 LB: > { %s38 = ... /* phi copy :: iteration index, stage = 0 */ }
     0x3   : > > { ... }

@@ -80,11 +80,10 @@ class Slice:
 
         # A host has a part of a slice smaller than itself.
         host = [min(pair) for pair in zip(self.chip.host, self.shape, strict=True)]
-        bounds = (host + [1, 1])[:3]
         description = topologies.get_topology_desc(
             platform="tpu",
             topology_name=self.name,
-            chips_per_host_bounds=bounds,
+            chips_per_host_bounds=[*host, 1, 1][:3],
             **self.chip.options,
         )
         return list(description.devices)
@@ -104,7 +103,9 @@ def parse_slice(text: str) -> Slice:
             f"--topology {text!r}: there is no chip {name!r}; known are {', '.join(CHIPS)} "
             f"(for example {example})."
         )
-    sides = tuple(int(side) for side in shape.split("x")) if re.fullmatch(r"\d+(x\d+)*", shape) else ()
+    sides = (
+        tuple(int(side) for side in shape.split("x")) if re.fullmatch(r"\d+(x\d+)*", shape) else ()
+    )
     if len(sides) != chip.dimensions or 0 in sides:
         raise ValueError(
             f"--topology {text!r}: the shape of a {name} slice has {chip.dimensions} sides of 1 or "

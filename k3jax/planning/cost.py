@@ -7,11 +7,12 @@ copy-done) run beside the kernels in a queue of their own at HBM bandwidth, and 
 at the bandwidth of a ring over one axis of the slice; what waits for them too early adds a stall.
 The body of a loop counts as often as it runs, the dearest branch of a condition once.
 
-How far to trust it. The schedule figure came to 113 to 120 ms for a step of SDXL's U-Net (CFG pair,
-13.91 TFLOP) on a v5e, against 107 to 109 ms published, and to 97.7 ms on a v4 against about 103: it is
-quoted with +-15 %. The v6e has no valid calibration (53 ms against about 34 of another program and
-other flags), and collectives have none on any chip. XLA's own `estimated_cycles` say about twice as
-much as such steps take, so they are used for nothing here.
+How far to trust it. The schedule figure came to 113 to 120 ms for a step of SDXL's U-Net (CFG
+pair, 13.91 TFLOP) on a v5e, against 107 to 109 ms published, and to 97.7 ms on a v4 against about
+103: it is quoted with +-15 %. The v6e has no valid calibration (53 ms against about 34 of another
+program and other flags), and collectives have none on any chip. XLA's own `estimated_cycles` say
+about twice as much as such steps take, so they are used for nothing here. Starting a kernel is free
+here, so programs of very small kernels look faster than they are.
 """
 
 import re
@@ -150,7 +151,9 @@ class _Walk:
         return clock.now
 
     def step(self, i: Instruction, inside: Computation, times: int, clock: _Clock) -> None:
-        base, _, phase = i.op.rpartition("-") if i.op.endswith(("-start", "-done")) else (i.op, "", "")
+        base, _, phase = (
+            i.op.rpartition("-") if i.op.endswith(("-start", "-done")) else (i.op, "", "")
+        )
         kind = self.collective_kind(i, base)
         if i.op in FREE or i.op.endswith("-update"):
             return
@@ -213,7 +216,7 @@ class _Walk:
         return next((op for op in operations if COLLECTIVE.match(op)), None)
 
     def prefetched(self, i: Instruction) -> float:
-        """Bytes that a transfer between HBM and VMEM moves: the side in VMEM, which may be a part."""
+        """Bytes that a transfer between HBM and VMEM moves: what lies in VMEM, maybe a part."""
         sizes = [a.bytes for a in i.arrays if not a.in_hbm and a.bytes > BYTES["u32"]]
         return max(sizes) if sizes else sum(a.bytes for a in i.arrays) / 2
 

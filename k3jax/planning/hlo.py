@@ -151,9 +151,13 @@ class Module:
 
     def identity(self, instruction: Instruction, computation: Computation) -> str:
         """Equal for kernels that compute the same from the same shapes, whatever their names."""
-        types = [computation.by_name[n].type for n in instruction.operands if n in computation.by_name]
+        types = [
+            computation.by_name[n].type for n in instruction.operands if n in computation.by_name
+        ]
         bodies = [self._text_of(name) for name in instruction.called]
-        return "|".join([instruction.op, *(_anywhere(t) for t in [instruction.type, *types]), *bodies])
+        return "|".join(
+            [instruction.op, *(_anywhere(t) for t in [instruction.type, *types]), *bodies]
+        )
 
     def _flops_inside(self, name: str) -> float:
         cache = self.__dict__.setdefault("_flops", {})
@@ -277,7 +281,9 @@ def _convolution_flops(instruction: Instruction, lhs, rhs) -> float:
     labels = instruction.attribute(r"dim_labels=(\w+->\w+)")
     left, right, out_labels = re.match(r"(\w+)_(\w+)->(\w+)", labels).groups()
     out = instruction.arrays[0].shape
-    window = dict(re.findall(r"(\w+)=([\w\-]+)", instruction.attribute(r"window=\{([^}]*)\}") or ""))
+    window = dict(
+        re.findall(r"(\w+)=([\w\-]+)", instruction.attribute(r"window=\{([^}]*)\}") or "")
+    )
 
     def setting(key: str, dimension: int, default: int) -> int:
         return int(window[key].split("x")[dimension].split("_")[0]) if key in window else default

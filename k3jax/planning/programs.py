@@ -34,7 +34,7 @@ COMPONENT: dict[str, str] = {
     "denoise_plain": "unet",
     "decode": "movq",
 }
-"""Program -> the component that it runs. `denoise` is a step with guidance, `denoise_plain` without."""
+"""Program -> the component that it runs. `denoise` is a guided step, `denoise_plain` one without."""
 
 DENOISER = ("text_projection", "unet", "movq")
 """Components that are in memory at the same time in any case."""
