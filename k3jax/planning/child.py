@@ -28,7 +28,7 @@ def main(folder: Path) -> None:
             raise
         text = " ".join(str(error).split())
         full = "RESOURCE_EXHAUSTED" in text
-        result = {"out_of_memory" if full else "error": text[:400]}
+        result = {"out_of_memory" if full else "error": _beginning(text)}
     (folder / RESULT).write_text(json.dumps(result))
 
 
@@ -65,6 +65,18 @@ def optimised_hlo(lowered, compiled, folder: Path) -> str:
     dumped = folder / "hlo"
     lowered.compile(compiler_options={"xla_dump_to": str(dumped)})
     return max(dumped.glob("*after_codegen.txt"), key=lambda path: path.stat().st_size).read_text()
+
+
+def _beginning(text: str, limit: int = 200) -> str:
+    """The first sentences of what the compiler says; lists of its buffers follow."""
+    text = text.partition("RESOURCE_EXHAUSTED: ")[2] or text
+    sentences = text.split(". ")
+    kept = sentences[0]
+    for sentence in sentences[1:]:
+        if len(kept) + len(sentence) > limit:
+            break
+        kept += f". {sentence}"
+    return kept[:limit].rstrip(". ")
 
 
 def _from_compiler(error: Exception) -> bool:

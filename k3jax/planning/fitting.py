@@ -13,6 +13,7 @@ from collections.abc import Callable
 from k3jax.planning.compiler import Compiled, OutOfMemory
 from k3jax.planning.programs import COMPONENT, DENOISER, Name, Work, input_bytes, weight_bytes
 from k3jax.planning.question import TITLES, Question
+from k3jax.planning.units import size_text
 from k3jax.sharding import mesh_sizes
 
 
@@ -69,7 +70,8 @@ class Trial:
         needed = own + input_bytes(name, work) + self.beside(name)
         if needed <= self.usable:
             return None
-        return f"weights and inputs alone take {_gb(needed)} of the {_gb(self.usable)} of a chip"
+        of = f"{size_text(needed)} of the {size_text(self.usable)} of a chip"
+        return f"weights and inputs alone take {of}"
 
     def __call__(self, name: Name, batch: int) -> tuple[Compiled | None, str]:
         """(the program, "") or (None, why not)."""
@@ -82,12 +84,14 @@ class Trial:
             self.say(f"the {TITLES[name]} does not fit at batch {batch}")
             return None, f"the compiler says: {error}"
         needed = compiled.memory.peak + self.beside(name)
-        self.say(f"compiled the {TITLES[name]} in {compiled.seconds:.0f} s: {_gb(needed)} a chip")
+        self.say(
+            f"compiled the {TITLES[name]} in {compiled.seconds:.0f} s: {size_text(needed)} a chip"
+        )
         if needed <= self.usable:
             return compiled, ""
         return None, (
-            f"it takes {_gb(needed)} with the weights that lie beside it, of the "
-            f"{_gb(self.usable)} of a chip"
+            f"it takes {size_text(needed)} with the weights that lie beside it, of the "
+            f"{size_text(self.usable)} of a chip"
         )
 
 
@@ -145,7 +149,3 @@ def batch_sentence(
         f"{start}; no smaller batch fits either{tried_text}: choose a smaller size, a mesh that "
         "splits the weights (--mesh data=-1,fsdp=4), or a chip with more memory."
     )
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.1f} GB"

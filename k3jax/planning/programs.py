@@ -34,7 +34,7 @@ COMPONENT: dict[str, str] = {
     "denoise_plain": "unet",
     "decode": "movq",
 }
-"""Program -> the component that it runs. `denoise` is a guided step, `denoise_plain` one without."""
+"""Program -> the component that it runs. `denoise` is a guided step, `denoise_plain` is not."""
 
 DENOISER = ("text_projection", "unet", "movq")
 """Components that are in memory at the same time in any case."""

@@ -6,13 +6,14 @@ from typing import Any
 
 from k3jax.planning.plan import Plan, Program
 from k3jax.planning.question import TITLES
+from k3jax.planning.units import size_text
 
 
 CAVEATS = {
     "schedule": (
         "Time is by the compiler's schedule: of each kernel the longest of its VLIW cycles, its "
-        "HBM traffic and its FLOPs. Trust it to +-15 %: a step of SDXL's U-Net came to 113-120 ms on a "
-        "v5e (published: 107-109) and 97.7 ms on a v4 (about 103)."
+        "HBM traffic and its FLOPs. Trust it to +-15 %: a step of SDXL's U-Net came to 113-120 ms "
+        "on a v5e (published: 107-109) and 97.7 ms on a v4 (about 103)."
     ),
     "floor": (
         "Time is a floor: of each kernel the longer of its HBM traffic and its FLOPs, because the "
@@ -79,10 +80,10 @@ def to_json(plan: Plan) -> dict[str, Any]:
 def to_lines(plan: Plan) -> list[str]:
     """The same for people."""
     question, where = plan.question, plan.question.where
+    chips = f"{where.count} chip{'s' * (where.count > 1)} of {size_text(where.chip.usable)}"
     lines = [
-        f"{where.name}: {where.count} chip{'s' * (where.count > 1)} of {_size(where.chip.usable)}, "
-        f"{question.batch} image{'s' * (question.batch > 1)} per chip, {plan.totals.images} at a "
-        f"time, {question.width} x {question.height}, {question.dtype}",
+        f"{where.name}: {chips}, {question.batch} image{'s' * (question.batch > 1)} per chip, "
+        f"{plan.totals.images} at a time, {question.width} x {question.height}, {question.dtype}",
         "",
         *_table(plan),
         "",
@@ -149,14 +150,14 @@ def _column(program: Program, chip) -> dict[str, str]:
     return {
         "mesh": ",".join(mesh) or "one chip",
         "runs per batch": str(program.runs),
-        "arguments": _size(memory.arguments),
-        "temporaries": _size(memory.temporaries),
-        "outputs and code": _size(memory.outputs + memory.code),
-        "other weights": _size(program.beside),
-        "peak on a chip": _size(program.memory),
+        "arguments": size_text(memory.arguments),
+        "temporaries": size_text(memory.temporaries),
+        "outputs and code": size_text(memory.outputs + memory.code),
+        "other weights": size_text(program.beside),
+        "peak on a chip": size_text(program.memory),
         "of its HBM": f"{100 * program.memory / chip.usable:.0f} %",
         "TFLOP": f"{cost.flops / 1e12:.3g}",
-        "HBM traffic": _size(cost.hbm_bytes),
+        "HBM traffic": size_text(cost.hbm_bytes),
         f"ms by the {cost.figure}": f"{cost.seconds * 1e3:.3g}",
         "ms at least": f"{cost.floor * 1e3:.3g}",
         "share of peak": f"{100 * _share(cost, chip):.0f} %",
@@ -167,7 +168,7 @@ def _column(program: Program, chip) -> dict[str, str]:
 def _collective(program: Program, kind: str | None) -> str:
     for collective in program.compiled.cost.collectives:
         if collective.kind == kind:
-            return f"{collective.count}, {_size(collective.bytes)}"
+            return f"{collective.count}, {size_text(collective.bytes)}"
     return "none"
 
 
@@ -204,11 +205,3 @@ def _total_lines(plan: Plan) -> list[str]:
             else "The weights do not fit together: encode first (`k3jax synthesize --phases`)."
         )
     return lines
-
-
-def _size(size: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if abs(size) < 1000:
-            return f"{size:.0f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"

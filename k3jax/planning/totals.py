@@ -131,7 +131,7 @@ def total(
 
 
 def _step_times(seconds: dict[str, float]) -> tuple[float, float]:
-    """Of a guided step and of a plain one; where one was not compiled it is half or twice the other."""
+    """Of a guided step and of a plain one; one that was not compiled is half or twice the other."""
     guided, plain = seconds.get("denoise"), seconds.get("denoise_plain")
     if guided is None and plain is None:
         return 0.0, 0.0
