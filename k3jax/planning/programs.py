@@ -8,6 +8,7 @@ beside them (projection of the text, first noise), which take less than a thousa
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from k3jax.abstract import abstract_module
-from k3jax.config import MAX_TOKENS, ModelConfig, from_dict, to_dict
+from k3jax.config import MAX_TOKENS, ModelConfig, SamplerConfig, from_dict, to_dict
 from k3jax.denoising import denoise_program, loop_rows
 from k3jax.programs import decode_latents, encode_text
 from k3jax.samplers import make_sampler
@@ -108,7 +109,14 @@ def input_bytes(program: Name, work: Work) -> int:
 
 
 def _abstract(component: str, work: Work) -> nnx.Module:
-    return abstract_module(component, work.model, work.param_dtype, work.dtype)
+    model = dataclasses.replace(work.model, sampler=SamplerConfig())  # makes no other weights
+    return _abstract_once(component, model, work.param_dtype, work.dtype)
+
+
+@functools.lru_cache(maxsize=16)
+def _abstract_once(component, model, param_dtype, dtype) -> nnx.Module:
+    """Seconds at full size, and asked for again for each batch and mesh; never changed."""
+    return abstract_module(component, model, param_dtype, dtype)
 
 
 def _abstract_mesh(work: Work) -> AbstractMesh:
