@@ -11,7 +11,7 @@ import math
 import re
 from dataclasses import dataclass, field
 
-import numpy as np
+from k3jax.planning.convolutions import convolution_flops
 
 
 BYTES = {
@@ -118,7 +118,9 @@ class Module:
         """
         if instruction.op == "convolution":
             lhs, rhs = (computation.by_name[n].arrays[0].shape for n in instruction.operands[:2])
-            return _convolution_flops(instruction, lhs, rhs)
+            labels = instruction.attribute(r"dim_labels=(\w+->\w+)")
+            window = instruction.attribute(r"window=\{([^}]*)\}") or ""
+            return convolution_flops(labels, window, lhs, rhs, instruction.arrays[0].shape)
         if instruction.op == "dot":
             lhs = computation.by_name[instruction.operands[0]].arrays[0].shape
             over = instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or ""
@@ -271,29 +273,3 @@ def _end(text: str, stop: str) -> int:
 def _anywhere(type_: str) -> str:
     """A type without the memory that it lies in."""
     return re.sub(r"S\(\d+\)", "", type_)
-
-
-def _convolution_flops(instruction: Instruction, lhs, rhs) -> float:
-    """Taps that fall on padding or between dilated elements are not counted.
-
-    XLA:TPU writes batched matrix products as dilated convolutions, of which most taps do so.
-    """
-    labels = instruction.attribute(r"dim_labels=(\w+->\w+)")
-    left, right, out_labels = re.match(r"(\w+)_(\w+)->(\w+)", labels).groups()
-    out = instruction.arrays[0].shape
-    window = dict(
-        re.findall(r"(\w+)=([\w\-]+)", instruction.attribute(r"window=\{([^}]*)\}") or "")
-    )
-
-    def setting(key: str, dimension: int, default: int) -> int:
-        return int(window[key].split("x")[dimension].split("_")[0]) if key in window else default
-
-    total = 2.0 * out[out_labels.index("b")] * out[out_labels.index("f")] * rhs[right.index("i")]
-    for d in range(sum(label.isdigit() for label in left)):
-        size = lhs[left.index(str(d))]
-        position = np.arange(out[out_labels.index(str(d))])[:, None] * setting("stride", d, 1)
-        tap = np.arange(rhs[right.index(str(d))]) * setting("rhs_dilate", d, 1)
-        dilation = setting("lhs_dilate", d, 1)
-        at = position + tap - setting("pad", d, 0)
-        total *= int(((at % dilation == 0) & (at >= 0) & (at < size * dilation)).sum())
-    return total

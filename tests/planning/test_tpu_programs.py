@@ -2,12 +2,14 @@
 """Reading optimised HLO and schedules of real TPU programs, and what they cost."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
 
 from k3jax.planning.bundles import kernel_cycles, read_schedules
 from k3jax.planning.chips import CHIPS
+from k3jax.planning.convolutions import taps
 from k3jax.planning.cost import Collective, Cost, estimate
 from k3jax.planning.hlo import parse_arrays, parse_hlo
 
@@ -56,6 +58,30 @@ window={size=8 stride=7 pad=0_0 lhs_dilate=8}, dim_labels=0bf_0io->0bf
 }
 """
     assert estimate(parse_hlo(text), V5E).flops == 8 * 2 * 16 * 32 * 64
+
+
+@pytest.mark.parametrize(
+    "settings", list(itertools.product((1, 2, 3), (0, 1, 4), (1, 2, 5), (1, 2)))
+)
+def test_taps(settings):
+    stride, pad, lhs_dilate, rhs_dilate = settings
+    size, outputs, window = 7, 11, 4
+    expected = sum(
+        at % lhs_dilate == 0 and 0 <= at // lhs_dilate < size
+        for o in range(outputs)
+        for k in range(window)
+        for at in [o * stride + k * rhs_dilate - pad]
+    )
+    found = taps(
+        size=size,
+        outputs=outputs,
+        window=window,
+        stride=stride,
+        pad=pad,
+        lhs_dilate=lhs_dilate,
+        rhs_dilate=rhs_dilate,
+    )
+    assert found == expected
 
 
 def test_collectives(stored):
