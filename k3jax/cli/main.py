@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 
 from k3jax.cli import (
+    benchmark,
     convert,
     evaluate,
     export,
@@ -48,6 +49,7 @@ COMMANDS = {
     "train": train,
     "evaluate": evaluate,
     "plan": plan,
+    "benchmark": benchmark,
 }
 USAGE_ERROR, INTERRUPTED = 2, 130
 INSTALL = {

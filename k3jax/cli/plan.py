@@ -40,14 +40,22 @@ DEFAULT_CONFIG = "kandinsky3"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--topology", metavar="CHIP:SHAPE", help="a slice, such as v5e:2x4 or v5p:2x2x1")
+    add_work(add)
+    add("--encoder-mesh", metavar="MESH", help="for the text encoder (as --mesh, if that fits it)")
+    add("--price-per-chip-hour", type=float, metavar="DOLLARS", help="for dollars per 1,000 images")
+    add("--json", action="store_true", help="one JSON object")
+
+
+def add_work(add) -> None:
+    """What is made at a time, and how; `add` is the add_argument of a parser."""
     add(
         "--batch",
         type=int,
         default=1,
         metavar="N",
-        help="images on each chip at a time (1): the slice makes N times data x fsdp of the mesh",
+        help="images on each chip at a time (1); all chips make N times data x fsdp of the mesh",
     )
-    add("--checkpoint", metavar="DIR", help="plan for its architecture and sampler")
+    add("--checkpoint", metavar="DIR", help="its architecture and sampler")
     add("--height", type=int, metavar="PIXELS", help="a multiple of 64")
     add("--width", type=int, metavar="PIXELS", help="a multiple of 64")
     add("--sampler", choices=get_args(SamplerName), help="how the noise is removed")
@@ -61,12 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="guide only these steps, counted from 0; the others cost half",
     )
     add("--mesh", help="chips, such as data=-1 (the default) or data=2,fsdp=4")
-    add("--encoder-mesh", metavar="MESH", help="for the text encoder (as --mesh, if that fits it)")
     add("--programs", metavar="LIST", help="some of encode,denoise,decode (all)")
     add("--dtype", choices=("bfloat16", "float32"), help="of the computation (bfloat16)")
     add("--param-dtype", choices=("bfloat16", "float32"), help="of the weights (as --dtype)")
-    add("--price-per-chip-hour", type=float, metavar="DOLLARS", help="for dollars per 1,000 images")
-    add("--json", action="store_true", help="one JSON object")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -80,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
     from k3jax.planning.chips import parse_slice
 
     where = parse_slice(args.topology)
-    config = _config(args)
+    config = run_config(args, DEFAULT_CONFIG)
     # Nothing runs here, so no accelerator is looked for: that may take minutes where there is none.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -101,11 +106,11 @@ def run(args: argparse.Namespace) -> None:
     print(json.dumps(to_json(plan)) if args.json else "\n".join(to_lines(plan)))
 
 
-def _config(args: argparse.Namespace) -> RunConfig:
-    """The run, with the model of the checkpoint or of the config."""
+def run_config(args: argparse.Namespace, default: str) -> RunConfig:
+    """The run, with the model of the checkpoint or of the config, or of the config `default`."""
     name = args.config
     if name is None and args.checkpoint is None:
-        name = DEFAULT_CONFIG
+        name = default
     values = collect(name, args.overrides, {f: getattr(args, k) for k, f in SETTINGS.items()})
     own = None
     if args.checkpoint is not None or not values.get("model"):
@@ -116,10 +121,39 @@ def _config(args: argparse.Namespace) -> RunConfig:
 
 
 def _question(args: argparse.Namespace, where, config: RunConfig):
-    from k3jax import request
-    from k3jax.planning.question import PARTS, Question
+    from k3jax.planning.question import Question
 
-    model, wanted, pipeline = config.model, config.generate, config.pipeline
+    height, width, sampler = size_and_sampler(config)
+    pipeline = config.pipeline
+    return Question(
+        where=where,
+        model=config.model,
+        sampler=sampler,
+        batch=args.batch,
+        height=height,
+        width=width,
+        mesh=pipeline.mesh,
+        encoder_mesh=args.encoder_mesh,
+        guidance_interval=config.generate.guidance_interval,
+        dtype=pipeline.dtype,
+        param_dtype=pipeline.param_dtype or pipeline.dtype,
+        parts=parts(args),
+        price=args.price_per_chip_hour,
+    )
+
+
+def parts(args: argparse.Namespace) -> tuple[str, ...]:
+    """What --programs asks for."""
+    from k3jax.planning.question import PARTS
+
+    return PARTS if args.programs is None else tuple(args.programs.replace(" ", "").split(","))
+
+
+def size_and_sampler(config: RunConfig):
+    """(height, width, sampler settings) of a run, checked."""
+    from k3jax import request
+
+    model, wanted = config.model, config.generate
     height = model.sample_size if wanted.height is None else wanted.height
     width = model.sample_size if wanted.width is None else wanted.width
     request.check_size(model, height, width)
@@ -131,19 +165,4 @@ def _question(args: argparse.Namespace, where, config: RunConfig):
         eta=wanted.eta,
     )
     request.guidance_scales(sampler.guidance_scale, 1)
-    parts = PARTS if args.programs is None else tuple(args.programs.replace(" ", "").split(","))
-    return Question(
-        where=where,
-        model=model,
-        sampler=sampler,
-        batch=args.batch,
-        height=height,
-        width=width,
-        mesh=pipeline.mesh,
-        encoder_mesh=args.encoder_mesh,
-        guidance_interval=wanted.guidance_interval,
-        dtype=pipeline.dtype,
-        param_dtype=pipeline.param_dtype or pipeline.dtype,
-        parts=parts,
-        price=args.price_per_chip_hour,
-    )
+    return height, width, sampler

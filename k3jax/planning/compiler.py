@@ -113,7 +113,7 @@ def compile_in_child(
 
     Raises:
         OutOfMemory: the program does not fit a chip.
-        RuntimeError: one sentence: the compiler refused it for another reason, or crashed.
+        ChildProcessError: one sentence: the compiler refused it for another reason, or crashed.
     """
     with tempfile.TemporaryDirectory(prefix="k3jax-plan-") as name:
         folder = Path(name)
@@ -125,12 +125,12 @@ def compile_in_child(
         output, code = _run([sys.executable, "-m", "k3jax.planning.child", name], environment, say)
         path = folder / RESULT
         if not path.exists():
-            raise RuntimeError(_crash(code, output))
+            raise ChildProcessError(_crash(code, output))
         result = json.loads(path.read_text())
     if "out_of_memory" in result:
         raise OutOfMemory(result["out_of_memory"])
     if "error" in result:
-        raise RuntimeError(f"the TPU compiler refused the program: {result['error']}")
+        raise ChildProcessError(f"the TPU compiler refused the program: {result['error']}")
     return Compiled.from_json(result)
 
 

@@ -80,22 +80,22 @@ class Work:
 
 def lower(program: Name, work: Work, mesh: Mesh) -> jax.stages.Lowered:
     """A program traced for a mesh with the sizes of `work.mesh`."""
-    module = placed(_abstract(COMPONENT[program], work), mesh)
+    given = arguments(program, work, mesh)
     with _precision(work):
         if program == "encode":
-            return encode_text.lower(module, *_inputs(program, work, mesh))
+            return encode_text.lower(*given)
         if program == "decode":
-            (latents,) = _inputs(program, work, mesh)
-            splits = data_parallelism(mesh)
-            return decode_latents.lower(module, latents, splits=splits, as_uint8=True)
+            return decode_latents.lower(*given, splits=data_parallelism(mesh), as_uint8=True)
         sampler = make_sampler(work.model.sampler)
         return denoise_program.lower(
-            module,
-            *_inputs(program, work, mesh),
-            step=sampler.step,
-            stochastic=sampler.stochastic,
-            renoise=sampler.renoise,
+            *given, step=sampler.step, stochastic=sampler.stochastic, renoise=sampler.renoise
         )
+
+
+def arguments(program: Name, work: Work, mesh: Mesh) -> tuple:
+    """What the compiled program is called with, as ShapeDtypeStructs: the module comes first."""
+    module = placed(_abstract(COMPONENT[program], work), mesh)
+    return module, *_inputs(program, work, mesh)
 
 
 def weight_bytes(component: str, work: Work) -> int:
