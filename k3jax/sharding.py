@@ -36,13 +36,12 @@ def axes(*names: str | None) -> dict[str, Any]:
     return {"out_sharding": names, "eager_sharding": False}
 
 
-def make_mesh(spec: str = "data=-1", devices: list | None = None) -> Mesh:
-    """A mesh from 'data=-1,fsdp=1,tensor=2'; one size may be -1 (all that remain).
+def mesh_sizes(spec: str, count: int) -> dict[str, int]:
+    """Axis -> size of 'data=-1,fsdp=1,tensor=2' over `count` devices.
 
     Raises:
         ValueError: unknown axis, more than one -1, or sizes that do not divide the devices.
     """
-    devices = jax.devices() if devices is None else list(devices)
     sizes = dict.fromkeys(MESH_AXES, 1)
     for part in filter(None, spec.replace(" ", "").split(",")):
         name, _, size = part.partition("=")
@@ -55,13 +54,24 @@ def make_mesh(spec: str = "data=-1", devices: list | None = None) -> Mesh:
     fixed = math.prod(size for size in sizes.values() if size > 0)
     if len(free) > 1 or any(size < -1 for size in sizes.values()):
         raise ValueError(f"mesh {spec!r}: at most one axis may be -1, and no size below -1.")
-    if len(devices) % fixed or (not free and fixed != len(devices)):
+    if count % fixed or (not free and fixed != count):
         raise ValueError(
             f"mesh {spec!r} takes {fixed} devices{' or a multiple' if free else ''}, "
-            f"but there are {len(devices)}: choose sizes whose product is {len(devices)}."
+            f"but there are {count}: choose sizes whose product is {count}."
         )
     for name in free:
-        sizes[name] = len(devices) // fixed
+        sizes[name] = count // fixed
+    return sizes
+
+
+def make_mesh(spec: str = "data=-1", devices: list | None = None) -> Mesh:
+    """A mesh from 'data=-1,fsdp=1,tensor=2'; one size may be -1 (all that remain).
+
+    Raises:
+        ValueError: unknown axis, more than one -1, or sizes that do not divide the devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = mesh_sizes(spec, len(devices))
     return jax.make_mesh(
         tuple(sizes.values()),
         MESH_AXES,
@@ -106,6 +116,17 @@ def shardings(module: nnx.Module, mesh: Mesh, rules=RULES) -> nnx.State:
 
     state = nnx.state(module)
     return jax.tree.map(sharding, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def placed(module: nnx.Module, mesh: Mesh) -> nnx.Module:
+    """An abstract module whose leaves also say how they lie on a mesh."""
+    graph, state = nnx.split(module)
+    structs = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        shardings(module, mesh),
+    )
+    return nnx.merge(graph, structs)
 
 
 def _axis_size(mesh: Mesh, axis) -> int:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 
 from k3jax.cli import (
+    benchmark,
     convert,
     evaluate,
     export,
@@ -24,6 +25,7 @@ from k3jax.cli import (
     info,
     inpaint,
     outpaint,
+    plan,
     regenerate,
     synthesize,
     train,
@@ -46,6 +48,8 @@ COMMANDS = {
     "export": export,
     "train": train,
     "evaluate": evaluate,
+    "plan": plan,
+    "benchmark": benchmark,
 }
 USAGE_ERROR, INTERRUPTED = 2, 130
 INSTALL = {
@@ -55,6 +59,7 @@ INSTALL = {
     "pyarrow": "pip install 'k3jax[synth]'",
     "fsspec": "pip install 'k3jax[synth]'",
     "gcsfs": "pip install 'k3jax[gcs]'",
+    "libtpu": "pip install 'k3jax[tpu]'",
     "datasets": "pip install datasets",
 }
 """Optional package -> how to get it."""

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from k3jax.abstract import abstract_module
 from k3jax.config import ModelConfig
-from k3jax.sharding import batch_sharding, shardings
+from k3jax.sharding import batch_sharding, placed
 from k3jax.training.config import TrainConfig
 from k3jax.training.optimizer import make_optimizer
 from k3jax.training.setup import prepare
@@ -50,7 +50,7 @@ def lower_step(
     """
     start = prepare(config, model, None, mesh)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    placed = state_shardings(
+    where = state_shardings(
         start.shapes, start.placed, optimizer, mesh, config.ema_decay is not None
     )
     step = make_step(
@@ -71,8 +71,8 @@ def lower_step(
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=split)
         for name, (shape, dtype) in shapes.items()
     }
-    state = abstract_state(start.shapes, optimizer, placed)
-    compiled = jax.jit(step, donate_argnums=0, out_shardings=(placed, None))
+    state = abstract_state(start.shapes, optimizer, where)
+    compiled = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
     return compiled.lower(state, frozen, batch)
 
 
@@ -91,10 +91,4 @@ def _placed_module(name: str, config: TrainConfig, model: ModelConfig, mesh: Mes
     module = abstract_module(name, model, config.frozen_dtype, config.dtype)
     if name == "unet":
         module.remat = config.remat
-    graph, state = nnx.split(module)
-    placed = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        state,
-        shardings(module, mesh),
-    )
-    return nnx.merge(graph, placed)
+    return placed(module, mesh)

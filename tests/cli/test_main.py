@@ -22,7 +22,7 @@ import contextlib, io, sys, time
 start = time.perf_counter()
 from k3jax.cli.output import PlannedImage
 from k3jax.cli.main import main
-for args in ([], ["generate"], ["img2img"], ["info"], ["convert"], ["export"]):
+for args in ([], ["generate"], ["img2img"], ["info"], ["convert"], ["export"], ["plan"]):
     with contextlib.redirect_stdout(io.StringIO()) as out:
         try:
             main([*args, "--help"])
@@ -32,6 +32,7 @@ for args in ([], ["generate"], ["img2img"], ["info"], ["convert"], ["export"]):
 assert main(["generate", "a", "--stesp", "3"]) == 2
 assert main(["generate", "a", "--config.generate.sede=3"]) == 2
 assert main(["info"]) == 2
+assert main(["plan", "--topology", "v9:2x2"]) == 2
 heavy = [name for name in {HEAVY} if name in sys.modules]
 assert not heavy, heavy
 print(f"{{time.perf_counter() - start:.2f}} s")

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Programs compiled by libtpu in processes of their own.
+
+libtpu reads its flags when it is loaded, takes gigabytes for a large program, and may crash; so
+each program is compiled by `python -m k3jax.planning.child FOLDER`, which writes its result into a
+folder. Schedules are dumped there too (a few hundred MB at full size) and go with it.
+"""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from k3jax.planning.bundles import DUMP_FLAGS
+from k3jax.planning.chips import Slice
+from k3jax.planning.cost import Cost
+from k3jax.planning.programs import Name, Work
+
+
+HEARTBEAT = 60.0  # seconds between two signs of life
+REQUEST, RESULT, SCHEDULES = "request.json", "result.json", "schedules"
+
+# There is no TPU: libtpu must neither ask the metadata server nor keep others from compiling.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+    # A program for absent devices can be written to the cache but not read again.
+    "JAX_ENABLE_COMPILATION_CACHE": "0",
+}
+
+
+class OutOfMemory(Exception):
+    """The compiler's own sentence on a program that does not fit."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each chip.
+
+    Attributes:
+        arguments: weights and inputs, as they lie in tiles.
+        outputs: results that take no argument's place.
+        temporaries: what the program needs besides.
+        code: the program itself.
+    """
+
+    arguments: int
+    outputs: int
+    temporaries: int
+    code: int
+
+    @property
+    def peak(self) -> int:
+        """All of them at once."""
+        return self.arguments + self.outputs + self.temporaries + self.code
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What is known of a compiled program.
+
+    Attributes:
+        seconds: that the compiler took.
+        compiler: versions of jax and libtpu.
+    """
+
+    memory: Memory
+    cost: Cost
+    seconds: float
+    compiler: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Compiled":
+        return cls(
+            **{
+                **values,
+                "memory": Memory(**values["memory"]),
+                "cost": Cost.from_json(values["cost"]),
+            }
+        )
+
+
+def check_libtpu() -> None:
+    """Raises ImportError, in one sentence, where the TPU compiler is not installed."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise ImportError(
+            "planning needs the TPU compiler (libtpu), which runs on any Linux machine without a "
+            "TPU: pip install 'k3jax[tpu]'."
+        )
+
+
+def compile_in_child(
+    program: Name, work: Work, where: Slice, say: Callable[[str], None] = lambda text: None
+) -> Compiled:
+    """Compiles a program for a slice; takes minutes at full size.
+
+    Args:
+        say: is told now and then that it is still at work.
+
+    Raises:
+        OutOfMemory: the program does not fit a chip.
+        ChildProcessError: one sentence: the compiler refused it for another reason, or crashed.
+    """
+    with tempfile.TemporaryDirectory(prefix="k3jax-plan-") as name:
+        folder = Path(name)
+        request = {"program": program, "work": work.to_json(), "topology": where.name}
+        (folder / REQUEST).write_text(json.dumps(request))
+        flags = DUMP_FLAGS.format(folder=folder / SCHEDULES)
+        given = os.environ.get("LIBTPU_INIT_ARGS", "")
+        environment = {**os.environ, **ENVIRONMENT, "LIBTPU_INIT_ARGS": f"{given} {flags}".strip()}
+        output, code = _run([sys.executable, "-m", "k3jax.planning.child", name], environment, say)
+        path = folder / RESULT
+        if not path.exists():
+            raise ChildProcessError(_crash(code, output))
+        result = json.loads(path.read_text())
+    if "out_of_memory" in result:
+        raise OutOfMemory(result["out_of_memory"])
+    if "error" in result:
+        raise ChildProcessError(f"the TPU compiler refused the program: {result['error']}")
+    return Compiled.from_json(result)
+
+
+def _run(command: list[str], environment: dict[str, str], say) -> tuple[str, int]:
+    """What the command said on stderr, and its exit code."""
+    start = time.monotonic()
+    with tempfile.TemporaryFile("w+", errors="replace") as noise:
+        child = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=noise, stderr=noise
+        )
+        try:
+            while True:
+                try:
+                    code = child.wait(HEARTBEAT)
+                    break
+                except subprocess.TimeoutExpired:
+                    say(f"still compiling ({time.monotonic() - start:.0f} s)")
+        finally:
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+        noise.seek(0)
+        return noise.read(), code
+
+
+def _crash(code: int, output: str) -> str:
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    last = f" (its last words: {lines[-1][:200]})" if lines else ""
+    if code < 0:
+        return (
+            f"the TPU compiler crashed with {signal.Signals(-code).name}{last}; some shapes do "
+            "this to libtpu 0.0.42: try another --batch."
+        )
+    return f"the TPU compiler ended with exit code {code}{last}."

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan of a run on a slice: its programs compiled, what does not fit refused, totals."""
+
+from dataclasses import dataclass
+
+from k3jax.planning.compiler import Compiled
+from k3jax.planning.fitting import (
+    Compile,
+    DoesNotFit,
+    Say,
+    Trial,
+    batch_sentence,
+    largest_batch,
+    weights_sentence,
+)
+from k3jax.planning.programs import DENOISER, Name, Work, weight_bytes
+from k3jax.planning.question import Question, program_names
+from k3jax.planning.totals import Evaluations, Totals, baseline, evaluations, total
+
+
+@dataclass(frozen=True)
+class Program:
+    """One compiled program in a plan.
+
+    Attributes:
+        runs: how often it runs for a batch.
+        beside: bytes of other weights that lie on each chip meanwhile.
+    """
+
+    name: Name
+    work: Work
+    runs: int
+    beside: int
+    compiled: Compiled
+
+    @property
+    def memory(self) -> int:
+        return self.compiled.memory.peak + self.beside
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Attributes:
+    encoder_split: whether the text encoder lies on another mesh because it must.
+    together: whether all weights fit a chip at once with any of the programs; None where the plan
+        does not say, because the encoder is left out or on another mesh.
+    """
+
+    question: Question
+    programs: tuple[Program, ...]
+    evaluations: Evaluations
+    totals: Totals
+    encoder_split: bool
+    together: bool | None
+
+
+def make_plan(question: Question, compile_program: Compile, say: Say) -> Plan:
+    """Compiles what is asked for.
+
+    Args:
+        compile_program: raises OutOfMemory; see `compiler.compile_in_child`.
+        say: is told what is being done, before it takes minutes.
+
+    Raises:
+        DoesNotFit: with the largest batch of those tried that does.
+        ValueError: settings that cannot be.
+    """
+    if question.batch < 1:
+        raise ValueError(f"--batch is {question.batch}; it must be 1 or more.")
+    made = evaluations(question.sampler, question.guidance_interval)
+    names = program_names(question.parts, made)
+    runs = {"encode": 1, "denoise": made.guided, "denoise_plain": made.plain, "decode": 1}
+    trial = Trial(question, compile_program, say)
+    for name in names:
+        if fault := trial.arithmetic(name, 1):
+            raise DoesNotFit(weights_sentence(question, name, fault), None)
+    programs = []
+    for position, name in enumerate(names):
+        compiled, fault = trial(name, question.batch)
+        if compiled is None:
+            largest, tried = largest_batch(trial, names[position:], question.batch, say)
+            raise DoesNotFit(batch_sentence(question, name, fault, largest, tried), largest)
+        work = trial.work(name, question.batch)
+        programs.append(Program(name, work, runs[name], trial.beside(name), compiled))
+    return _finish(question, tuple(programs), made, trial)
+
+
+def _finish(question: Question, programs, made: Evaluations, trial: Trial) -> Plan:
+    chip, where = question.where.chip, question.where
+    own, name = baseline(question.model.sampler)
+    totals = total(
+        images=trial.work("denoise", question.batch).images,
+        chips=where.count,
+        peak=chip.peak,
+        seconds={p.name: p.compiled.cost.seconds for p in programs},
+        flops={p.name: p.compiled.cost.flops for p in programs},
+        made=made,
+        against=evaluations(own),
+        baseline=name,
+        price=question.price,
+    )
+    split = trial.encoder_sizes != trial.sizes
+    together = None
+    if "encode" in question.parts and not split:
+        encoder = weight_bytes("text_encoder", trial.work("encode", question.batch))
+        rest = sum(weight_bytes(part, trial.work("denoise", 1)) for part in DENOISER)
+        needed = [p.memory + (rest if p.name == "encode" else encoder) for p in programs]
+        together = max(needed) <= chip.usable
+    return Plan(question, programs, made, totals, split, together)

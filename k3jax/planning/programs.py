@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The three programs of a batch of images, lowered for devices that need not exist.
+
+They are the pipeline's own functions with the arguments that it gives them (k3jax/generation.py),
+only without values: weights and inputs are ShapeDtypeStructs. Left out are the small programs
+beside them (projection of the text, first noise), which take less than a thousandth of the time.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from k3jax.abstract import abstract_module
+from k3jax.config import MAX_TOKENS, ModelConfig, SamplerConfig, from_dict, to_dict
+from k3jax.denoising import denoise_program, loop_rows
+from k3jax.programs import decode_latents, encode_text
+from k3jax.samplers import make_sampler
+from k3jax.sharding import MESH_AXES, batch_sharding, data_parallelism, placed
+from k3jax.text_projection import Context
+
+
+Name = Literal["encode", "denoise", "denoise_plain", "decode"]
+COMPONENT: dict[str, str] = {
+    "encode": "text_encoder",
+    "denoise": "unet",
+    "denoise_plain": "unet",
+    "decode": "movq",
+}
+"""Program -> the component that it runs. `denoise` is a guided step, `denoise_plain` is not."""
+
+DENOISER = ("text_projection", "unet", "movq")
+"""Components that are in memory at the same time in any case."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a program is compiled for.
+
+    Attributes:
+        model: the architecture, and the sampler whose step is compiled.
+        mesh: axis -> size.
+        batch: images on each chip, see `images`.
+        height, width: in pixels.
+        dtype, param_dtype: of the computation and of the weights.
+    """
+
+    model: ModelConfig
+    mesh: dict[str, int]
+    batch: int
+    height: int
+    width: int
+    dtype: str = "bfloat16"
+    param_dtype: str = "bfloat16"
+
+    @property
+    def images(self) -> int:
+        """Images that the slice makes at a time: `batch` on each part that the mesh splits them in.
+
+        Chips along `tensor` work on the same images.
+        """
+        return self.batch * self.mesh["data"] * self.mesh["fsdp"]
+
+    def to_json(self) -> dict[str, Any]:
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return fields | {"model": to_dict(self.model)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Work":
+        return cls(**{**values, "model": from_dict(ModelConfig, values["model"])})
+
+
+def lower(program: Name, work: Work, mesh: Mesh) -> jax.stages.Lowered:
+    """A program traced for a mesh with the sizes of `work.mesh`."""
+    given = arguments(program, work, mesh)
+    with _precision(work):
+        if program == "encode":
+            return encode_text.lower(*given)
+        if program == "decode":
+            return decode_latents.lower(*given, splits=data_parallelism(mesh), as_uint8=True)
+        sampler = make_sampler(work.model.sampler)
+        return denoise_program.lower(
+            *given, step=sampler.step, stochastic=sampler.stochastic, renoise=sampler.renoise
+        )
+
+
+def arguments(program: Name, work: Work, mesh: Mesh) -> tuple:
+    """What the compiled program is called with, as ShapeDtypeStructs: the module comes first."""
+    module = placed(_abstract(COMPONENT[program], work), mesh)
+    return module, *_inputs(program, work, mesh)
+
+
+def weight_bytes(component: str, work: Work) -> int:
+    """Bytes of a component's weights on each chip."""
+    return _bytes_per_chip(placed(_abstract(component, work), _abstract_mesh(work)))
+
+
+def input_bytes(program: Name, work: Work) -> int:
+    """Bytes of a program's inputs besides the weights on each chip."""
+    return _bytes_per_chip(_inputs(program, work, _abstract_mesh(work)))
+
+
+def _abstract(component: str, work: Work) -> nnx.Module:
+    model = dataclasses.replace(work.model, sampler=SamplerConfig())  # makes no other weights
+    return _abstract_once(component, model, work.param_dtype, work.dtype)
+
+
+@functools.lru_cache(maxsize=16)
+def _abstract_once(component, model, param_dtype, dtype) -> nnx.Module:
+    """Seconds at full size, and asked for again for each batch and mesh; never changed."""
+    return abstract_module(component, model, param_dtype, dtype)
+
+
+def _abstract_mesh(work: Work) -> AbstractMesh:
+    return AbstractMesh(tuple(work.mesh[axis] for axis in MESH_AXES), MESH_AXES)
+
+
+def _bytes_per_chip(tree) -> int:
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _precision(work: Work) -> contextlib.AbstractContextManager:
+    """As `BasePipeline.precision`."""
+    if jnp.dtype(work.dtype) == jnp.float32:
+        return jax.default_matmul_precision("highest")
+    return contextlib.nullcontext()
+
+
+def _inputs(program: Name, work: Work, mesh: Mesh | AbstractMesh) -> tuple:
+    """The positional arguments behind the module."""
+    b, split = work.images, batch_sharding(mesh)
+
+    def struct(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=split)
+
+    if program == "encode":
+        ids = struct(b, MAX_TOKENS, dtype=jnp.int32)
+        return ids, struct(b, MAX_TOKENS, dtype=jnp.bool_)
+    movq, unet = work.model.movq, work.model.unet
+    latent = work.height // movq.scale_factor, work.width // movq.scale_factor
+    latents = struct(b, *latent, movq.latent_channels)
+    if program == "decode":
+        return (latents,)
+
+    context = Context(
+        struct(b, MAX_TOKENS, unet.cross_attention_dim, dtype=jnp.dtype(work.dtype)),
+        struct(b, MAX_TOKENS),
+        struct(b, dtype=jnp.int32),
+    )
+    guided = program == "denoise"
+    more = unet.in_channels - movq.latent_channels  # mask and masked latents of inpainting
+    sampler = make_sampler(work.model.sampler)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    rows = {
+        name: jax.ShapeDtypeStruct((1,), column.dtype, sharding=everywhere)
+        for name, column in loop_rows(sampler).items()
+    }
+    memory = latents if sampler.multistep else None
+    return (
+        context,
+        context if guided else None,
+        struct(b) if guided else None,
+        struct(b, *latent, more) if more else None,
+        (latents, memory),
+        rows,
+        struct(b, 2, dtype=jnp.uint32),
+        None,
+    )

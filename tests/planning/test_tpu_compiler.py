@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Programs of the small model, compiled by the real TPU compiler for slices that are not there.
+
+pip install 'k3jax[tpu]' (Linux, no TPU needed); .ci/run does so, and sets
+K3JAX_REQUIRE_TPU_COMPILER=1, with which a missing compiler is a failure.
+"""
+
+import json
+
+import pytest
+
+from k3jax.cli.main import main
+from k3jax.planning.chips import CHIPS, parse_slice
+from k3jax.planning.compiler import OutOfMemory, compile_in_child
+from k3jax.planning.fitting import DoesNotFit
+from k3jax.planning.plan import make_plan
+from k3jax.planning.programs import Work, weight_bytes
+from k3jax.sharding import mesh_sizes
+
+from made_programs import model_of
+
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tpu_compiler")]
+
+
+def compile_tiny(program, topology, mesh, batch=1, size=64):
+    where = parse_slice(topology)
+    work = Work(model_of("tiny"), mesh_sizes(mesh, where.count), batch, size, size)
+    return work, compile_in_child(program, work, where)
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x4", "v5e:16x16"])
+def test_data_parallel_needs_no_collectives(topology):
+    work, compiled = compile_tiny("denoise", topology, "data=-1")
+    assert work.images == parse_slice(topology).count
+    assert compiled.cost.collectives == ()
+    assert compiled.cost.figure == "schedule" and compiled.cost.scheduled > 0.9
+    assert compiled.cost.seconds > compiled.cost.floor > 0
+    assert compiled.cost.unknown_loops == 0 and compiled.cost.flops > 1e8
+    # Arrays lie in tiles, so they take more than their elements.
+    assert weight_bytes("unet", work) <= compiled.memory.arguments < 3 * weight_bytes("unet", work)
+
+
+def test_collectives_of_a_split_encoder():
+    _, split = compile_tiny("encode", "v5e:2x2", "fsdp=2,tensor=2")
+    kinds = {collective.kind for collective in split.cost.collectives}
+    assert {"all-gather", "all-reduce"} <= kinds
+    _, copied = compile_tiny("encode", "v5e:2x2", "data=4")
+    assert copied.cost.collectives == ()
+    assert split.memory.arguments < copied.memory.arguments
+    # Four layers in a loop: each counts.
+    layers = 4 * (4 * 96 * 96 + 3 * 96 * 192)
+    assert 2 * 128 * layers < copied.cost.flops < 2.2 * 2 * 128 * layers
+
+
+def test_usable_memory_is_what_the_compiler_says():
+    for chip in CHIPS.values():
+        topology = f"{chip.name}:" + "x".join(["2", "2", "1"][: chip.dimensions])
+        with pytest.raises(OutOfMemory) as caught:
+            compile_tiny("encode", topology, "data=-1", batch=2**24)
+        assert f"{chip.usable / 2**30:.2f}G" in str(caught.value)
+
+
+def test_a_batch_that_only_the_compiler_refuses(question):
+    where = parse_slice("v5e:1x1")
+    said = []
+    with pytest.raises(DoesNotFit) as caught:
+        make_plan(
+            question("v5e:1x1", "tiny", batch=2**16, height=64, width=64, parts=("encode",)),
+            lambda program, work: compile_in_child(program, work, where),
+            said.append,
+        )
+    assert "the compiler says" in str(caught.value) and "15.75G" in str(caught.value)
+    assert 1 <= caught.value.largest < 2**16
+    assert f"largest batch that fits is {caught.value.largest}" in str(caught.value)
+
+
+def test_the_command(capsys):
+    arguments = "--config tiny --topology v5e:2x2 --height 64 --width 64 --json".split()
+    assert main(["plan", *arguments, "--price-per-chip-hour", "1.2"]) == 0
+    out, err = capsys.readouterr()
+    values = json.loads(out)
+    assert [program["name"] for program in values["programs"]] == ["encode", "denoise", "decode"]
+    for program in values["programs"]:
+        assert program["figure"] == "schedule" and program["collectives"] == []
+        assert 0 < program["memory"]["share_of_hbm"] < 0.1 and program["seconds"] > 0
+    assert values["totals"]["images"] == 4 and values["totals"]["dollars_per_1000"] > 0
+    assert "compiling the decoder for v5e:2x2" in err

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading optimised HLO and schedules of real TPU programs, and what they cost."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+
+from k3jax.planning.bundles import kernel_cycles, read_schedules
+from k3jax.planning.chips import CHIPS
+from k3jax.planning.convolutions import taps
+from k3jax.planning.cost import Collective, Cost, estimate
+from k3jax.planning.hlo import parse_arrays, parse_hlo
+
+
+V5E = CHIPS["v5e"]
+
+
+def test_types():
+    arrays = parse_arrays("(f32[2,3]{1,0:T(8,128)S(1)}, bf16[]{:T(256)}, token[], s4[5]{0})")
+    assert [(a.dtype, a.shape, a.in_hbm) for a in arrays] == [
+        ("f32", (2, 3), False),
+        ("bf16", (), True),
+        ("s4", (5,), True),
+    ]
+    assert [a.bytes for a in arrays] == [24, 2, 2.5]
+    with pytest.raises(ValueError, match="no ENTRY"):
+        parse_hlo("HloModule nothing")
+
+
+def test_a_loop_counts_as_often_as_it_runs(stored):
+    cost = estimate(stored("scan"), V5E)
+    assert cost.flops == 6 * 2 * 256 * 512 * 512
+    # Each run reads its layer of the stacked weights, not all of them; x comes and goes once.
+    assert cost.hbm_bytes == pytest.approx(6 * 512 * 512 * 2 + 2 * 256 * 512 * 2, rel=1e-3)
+    assert cost.unknown_loops == 0 and cost.collectives == () and cost.figure == "floor"
+    assert cost.floor == cost.seconds >= cost.hbm_bytes / V5E.bandwidth
+
+
+def test_taps_on_padding_are_no_flops(stored):
+    # 64 -> 32 by stride 2 with one row of padding: 95 of 96 taps a side land on data. XLA computes
+    # 80 columns of windows for each 32 of the result, with as much padding between.
+    taps = 32 * 3 - 1
+    needed = 2 * 2 * taps * taps * 128 * 256
+    assert needed < estimate(stored("convolution"), V5E).flops < 1.3 * needed
+
+
+def test_batched_products_as_dilated_convolutions():
+    # 8 products (16, 32) @ (32, 64), as XLA:TPU writes them.
+    text = """HloModule m
+
+ENTRY %main (a: f32[8,16,32], b: f32[8,32,64]) -> f32[8,16,64] {
+  %a = f32[8,16,32]{2,1,0} parameter(0)
+  %b = f32[8,32,64]{2,1,0} parameter(1)
+  ROOT %c = f32[8,16,64]{2,1,0} convolution(%a, %b), \
+window={size=8 stride=7 pad=0_0 lhs_dilate=8}, dim_labels=0bf_0io->0bf
+}
+"""
+    assert estimate(parse_hlo(text), V5E).flops == 8 * 2 * 16 * 32 * 64
+
+
+@pytest.mark.parametrize(
+    "settings", list(itertools.product((1, 2, 3), (0, 1, 4), (1, 2, 5), (1, 2)))
+)
+def test_taps(settings):
+    stride, pad, lhs_dilate, rhs_dilate = settings
+    size, outputs, window = 7, 11, 4
+    expected = sum(
+        at % lhs_dilate == 0 and 0 <= at // lhs_dilate < size
+        for o in range(outputs)
+        for k in range(window)
+        for at in [o * stride + k * rhs_dilate - pad]
+    )
+    found = taps(
+        size=size,
+        outputs=outputs,
+        window=window,
+        stride=stride,
+        pad=pad,
+        lhs_dilate=lhs_dilate,
+        rhs_dilate=rhs_dilate,
+    )
+    assert found == expected
+
+
+def test_collectives(stored):
+    cost = estimate(stored("collectives"), V5E)
+    assert cost.collectives == (
+        Collective("all-gather", 2, 2 * 512 * 256 * 2),
+        Collective("all-reduce", 1, 256 * 256 * 2),
+    )
+    # Half of what is gathered comes from the neighbour; a sum passes twice.
+    network = (256 * 512 * 2 + 256 * 256 * 2) / (2 * V5E.link)
+    assert cost.stalls >= network
+    assert cost.seconds >= network + cost.flops / V5E.peak
+    assert Cost.from_json(cost.to_json()) == cost
+
+
+def test_cycles_of_loops(schedules):
+    lines = """
+     0   :  { entry }
+   0x1 LB: > { body }
+   0x2 LB: > > { /* phi copy :: iteration index, stage = 1 iter bound = 0 */ }
+   0x3   :  { }
+   0x4   : > > { %p = scmp.ge.s32.totalorder %s1_s2, 5 /* loop exit test */ }
+   0x5 LB: > > { %p = scmp.ge.s32.totalorder %s3_s4, 10 /* loop exit test */ }
+   0x6   : > { %p = scmp.ge.s32.totalorder %s5_s6, 7 /* loop exit test */ }
+   0x7   :  { end }
+"""
+    inside = 3 * (5 - 1) + 1 * 10
+    assert kernel_cycles(lines.splitlines()) == 2 + 7 * (2 + inside)
+    # A pipelined loop over five blocks, three lines before it and three behind (one is the loop's).
+    cycles = read_schedules(schedules("softmax"))
+    assert set(cycles) == {"fusion", "fusion.1"}
+    assert 5 * 1860 < cycles["fusion"] < 5 * 1880
+
+
+def test_schedules_count_where_they_are_longer(stored, schedules):
+    module = stored("scan")
+    floor = estimate(module, V5E)
+    cycles = read_schedules(schedules("scan"))
+    assert cycles == {"divide_multiply_fusion.2": 1001}
+    cost = estimate(module, V5E, cycles)
+    assert cost.figure == "schedule" and cost.floor == floor.seconds
+    assert cost.seconds >= 6 * 1001 / V5E.clock > 0
+    assert 0.5 < cost.scheduled <= 1
+    # Cycles fewer than the arithmetic needs do not make it faster.
+    fast = estimate(module, V5E, {"divide_multiply_fusion.2": 1})
+    assert np.isclose(fast.seconds, floor.seconds)
+    assert dataclasses.replace(fast, figure="floor").flops == floor.flops
+
+
+def test_equal_kernels_share_a_schedule():
+    body = "\n".join(
+        f"""%f.{n} (p.{n}: f32[8,128]) -> f32[8,128] {{
+  %p.{n} = f32[8,128]{{1,0}} parameter(0)
+  ROOT %e.{n} = f32[8,128]{{1,0}} {op}(%p.{n})
+}}
+"""
+        for n, op in ((1, "exponential"), (2, "exponential"), (3, "exponential"))
+    )
+    text = f"""HloModule m
+
+{body}
+ENTRY %main (x: f32[8,128]) -> f32[8,128] {{
+  %x = f32[8,128]{{1,0}} parameter(0)
+  %a = f32[8,128]{{1,0:S(1)}} fusion(%x), kind=kLoop, calls=%f.1
+  %b = f32[8,128]{{1,0:S(1)}} fusion(%a), kind=kLoop, calls=%f.2
+  ROOT %c = f32[8,128]{{1,0}} fusion(%b), kind=kLoop, calls=%f.3
+}}
+"""
+    cost = estimate(parse_hlo(text), V5E, {"a": 1500})
+    assert cost.scheduled == 1 and np.isclose(cost.seconds, 3 * 1500 / V5E.clock)
