@@ -42,6 +42,8 @@ class LossConfig:
     """Min-SNR weighting (arXiv:2303.09556): the usual value is 5. None: every timestep weighs 1."""
     layout_weight: float | None = None
     """Largest weight of the errors at high noise, which decide what lies where; None: all 1."""
+    timesteps: tuple[int, int] = (0, 1000)
+    """First that is drawn, and the one behind the last: (600, 970) trains what lies where alone."""
     caption_dropout: float = 0.1
     """Share of samples trained on the checkpoint's own unconditional input."""
 

@@ -77,7 +77,7 @@ def noise_prediction_loss(
     """
     key_time, key_noise = jax.random.split(key)
     table = schedule.alphas_cumprod(schedule.cosine_betas(schedule.NUM_TRAIN_TIMESTEPS))
-    timesteps = jax.random.randint(key_time, latents.shape[:1], 0, schedule.NUM_TRAIN_TIMESTEPS)
+    timesteps = jax.random.randint(key_time, latents.shape[:1], *config.timesteps)
     noise = jax.random.normal(key_noise, latents.shape, jnp.float32)
     a_bar = jnp.asarray(table)[timesteps]
     alpha, sigma = (jnp.sqrt(s)[:, None, None, None] for s in (a_bar, 1 - a_bar))

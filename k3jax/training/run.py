@@ -18,6 +18,7 @@ from k3jax.checkpoint_format import as_path, read_checkpoint
 from k3jax.compilation_cache import enable_compilation_cache
 from k3jax.config import to_dict
 from k3jax.run_config import RunConfig, build, collect
+from k3jax.schedule import NUM_TRAIN_TIMESTEPS
 from k3jax.sharding import data_parallelism, make_mesh
 from k3jax.tokenizer import Tokenizer
 from k3jax.training import samples
@@ -30,7 +31,7 @@ from k3jax.training.batches import (
     split_validation,
 )
 from k3jax.training.checkpoints import RunCheckpoints
-from k3jax.training.config import TrainConfig
+from k3jax.training.config import LossConfig, TrainConfig
 from k3jax.training.data.index import bucket_index
 from k3jax.training.data.sources import open_source
 from k3jax.training.loop import put_batch, run_loop
@@ -96,6 +97,7 @@ def _train(run: RunConfig, stop: Stop, progress: bool) -> Path | None:
         raise ValueError("train needs a checkpoint (--checkpoint DIR) or a config with a `model`.")
     mesh = make_mesh(run.pipeline.mesh)
     _check_batch(config, data_parallelism(mesh))
+    _check_timesteps(config.loss)
     start = prepare(config, architecture(config, run.model, base), base, mesh)
     check_base(start)
     config = start.config
@@ -256,6 +258,15 @@ def _check_batch(config: TrainConfig, splits: int) -> None:
             f"train.batch_size is {config.batch_size}, but the mesh splits a batch over {splits} "
             f"devices (data x fsdp) and gradient accumulation into {parts} parts: choose a "
             f"multiple of {splits * parts}."
+        )
+
+
+def _check_timesteps(config: LossConfig) -> None:
+    first, end = config.timesteps
+    if not 0 <= first < end <= NUM_TRAIN_TIMESTEPS:
+        raise ValueError(
+            f"train.loss.timesteps is ({first}, {end}): choose a first timestep and the one behind "
+            f"the last, within 0 and {NUM_TRAIN_TIMESTEPS}."
         )
 
 

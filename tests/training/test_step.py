@@ -80,6 +80,21 @@ def test_errors_at_high_noise_weigh_as_those_of_the_image():
     assert loss > 2 * metrics["noise_mse"]
 
 
+def test_the_timesteps_that_are_trained():
+    """By a U-Net that notes which it is given."""
+    seen = []
+
+    def unet(sample, timesteps, context):
+        seen.append(np.asarray(timesteps))
+        return sample
+
+    for span in ((0, 1000), (600, 970)):
+        noise_prediction_loss(
+            unet, None, jnp.zeros((4096, 1, 1, 4)), jax.random.key(0), LossConfig(timesteps=span)
+        )
+        assert seen[-1].min() - span[0] in range(8) and span[1] - seen[-1].max() in range(1, 8)
+
+
 @pytest.mark.parametrize("conditioning", ["diffusers", "original"])
 def test_dropped_captions_get_the_checkpoints_own_unconditional_input(conditioning):
     """By a projection that only says what it was asked for."""
