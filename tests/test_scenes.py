@@ -54,6 +54,15 @@ def test():
     return [scene_at(0, index, "test") for index in range(1_000)]
 
 
+def test_a_mix_of_places_alone():
+    scenes = [scene_at(0, index, mix="places") for index in range(2_000)]
+    assert not any(unseen(scene) for scene in scenes)
+    assert all(scene.relation or scene.position for scene in scenes)
+    assert 0.55 < np.mean([scene.relation is not None for scene in scenes]) < 0.65
+    assert {scene.position for scene in scenes} == {None, *POSITIONS}
+    assert {scene.relation for scene in scenes} == {None, *RELATIONS}
+
+
 @pytest.fixture(scope="module")
 def pictures(test):
     return [(scene, render(scene)) for scene in test[:400]]

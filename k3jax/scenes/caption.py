@@ -53,14 +53,14 @@ def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
 
 
 def captioned(
-    seed: int, index: int, split: str = "train", size: int = CANVAS
+    seed: int, index: int, split: str = "train", size: int = CANVAS, mix: str = "all"
 ) -> tuple[np.ndarray, str, Scene]:
     """Example number `index` of a split, always the same one.
 
     Returns:
         The image uint8 (size, size, 3), its caption and its scene.
     """
-    scene = scene_at(seed, index, split, size)
+    scene = scene_at(seed, index, split, size, mix)
     # A stream of its own: the phrasing must not depend on how many draws the scene took.
     rng = np.random.default_rng([seed, index, SPLITS[split], 1])
     return render(scene), caption(scene, rng), scene

@@ -35,6 +35,8 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 TEXTURES = {"plain": 0.6, "striped": 0.2, "dotted": 0.2}
 SIZES = {"small": (11.0, 14.0), None: (17.0, 22.0), "large": (27.0, 34.0)}
 KINDS = {"single": 0.30, "count": 0.15, "pair": 0.20, "relation": 0.35}
+MIXES = {"all": (KINDS, 0.5), "places": ({"single": 0.4, "relation": 0.6}, 1.0)}
+"""Shares of the kinds, and of the single objects whose caption says where they are."""
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 """The direction from the second object to the first."""
 
@@ -113,11 +115,18 @@ def unseen(scene: Scene) -> bool:
     return _unseen(looks, scene.kind, scene.relation)
 
 
-def sample_scene(rng: np.random.Generator, split: str = "train", size: int = CANVAS) -> Scene:
-    """A random scene: of "train" nothing in it is held out, of "test" something is."""
+def sample_scene(
+    rng: np.random.Generator, split: str = "train", size: int = CANVAS, mix: str = "all"
+) -> Scene:
+    """A random scene: of "train" nothing in it is held out, of "test" something is.
+
+    Args:
+        mix: "places": only scenes whose caption says where something is; see MIXES.
+    """
     wanted = SPLITS[split] == 1
     # The kind is drawn before anything is rejected, so both splits have the same kinds.
-    kind = _draw(rng, KINDS)
+    kinds, placed = MIXES[mix]
+    kind = _draw(rng, kinds)
     relation = list(RELATIONS)[rng.integers(len(RELATIONS))] if kind == "relation" else None
     two = kind in ("pair", "relation")
     count = int(rng.integers(2, 5)) if kind == "count" else 2 if two else 1
@@ -134,7 +143,7 @@ def sample_scene(rng: np.random.Generator, split: str = "train", size: int = CAN
         # Four objects of the largest medium size would hardly ever find places at random.
         radii = [min(radii[0], 19.0 if count == 4 else 22.0)] * count
     position = None
-    if kind == "single" and rng.random() < 0.5:
+    if kind == "single" and rng.random() < placed:
         position = list(POSITIONS)[rng.integers(len(POSITIONS))]
     named_background = bool(rng.random() < 0.6)
     background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))] if named_background else "white"
@@ -148,9 +157,11 @@ def sample_scene(rng: np.random.Generator, split: str = "train", size: int = CAN
     return Scene(objects, background, kind, relation, position, count, named_background, size)
 
 
-def scene_at(seed: int, index: int, split: str = "train", size: int = CANVAS) -> Scene:
+def scene_at(
+    seed: int, index: int, split: str = "train", size: int = CANVAS, mix: str = "all"
+) -> Scene:
     """Scene number `index` of a split: always the same one."""
-    return sample_scene(np.random.default_rng([seed, index, SPLITS[split]]), split, size)
+    return sample_scene(np.random.default_rng([seed, index, SPLITS[split]]), split, size, mix)
 
 
 def _places(rng, radii: np.ndarray, relation: str | None, position: str | None) -> np.ndarray:

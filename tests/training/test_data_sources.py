@@ -253,3 +253,16 @@ def test_sizes_are_read_once_where_there_is_a_cache(tmp_path, monkeypatch):
     (tmp_path / "data" / "a" / "001.png").write_bytes(encoded(picture(0, 16, 16)))
     with pytest.warns(EnlargedWarning, match=r"\(16x16\)"):
         bucket_index(open_source(config), config)
+
+
+@pytest.mark.parametrize("crop", [None, 32])
+def test_scenes_of_places_are_other_data(crop):
+    everything, places = (
+        open_source(small("scenes", scene_mix=mix, crop=crop)) for mix in ("all", "places")
+    )
+    words = ("above", "over", "below", "under", "left", "right", "top", "bottom", "center")
+    told = [
+        [any(w in s[n].caption for w in words) for n in range(13)] for s in (everything, places)
+    ]
+    assert all(told[1]) and not all(told[0])
+    assert everything.fingerprint() != places.fingerprint()

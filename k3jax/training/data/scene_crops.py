@@ -14,8 +14,16 @@ REACH = 0.45
 class SceneCropSource(SceneSource):
     """Squares of `crop` pixels, each around a random object of a scene of `size` pixels."""
 
-    def __init__(self, count: int, size: int, crop: int, split: str = "train", seed: int = 0):
-        super().__init__(count, size, split, seed)
+    def __init__(
+        self,
+        count: int,
+        size: int,
+        crop: int,
+        split: str = "train",
+        seed: int = 0,
+        mix: str = "all",
+    ):
+        super().__init__(count, size, split, seed, mix)
         if not 0 < crop <= size:
             raise ValueError(
                 f"data.crop is {crop}; it must be between 1 and the {size} of a scene."
@@ -23,7 +31,9 @@ class SceneCropSource(SceneSource):
         self._scene_size, self._crop, self.size = size, crop, (crop, crop)
 
     def __getitem__(self, number: int) -> Sample:
-        image, caption, scene = captioned(self._seed, number, self._split, self._scene_size)
+        image, caption, scene = captioned(
+            self._seed, number, self._split, self._scene_size, self._mix
+        )
         rng = np.random.default_rng([self._seed, number, 2])
         item = scene.objects[rng.integers(len(scene.objects))]
         shift = rng.uniform(-REACH * self._crop, REACH * self._crop, 2)

@@ -70,11 +70,13 @@ class Source(ABC):
 class SceneSource(Source):
     """The drawn scenes of `k3jax.scenes`: square, of one size, and of any number."""
 
-    def __init__(self, count: int, size: int, split: str = "train", seed: int = 0):
+    def __init__(
+        self, count: int, size: int, split: str = "train", seed: int = 0, mix: str = "all"
+    ):
         if count < 1:
             raise ValueError(f"num_scenes is {count}; it must be 1 or more.")
         self.size = (size, size)
-        self._count, self._split, self._seed = count, split, seed
+        self._count, self._split, self._seed, self._mix = count, split, seed, mix
 
     def __len__(self) -> int:
         return self._count
@@ -91,7 +93,7 @@ class SceneSource(Source):
     def __getitem__(self, number: int) -> Sample:
         if not 0 <= number < len(self):
             raise IndexError(f"there is no sample {number} of {len(self)}.")
-        image, caption, _ = captioned(self._seed, number, self._split, self.size[0])
+        image, caption, _ = captioned(self._seed, number, self._split, self.size[0], self._mix)
         return Sample(self.key(number), image, caption)
 
     def fingerprint(self) -> str:

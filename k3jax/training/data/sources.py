@@ -24,8 +24,10 @@ def open_source(config: DataConfig, *, split: str = "train", seed: int = 0) -> S
     """
     if config.kind == "scenes":
         if config.crop is not None:
-            return SceneCropSource(config.num_scenes, config.resolution, config.crop, split, seed)
-        return SceneSource(config.num_scenes, config.resolution, split, seed)
+            return SceneCropSource(
+                config.num_scenes, config.resolution, config.crop, split, seed, config.scene_mix
+            )
+        return SceneSource(config.num_scenes, config.resolution, split, seed, config.scene_mix)
     if not config.path:
         raise ValueError(f"data of kind {config.kind} need a `path`.")
     if "://" in config.path:
