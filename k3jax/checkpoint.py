@@ -23,6 +23,7 @@ from k3jax.abstract import abstract_module
 from k3jax.checkpoint_format import Checkpoint, as_path, read_checkpoint
 from k3jax.checkpoint_writer import CheckpointWriter
 from k3jax.manifest import (
+    CARD,
     MANIFEST,
     CheckpointError,
     check_component,
@@ -163,7 +164,7 @@ def verify(path: epath.PathLike, progress: bool = False) -> list[str]:
     path = as_path(path)
     manifest = read_manifest(path)
     faults = file_faults(path, manifest["files"], progress)
-    known = {*manifest["files"], MANIFEST}
+    known = {*manifest["files"], MANIFEST, CARD}
     present = [str(file.relative_to(path)) for file in files_below(path)]
     faults += [f"{path / name} is not in the manifest" for name in present if name not in known]
     if faults:
