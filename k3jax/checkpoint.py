@@ -33,6 +33,7 @@ from k3jax.manifest import (
     is_local,
     read_manifest,
 )
+from k3jax.packaged import packaged_path
 from k3jax.quantization import quantize, with_int8_layers
 from k3jax.sharding import RULES, shardings
 
@@ -161,7 +162,7 @@ def verify(path: epath.PathLike, progress: bool = False) -> list[str]:
     Raises:
         CheckpointError: there is no usable manifest that says what should be there.
     """
-    path = as_path(path)
+    path = as_path(packaged_path(path) or path)
     manifest = read_manifest(path)
     faults = file_faults(path, manifest["files"], progress)
     known = {*manifest["files"], MANIFEST, CARD}
