@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kandinsky 3.1, text to image, in the form of the original files (those of 3.0 fit as well).
+"""Kandinsky 3.1, text to image, in the form of the original files (3.0: `kandinsky30`).
 
     k3jax convert ai-forever/Kandinsky3.1 weights/kandinsky3 --config kandinsky3
     k3jax generate "a corgi in a house made of sushi" --config kandinsky3
-
-Kandinsky 3.0 came with another sampler: --config.model.sampler.name=kandinsky30.
 
 Values are changed on the command line as --config.generate.num_inference_steps=30. What a config
 leaves out is the checkpoint's own (`model`, `generate`) or has a default (k3jax/run_config.py).

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from k3jax.cards import model_card
 from k3jax.checkpoint import Checkpoint, iterate_leaves, leaf_shapes, read_checkpoint
 from k3jax.convert import movq, text_encoder, text_projection, unet
 from k3jax.convert.arrays import as_torch_view
@@ -29,7 +30,7 @@ from k3jax.convert.layouts import VARIANTS
 from k3jax.convert.rules import ConversionError, Table, raise_faults, to_torch_array
 from k3jax.convert.safetensors_writer import Entry, SafetensorsWriter, nbytes, shards, write_index
 from k3jax.convert.tensors import open_safetensors
-from k3jax.manifest import check_component, is_local
+from k3jax.manifest import CARD, check_component, is_local
 
 
 SHARD_BYTES = 5_000_000_000
@@ -89,6 +90,11 @@ def export(
         for file in (checkpoint.path / "tokenizer").iterdir():
             tokenizer.mkdir(parents=True, exist_ok=True)
             (tokenizer / file.name).write_bytes(file.read_bytes())
+        family = "diffusers" if layout == "diffusers" else "original"
+        card = model_card(
+            checkpoint.config, checkpoint.source, checkpoint.dtype, checkpoint.fingerprint, family
+        )
+        (folder / CARD).write_text(card, encoding="utf-8")
     _warn(checkpoint, layout)
 
 

@@ -23,6 +23,7 @@ from k3jax.abstract import abstract_module
 from k3jax.checkpoint_format import Checkpoint, as_path, read_checkpoint
 from k3jax.checkpoint_writer import CheckpointWriter
 from k3jax.manifest import (
+    CARD,
     MANIFEST,
     CheckpointError,
     check_component,
@@ -32,6 +33,7 @@ from k3jax.manifest import (
     is_local,
     read_manifest,
 )
+from k3jax.packaged import packaged_path
 from k3jax.quantization import quantize, with_int8_layers
 from k3jax.sharding import RULES, shardings
 
@@ -160,10 +162,10 @@ def verify(path: epath.PathLike, progress: bool = False) -> list[str]:
     Raises:
         CheckpointError: there is no usable manifest that says what should be there.
     """
-    path = as_path(path)
+    path = as_path(packaged_path(path) or path)
     manifest = read_manifest(path)
     faults = file_faults(path, manifest["files"], progress)
-    known = {*manifest["files"], MANIFEST}
+    known = {*manifest["files"], MANIFEST, CARD}
     present = [str(file.relative_to(path)) for file in files_below(path)]
     faults += [f"{path / name} is not in the manifest" for name in present if name not in known]
     if faults:

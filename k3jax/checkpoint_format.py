@@ -3,6 +3,7 @@
 
     config.json      architecture, conditioning, sampler defaults, source, dtype; written last
     manifest.json    size and CRC-32 of every file, digest of every component
+    README.md        the model card, see k3jax/cards.py; not in the manifest
     tokenizer/
     text_encoder/ text_projection/ unet/ movq/      one Orbax checkpoint each
 

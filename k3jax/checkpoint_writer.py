@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 
 from k3jax import orbax_io
+from k3jax.cards import model_card
 from k3jax.checkpoint_format import (
     COMPONENTS,
     CONFIG,
@@ -25,6 +26,7 @@ from k3jax.checkpoint_format import (
 )
 from k3jax.config import ModelConfig
 from k3jax.manifest import (
+    CARD,
     CheckpointError,
     array_digest,
     combined_digest,
@@ -182,6 +184,8 @@ class CheckpointWriter:
         content = config_bytes(config, source, dtype, self._components)
         (self._folder / _MARK).unlink(missing_ok=True)
         write_manifest(self._folder, digests, self._digest_of, extra={CONFIG: content})
+        card = model_card(config, source, dtype, combined_digest(digests))
+        (self._folder / CARD).write_text(card, encoding="utf-8")
         (self._folder / CONFIG).write_bytes(content)
         if self._folder != self.path:
             self._put_in_place()

@@ -22,6 +22,8 @@ from tqdm import tqdm
 
 
 MANIFEST = "manifest.json"
+CARD = "README.md"
+"""At the top of a checkpoint, for people: they go on writing it, so no digest is kept of it."""
 MANIFEST_VERSION = 1
 
 _LANES = 1009  # a prime: rows of any width that are exchanged change lanes
@@ -86,14 +88,14 @@ def write_manifest(
     digest: Callable[[epath.Path], str],
     extra: Mapping[str, bytes],
 ) -> None:
-    """Writes manifest.json for all files of `folder`.
+    """Writes manifest.json for all files of `folder` but its card.
 
     Args:
         components: component -> digest of its arrays; also of those shared with other checkpoints.
         digest: `file_digest`, or what knows its result already.
         extra: name -> content of files at the top that will be written after the manifest.
     """
-    paths = list(files_below(folder))
+    paths = [path for path in files_below(folder) if path != folder / CARD]
     # The last files are still in the page cache: two threads are enough for any disk.
     with ThreadPoolExecutor(2) as pool:
         digests = pool.map(digest, paths)

@@ -4,6 +4,7 @@
 import dataclasses
 from pathlib import Path
 
+import jax
 import pytest
 from ml_collections import ConfigDict
 
@@ -11,9 +12,22 @@ from k3jax import run_config
 from k3jax.config import ModelConfig, to_dict
 from k3jax.convert.architecture import original_sampler, sampler_config
 from k3jax.run_config import architecture_differences, build, collect, config_names
+from k3jax.sharding import data_parallelism, make_mesh
+from k3jax.synthesis.loading import ROOM
 
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+
+# Chips that one process has, and the memory of each in GB, from the makers' data sheets.
+MACHINES = {
+    "v5e_1": (1, 16),
+    "v5e_8": (8, 16),
+    "v5e_256": (4, 16),
+    "v6e_8": (8, 32),
+    "h100_8": (8, 80),
+}
+# GB in bfloat16: 8.72 billion parameters; U-Net, text projection and MoVQ together 3.33.
+ENCODER, OTHERS = 17.4, 6.7
 
 
 # As published in the repositories of the diffusers layout.
@@ -37,25 +51,44 @@ def model(name: str) -> ModelConfig:
 
 
 def test_every_config_is_one():
-    assert {"flash", "inpainting", "kandinsky3", "kandinsky3_diffusers"} <= set(config_names())
+    released = {"kandinsky30", "kandinsky3", "kandinsky3_diffusers", "flash", "inpainting", "tiny"}
+    assert {*released, *MACHINES} <= set(config_names())
     for name in config_names():
         values = run_config.load_config(name)
         run = build(collect(name))
         assert isinstance(run.model, ModelConfig | None)
-        # It says either what model it is, or what a checkpoint's model is trained for.
-        assert values.get("model") or run.train.steps
+        # What model it is, what a checkpoint's model is trained for, or what it runs on.
+        assert values.get("model") or "train" in values or name in MACHINES
         docstring = (CONFIGS / f"{name}.py").read_text().split('"""')[1]
         assert f"--config {name}" in docstring, "no command that uses it"
 
 
 def test_released_models():
     assert model("kandinsky3") == ModelConfig()
+    assert model("kandinsky30").sampler == original_sampler("original30", "base")
+    assert dataclasses.replace(model("kandinsky30"), sampler=ModelConfig().sampler) == ModelConfig()
     assert model("flash").sampler == original_sampler("original", "flash")
     assert model("inpainting").sampler == original_sampler("original", "inpainting")
     assert model("inpainting").unet == dataclasses.replace(ModelConfig().unet, in_channels=9)
     diffusers = model("kandinsky3_diffusers")
     assert diffusers.conditioning == "diffusers"
     assert diffusers.sampler == sampler_config(SCHEDULER_CONFIG, "here")
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_machines(name):
+    """A machine goes with every checkpoint: it says nothing of the model."""
+    chips, memory = MACHINES[name]
+    assert run_config.load_config(name).keys() <= {"pipeline", "synthesize"}
+    run = build(collect(name))
+    mesh = make_mesh(run.pipeline.mesh, jax.devices()[:chips])
+    assert run.pipeline.batch_size % data_parallelism(mesh) == 0
+    assert run.pipeline.dtype == run.pipeline.param_dtype == "bfloat16"
+    weights = (ENCODER + OTHERS) / (mesh.shape["fsdp"] * mesh.shape["tensor"])
+    if run.synthesize.phases == "alternate":
+        assert OTHERS < ROOM * memory < weights
+    else:
+        assert weights < ROOM * memory
 
 
 def test_a_config_file_in_full_says_everything_about_the_architecture():

@@ -9,6 +9,8 @@ Writes OUT/gallery.html, which opens from disk and loads nothing from the networ
 
 import argparse
 
+from k3jax.cli.extras import require
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -23,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    require("synth")
     if args.max_images < 1:
         raise ValueError(f"--max-images is {args.max_images}; it must be 1 or more.")
 

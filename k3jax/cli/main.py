@@ -31,6 +31,7 @@ from k3jax.cli import (
     train,
     verify,
 )
+from k3jax.cli.extras import EXTRAS, missing
 from k3jax.run_config import config_names
 
 
@@ -52,17 +53,7 @@ COMMANDS = {
     "benchmark": benchmark,
 }
 USAGE_ERROR, INTERRUPTED = 2, 130
-INSTALL = {
-    "torch": "pip install 'k3jax[convert]'",
-    "safetensors": "pip install 'k3jax[convert]'",
-    "huggingface_hub": "pip install 'k3jax[convert]'",
-    "pyarrow": "pip install 'k3jax[synth]'",
-    "fsspec": "pip install 'k3jax[synth]'",
-    "gcsfs": "pip install 'k3jax[gcs]'",
-    "libtpu": "pip install 'k3jax[tpu]'",
-    "datasets": "pip install datasets",
-}
-"""Optional package -> how to get it."""
+OPTIONAL = {package for packages in EXTRAS.values() for package in packages} | {"datasets"}
 
 EPILOG = """settings:
   --config NAME|FILE       a config of k3jax (%s) or a .py file with a get_config()
@@ -190,8 +181,8 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
 def _sentence(error: Exception) -> str | None:
     """What to tell a person about an error that is theirs to mend; None for a defect of ours."""
     text = " ".join(str(error).split())
-    if isinstance(error, ModuleNotFoundError) and error.name in INSTALL:
-        return f"this needs {error.name}, which is not installed: {INSTALL[error.name]}."
+    if isinstance(error, ModuleNotFoundError) and error.name in OPTIONAL:
+        return missing(error.name)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
     # ImportError itself: a sentence of ours on what is missing. Its subclass, a failed import.

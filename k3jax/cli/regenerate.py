@@ -12,6 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from k3jax.cli.extras import require
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -27,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    require("synth")
     from k3jax.synthesis.local_store import LocalStore
     from k3jax.synthesis.remake import Prompts, device_settings, remake_images, weights_of
     from k3jax.synthesis.run_manifest import read_manifest

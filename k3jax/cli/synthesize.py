@@ -21,6 +21,7 @@ import os
 import sys
 from typing import get_args
 
+from k3jax.cli.extras import require
 from k3jax.cli.generate import NOTE, add_int8, asked_checkpoint, check_architecture
 from k3jax.config import SamplerName
 from k3jax.run_config import build, collect
@@ -123,6 +124,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    require("synth")
     settings = {key: getattr(args, flag) for flag, key in SETTINGS.items()}
     if args.buckets is not None:
         settings["synthesize.buckets"] = tuple(filter(None, args.buckets.split(",")))

@@ -13,6 +13,7 @@ TensorBoard files, sample grids, loss.png, and at the end a checkpoint (or LoRA)
 import argparse
 import sys
 
+from k3jax.cli.extras import require
 from k3jax.run_config import build, collect
 
 
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    require("train")
     settings = {key: getattr(args, flag) for flag, key in SETTINGS.items()}
     values = collect(args.config, args.overrides, settings)
     if "train" not in values:

@@ -13,6 +13,8 @@ import argparse
 import dataclasses
 import json
 
+from k3jax.cli.extras import require
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -31,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    require("synth")
     from k3jax.synthesis.audit import audit
     from k3jax.synthesis.run_manifest import read_manifest
     from k3jax.synthesis.storage import store_at

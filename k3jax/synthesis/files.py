@@ -27,7 +27,8 @@ def open_binary(path: str) -> BinaryIO:
     """
     try:
         if is_remote(path):
-            return fsspec_module().open(path, "rb").open()
+            with driver_named(path):
+                return fsspec_module().open(path, "rb").open()
         return open(os.path.expanduser(path), "rb")
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist.") from None
@@ -40,7 +41,8 @@ def expanded(pattern: str) -> list[str]:
     if not any(character in pattern for character in "*?["):
         return [pattern]
     if is_remote(pattern):
-        files, _, _ = fsspec_module().core.get_fs_token_paths(pattern)
+        with driver_named(pattern):
+            files, _, _ = fsspec_module().core.get_fs_token_paths(pattern)
         protocol = pattern.partition("://")[0]
         return sorted(f"{protocol}://{path.lstrip('/')}" for path in files.glob(pattern))
     return sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
@@ -58,6 +60,19 @@ def explained(path) -> Iterator[None]:
             f"{path} cannot be written: {error.strerror or error}. What is finished stays: mend "
             "this and run the same command again."
         ) from error
+
+
+@contextlib.contextmanager
+def driver_named(path: str) -> Iterator[None]:
+    """What fsspec says where it has no package for an address, as an error about that package."""
+    try:
+        yield
+    except ModuleNotFoundError:
+        raise
+    except ImportError as error:
+        if path.startswith(("gs://", "gcs://")):
+            raise ModuleNotFoundError(str(error), name="gcsfs") from None
+        raise ImportError(f"{path} cannot be opened: {error}") from None
 
 
 def fsspec_module():

@@ -11,17 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from k3jax.synthesis.files import PART, explained, fsspec_module
+from k3jax.synthesis.files import PART, driver_named, explained, fsspec_module
 
 
 class RemoteStore:
     """A data set in a bucket, or wherever fsspec leads."""
 
     def __init__(self, path: str):
-        try:
+        with driver_named(path):
             self.files, self.root = fsspec_module().core.url_to_fs(path.rstrip("/"))
-        except ImportError as error:
-            raise ModuleNotFoundError(str(error), name="gcsfs") from None
         self._path = path.rstrip("/")
 
     def __str__(self) -> str:

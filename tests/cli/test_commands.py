@@ -112,3 +112,27 @@ def test_without_torch(refuses, demo, tmp_path, monkeypatch, args, module):
     monkeypatch.setitem(sys.modules, "torch", None)
     message = refuses(*(arg.format(tmp=tmp_path, demo=demo) for arg in args))
     assert message == "this needs torch, which is not installed: pip install 'k3jax[convert]'."
+
+
+@pytest.mark.parametrize(
+    "args, package, extra",
+    [
+        (["synthesize", "{tmp}/prompts.txt", "{tmp}/out"], "pyarrow", "synth"),
+        (["verify", "{tmp}"], "pyarrow", "synth"),
+        (["regenerate", "{tmp}", "a", "--output", "{tmp}/out"], "fsspec", "synth"),
+        (["gallery", "{tmp}"], "pyarrow", "synth"),
+        (["train", "--config", "tiny"], "grain", "train"),
+        (["train", "--config", "tiny"], "pyarrow", "train"),
+        (["synthesize", "gs://none/prompts.txt", "{tmp}/out"], "gcsfs", "gcs"),
+        (["synthesize", "gs://none/*.txt", "{tmp}/out"], "gcsfs", "gcs"),
+        (["verify", "gs://none/out"], "gcsfs", "gcs"),
+    ],
+)
+def test_a_missing_extra_is_named_before_any_work(run, tmp_path, monkeypatch, args, package, extra):
+    (tmp_path / "prompts.txt").write_text("a circle\n")
+    monkeypatch.setitem(sys.modules, package, None)
+    code, out, err = run(*(arg.format(tmp=tmp_path) for arg in args))
+    assert code == 2 and not out
+    sentence = f"this needs {package}, which is not installed: pip install 'k3jax[{extra}]'."
+    assert err[-1] == f"k3jax: error: {sentence}"
+    assert not (tmp_path / "out").exists()

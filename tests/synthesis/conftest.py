@@ -20,6 +20,14 @@ def cache(tmp_path_factory):
         yield folder
 
 
+@pytest.fixture
+def datasets_cache(tmp_path, monkeypatch):
+    """`datasets` takes equal files in another folder for the same, also those of earlier runs."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
+
+
 @pytest.fixture(autouse=True)
 def no_scheduler(monkeypatch):
     """As if nothing had started this process."""

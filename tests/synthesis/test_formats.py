@@ -28,7 +28,7 @@ PROMPTS = [
 
 
 @pytest.fixture
-def data_set(tmp_path, made, stubs):
+def data_set(tmp_path, made, stubs, datasets_cache):
     """Makes a data set of PROMPTS in two shards."""
     prompts = write_jsonl(tmp_path / "prompts.jsonl", PROMPTS)
 

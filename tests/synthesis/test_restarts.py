@@ -3,6 +3,7 @@
 
 import fcntl
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -183,9 +184,11 @@ def test_two_jobs_with_one_index(words, whole, tmp_path, made, checkpoint):
     script = [sys.executable, stub_script(), "0.15", *map(str, words), "--checkpoint", checkpoint]
     first = subprocess.Popen(script, env=data_sets.environment(), stdout=subprocess.PIPE, text=True)
     assert first.stdout.readline() == "data/000000.tar: 5 images\n"
+    first.send_signal(signal.SIGSTOP)  # a slow machine would end the first before the second asks
     second = subprocess.run(
         script, env=data_sets.environment(), capture_output=True, text=True, timeout=100
     )
+    first.send_signal(signal.SIGCONT)
     assert second.returncode == 2 and second.stdout == ""
     assert "another process is at work on share 0 of 1" in second.stderr
     first.communicate(timeout=100)

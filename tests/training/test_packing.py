@@ -47,6 +47,13 @@ def test_equal_components_are_shared_and_others_are_not(base, tmp_path):
         np.testing.assert_array_equal(array, original.astype(np.float16))
 
 
+def test_the_card_is_for_people_to_change(base, tmp_path):
+    pack(read_checkpoint(base), tmp_path / "packed")
+    with (tmp_path / "packed" / "README.md").open("a") as card:
+        card.write("What people add.")
+    assert not verify(tmp_path / "packed")
+
+
 def test_no_place_is_told(base, tmp_path):
     pack(read_checkpoint(base), tmp_path / "packed")
     for file in files_below(read_checkpoint(tmp_path / "packed").path):
