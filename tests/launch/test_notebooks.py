@@ -91,10 +91,12 @@ def execute(tmp_path):
             "PICTURES": str(tmp_path / "pictures of one run"),
             "OUT": str(tmp_path / "drive"),
             "CACHE": jax.config.jax_compilation_cache_dir,
+            "SIZE": SIZE,
             "STEPS": 2,
         }
+        own = parameters(notebook)
         given = usual | given
-        assert given.keys() <= parameters(notebook).keys()
+        assert given.keys() <= own.keys()
         source = "\n".join(f"{name} = {value!r}" for name, value in given.items())
         notebook.cells.insert(
             notebook.cells.index(code_cells(notebook)[0]) + 1,
@@ -114,13 +116,15 @@ def execute(tmp_path):
             "IPYTHONDIR": str(tmp_path / "ipython"),
             **dict(environment),
         }
-        client.execute(env=os.environ | variables)
+        # With pytest's variable, kernels do not show what programs print.
+        inherited = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
+        client.execute(env=inherited | variables)
         nbformat.validate(notebook)
         cells = {cell.id: cell for cell in code_cells(notebook)}
         for cell in cells.values():
             assert "k3jax: error" not in text(cell) and "Traceback" not in text(cell), text(cell)
             assert cell.execution_count is not None
-        return parameters(notebook) | given, cells
+        return own | given, cells
 
     return call
 
