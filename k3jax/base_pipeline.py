@@ -6,7 +6,7 @@ The tasks are in pipeline.py, img2img.py and inpaint.py, the loop that they run 
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -67,7 +67,8 @@ class BasePipeline:
     ):
         """
         Args:
-            components: the modules by the names in `k3jax.abstract.COMPONENTS`, on `mesh`.
+            components: the modules by the names in `k3jax.abstract.COMPONENTS`, on `mesh`; None
+                for those that this pipeline is to do without.
             batch_size: images per compiled batch over the whole mesh; one per device by default. A
                 call of any other size is cut into such batches, the last one padded.
             fingerprint: the checkpoint's, which a LoRA is compared with.
@@ -99,6 +100,7 @@ class BasePipeline:
         batch_size: int | None = None,
         verify: bool | None = None,
         int8_text_encoder: bool = False,
+        components: Collection[str] | None = None,
     ) -> Self:
         """Loads a checkpoint made by `k3jax convert`, straight into the mesh's shardings.
 
@@ -110,22 +112,25 @@ class BasePipeline:
             param_dtype: of the weights; that of the computation by default.
             verify: check the files' checksums first; see `k3jax.checkpoint.restore`.
             int8_text_encoder: its matrices in int8, half the memory; see `k3jax.quantization`.
+            components: load only these, by the names in `k3jax.abstract.COMPONENTS`. Where not all
+                fit, prompts are encoded with ("text_encoder",), and their embeddings given to a
+                pipeline of the others.
 
         Raises:
             CheckpointError: not a checkpoint, damaged, or of another architecture.
-            ValueError: a mesh that does not divide the devices.
+            ValueError: a mesh that does not divide the devices, or a component that there is not.
         """
         enable_compilation_cache()
         checkpoint = read_checkpoint(path)
         cls.check_config(checkpoint.config)
         mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
-        components = load_components(
-            checkpoint, mesh, dtype, param_dtype, verify, int8_text_encoder
+        modules = load_components(
+            checkpoint, mesh, dtype, param_dtype, verify, int8_text_encoder, components
         )
         return cls(
             checkpoint.config,
             Tokenizer(checkpoint.path / "tokenizer"),
-            components,
+            modules,
             mesh,
             batch_size,
             checkpoint.fingerprint,

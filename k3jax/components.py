@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The components of a checkpoint as modules on a mesh: loaded, or shared with another pipeline."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -22,8 +22,12 @@ def load_components(
     param_dtype: str | None,
     verify: bool | None,
     int8_text_encoder: bool = False,
-) -> dict[str, nnx.Module]:
-    """All components, straight into the mesh's shardings; see `BasePipeline.from_pretrained`.
+    wanted: Collection[str] | None = None,
+) -> dict[str, nnx.Module | None]:
+    """Components, straight into the mesh's shardings; see `BasePipeline.from_pretrained`.
+
+    Args:
+        wanted: those to load, by default all; the others are None.
 
     Raises:
         ValueError: a dtype or the name of a component that there is not.
@@ -32,9 +36,17 @@ def load_components(
     for kind in {kind for pair in dtypes.values() for kind in pair}:
         if jnp.dtype(kind) not in (jnp.bfloat16, jnp.float32):
             raise ValueError(f"dtype {kind} is not one of bfloat16, float32.")
+    wanted = COMPONENTS if wanted is None else wanted
+    for name in wanted:
+        if name not in COMPONENTS:
+            raise ValueError(
+                f"components names {name!r}, which is not one of {', '.join(COMPONENTS)}."
+            )
     int8 = {"text_encoder"} if int8_text_encoder else set()
     return {
         name: _restore(checkpoint, name, mesh, dtypes[name], verify, name in int8)
+        if name in wanted
+        else None
         for name in COMPONENTS
     }
 

@@ -2,16 +2,19 @@
 """The images of a run, batch by batch, each written as soon as it is made."""
 
 import dataclasses
+import gc
 import sys
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
+from k3jax.abstract import COMPONENTS
+from k3jax.base_pipeline import BasePipeline
 from k3jax.checkpoint_format import Checkpoint
 from k3jax.cli.output import PlannedImage, free_path
 from k3jax.config import to_dict
@@ -20,6 +23,9 @@ from k3jax.pipeline import Kandinsky3Pipeline
 from k3jax.run_config import RunConfig
 from k3jax.text_projection import PromptEmbeds
 from k3jax.tokenizer import PromptTruncatedWarning
+
+
+Pipe = TypeVar("Pipe", bound=BasePipeline)
 
 
 def make_images(
@@ -35,20 +41,13 @@ def make_images(
     Args:
         call: what all calls of the pipeline have in common; see `Kandinsky3Pipeline.__call__`.
     """
-    pipe = Kandinsky3Pipeline.from_pretrained(
-        checkpoint.path,
-        mesh=mesh,
-        dtype=config.pipeline.dtype,
-        param_dtype=config.pipeline.param_dtype,
-        int8_text_encoder=config.pipeline.int8_text_encoder,
-        batch_size=config.pipeline.batch_size,
+    pipe, embeds = load_and_encode(
+        Kandinsky3Pipeline, checkpoint, config, mesh, images, call["negative_prompt"]
     )
-    pipe.config = config.model
     lora = None
     if config.pipeline.lora is not None:
         loaded = pipe.load_lora(config.pipeline.lora, config.pipeline.lora_scale)
         lora = {"fingerprint": loaded.fingerprint, "scale": config.pipeline.lora_scale}
-    embeds = Embeds(pipe, images, call["negative_prompt"])
     settings = run_settings(checkpoint, config, pipe, call) | (
         {} if lora is None else {"lora": lora}
     )
@@ -77,11 +76,43 @@ def make_images(
         print(path)
 
 
+def load_and_encode(
+    kind: type[Pipe],
+    checkpoint: Checkpoint,
+    config: RunConfig,
+    mesh: jax.sharding.Mesh,
+    images: Sequence[PlannedImage],
+    negative_prompt: str | None,
+) -> tuple[Pipe, "Embeds"]:
+    """A pipeline without a text encoder, and what that made of the prompts.
+
+    All prompts are known, so the encoder, the largest component by far, comes first and is gone
+    before the others are loaded: the devices never hold both.
+    """
+
+    def load(*components: str) -> Pipe:
+        pipe = kind.from_pretrained(
+            checkpoint.path,
+            mesh=mesh,
+            dtype=config.pipeline.dtype,
+            param_dtype=config.pipeline.param_dtype,
+            int8_text_encoder=config.pipeline.int8_text_encoder,
+            batch_size=config.pipeline.batch_size,
+            components=components,
+        )
+        pipe.config = config.model
+        return pipe
+
+    embeds = Embeds(load("text_encoder"), images, negative_prompt)
+    gc.collect()
+    return load(*(name for name in COMPONENTS if name != "text_encoder")), embeds
+
+
 class Embeds:
     """The prompts of a run, each encoded once however many images it has."""
 
     def __init__(
-        self, pipe: Kandinsky3Pipeline, images: Sequence[PlannedImage], negative_prompt: str | None
+        self, pipe: BasePipeline, images: Sequence[PlannedImage], negative_prompt: str | None
     ):
         prompts = list(dict.fromkeys(image.prompt for image in images))
         self._row = {prompt: row for row, prompt in enumerate(prompts)}
@@ -105,7 +136,7 @@ class Embeds:
 
 
 def run_settings(
-    checkpoint: Checkpoint, config: RunConfig, pipe: Kandinsky3Pipeline, call: dict[str, Any]
+    checkpoint: Checkpoint, config: RunConfig, pipe: BasePipeline, call: dict[str, Any]
 ) -> dict[str, Any]:
     """What an image depends on besides its call, and what decides on its last bits."""
     sampler = dataclasses.replace(

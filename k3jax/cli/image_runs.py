@@ -15,7 +15,7 @@ from tqdm import tqdm
 from k3jax import request
 from k3jax.base_pipeline import BasePipeline
 from k3jax.calls import Call
-from k3jax.cli.batches import Embeds, run_settings
+from k3jax.cli.batches import load_and_encode, run_settings
 from k3jax.cli.generate import NOTE, asked_checkpoint, check_architecture, check_lora
 from k3jax.cli.image_options import SETTINGS
 from k3jax.cli.output import PlannedImage, check_folder, free_path, plan
@@ -160,15 +160,10 @@ def _checked_call(config: RunConfig, task: Task, inputs: Sequence[Pair]) -> dict
 
 
 def _make(checkpoint, config: RunConfig, mesh, task: Task, call, inputs, jobs, progress) -> None:
-    pipe = task.pipeline.from_pretrained(
-        checkpoint.path,
-        mesh=mesh,
-        dtype=config.pipeline.dtype,
-        param_dtype=config.pipeline.param_dtype,
-        int8_text_encoder=config.pipeline.int8_text_encoder,
-        batch_size=config.pipeline.batch_size,
+    planned = [job.planned for job in jobs]
+    pipe, embeds = load_and_encode(
+        task.pipeline, checkpoint, config, mesh, planned, call["negative_prompt"]
     )
-    pipe.config = config.model
     settings = run_settings(checkpoint, config, pipe, call) | {"task": task.name}
     if config.pipeline.lora is not None:
         loaded = pipe.load_lora(config.pipeline.lora, config.pipeline.lora_scale)
@@ -183,7 +178,6 @@ def _make(checkpoint, config: RunConfig, mesh, task: Task, call, inputs, jobs, p
             )
     if task.sides:
         settings |= {"extend_canvas": task.sides}
-    embeds = Embeds(pipe, [job.planned for job in jobs], call["negative_prompt"])
     arguments = {name: value for name, value in call.items() if name != "negative_prompt"}
     made: dict[str, Image.Image] = {}
     several = progress and len(jobs) > pipe.batch_size

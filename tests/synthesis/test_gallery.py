@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`k3jax gallery`: a page that opens from disk, in a real headless Chromium."""
 
-import shutil
-
 import pytest
 from PIL import Image
 
@@ -19,37 +17,6 @@ ROWS = [
     {"id": "bad", "prompt": "this one is nan"},
     *({"id": f"n{k:03d}", "prompt": f"landscape number {k} at dusk"} for k in range(140)),
 ]
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    driver = shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.fail("this test needs Chromium: apt-get install chromium chromium-driver")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in (
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--window-size=1280,1000",
-        "--allow-file-access-from-files=false",
-        f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
-    ):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    service = webdriver.ChromeService(driver)
-    with webdriver.Chrome(options=options, service=service) as opened:
-        opened.set_page_load_timeout(60)
-        yield opened
 
 
 @pytest.fixture

@@ -144,6 +144,26 @@ def test_a_dtype_for_each_component(checkpoints):
             Kandinsky3Pipeline.from_pretrained(checkpoints[0], mesh="data=8", dtype=dtype)
 
 
+def test_the_text_encoder_apart(pipe, checkpoints):
+    load = dict(mesh="data=8", dtype="float32")
+    encoder = Kandinsky3Pipeline.from_pretrained(
+        checkpoints[0], components=["text_encoder"], **load
+    )
+    assert encoder.unet is None and encoder.movq is None and encoder.text_projection is None
+    others = [name for name in COMPONENTS if name != "text_encoder"]
+    rest = Kandinsky3Pipeline.from_pretrained(checkpoints[0], components=others, **load)
+    assert rest.text_encoder is None
+    call = dict(height=64, width=64, num_inference_steps=2, progress_bar=False)
+    embeds = encoder.encode_prompt("a cat"), encoder.encode_prompt("blue")
+    (apart,) = rest(prompt_embeds=embeds[0], negative_prompt_embeds=embeds[1], **call).images
+    (whole,) = pipe("a cat", negative_prompt="blue", **call).images
+    np.testing.assert_array_equal(np.asarray(apart), np.asarray(whole))
+    with pytest.raises(ValueError, match="lacks a component"):
+        rest("a cat", **call)
+    with pytest.raises(ValueError, match="components names 'vae', which is not one of text_enc"):
+        Kandinsky3Pipeline.from_pretrained(checkpoints[0], components=["vae"], **load)
+
+
 def test_a_lora_stays_with_its_unet(pipe, checkpoints):
     pipe._unet_without_lora = pipe.unet
     other = Kandinsky3Img2ImgPipeline.from_pipe(pipe)
