@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
         width,
         dtype,
         config.pipeline.param_dtype or dtype,
+        config.pipeline.int8_text_encoder,
     )
     seconds = {}
     for line in measure_all(names, work, mesh, args.repeats):

@@ -14,8 +14,10 @@ import argparse
 import json
 import os
 import sys
+from pathlib import Path
 from typing import get_args
 
+from k3jax.cli.generate import add_int8, asked_checkpoint
 from k3jax.config import SamplerName
 from k3jax.run_config import RunConfig, build, collect
 
@@ -31,6 +33,7 @@ SETTINGS = {
     "mesh": "pipeline.mesh",
     "dtype": "pipeline.dtype",
     "param_dtype": "pipeline.param_dtype",
+    "int8_text_encoder": "pipeline.int8_text_encoder",
 }
 """Flag -> key of RunConfig."""
 
@@ -72,6 +75,7 @@ def add_work(add) -> None:
     add("--programs", metavar="LIST", help="some of encode,denoise,decode (all)")
     add("--dtype", choices=("bfloat16", "float32"), help="of the computation (bfloat16)")
     add("--param-dtype", choices=("bfloat16", "float32"), help="of the weights (as --dtype)")
+    add_int8(add)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -113,10 +117,12 @@ def run_config(args: argparse.Namespace, default: str) -> RunConfig:
         name = default
     values = collect(name, args.overrides, {f: getattr(args, k) for k, f in SETTINGS.items()})
     own = None
-    if args.checkpoint is not None or not values.get("model"):
-        from k3jax.cli.generate import asked_checkpoint
-
+    place, has_model = values.get("checkpoint"), bool(values.get("model"))
+    # A config may name a checkpoint that is still to be made: plans come first.
+    if args.checkpoint is not None or (place and not has_model and Path(place).exists()):
         own = asked_checkpoint(values, named_by_config=args.checkpoint is None).config
+    elif not has_model:  # a config of a machine, or of a training
+        own = build(collect(default, [], {})).model
     return build(values, own)
 
 
@@ -137,6 +143,7 @@ def _question(args: argparse.Namespace, where, config: RunConfig):
         guidance_interval=config.generate.guidance_interval,
         dtype=pipeline.dtype,
         param_dtype=pipeline.param_dtype or pipeline.dtype,
+        int8_text_encoder=pipeline.int8_text_encoder,
         parts=parts(args),
         price=args.price_per_chip_hour,
     )

@@ -50,7 +50,16 @@ class Trial:
     def work(self, name: Name, batch: int) -> Work:
         q = self.question
         model = dataclasses.replace(q.model, sampler=q.sampler)
-        work = Work(model, self.sizes, batch, q.height, q.width, q.dtype, q.param_dtype)
+        work = Work(
+            model,
+            self.sizes,
+            batch,
+            q.height,
+            q.width,
+            q.dtype,
+            q.param_dtype,
+            q.int8_text_encoder,
+        )
         if name != "encode" or self.encoder_sizes == self.sizes:
             return work
         parts = self.encoder_sizes["data"] * self.encoder_sizes["fsdp"]
@@ -115,7 +124,8 @@ def _encoder_sizes(question: Question, sizes: dict[str, int]) -> dict[str, int]:
         return mesh_sizes(question.encoder_mesh, count)
 
     def fits(mesh: dict[str, int]) -> bool:
-        work = Work(question.model, mesh, 1, 64, 64, question.dtype, question.param_dtype)
+        dtypes = question.dtype, question.param_dtype, question.int8_text_encoder
+        work = Work(question.model, mesh, 1, 64, 64, *dtypes)
         return weight_bytes("text_encoder", work) < chip.usable
 
     splits = (k for k in range(2, count + 1) if count % k == 0)
@@ -129,6 +139,8 @@ def weights_sentence(question: Question, name: Name, fault: str) -> str:
     if question.where.count == 1:
         advice = "take more chips, or a chip with more memory"
     if name == "encode":
+        if not question.int8_text_encoder:
+            advice += ", or halve its weights with --int8-text-encoder"
         advice += ", or leave it out with --programs denoise,decode"
     return (
         f"no batch fits {question.where.name} with --mesh {question.mesh}: for the {TITLES[name]} "

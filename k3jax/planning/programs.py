@@ -23,6 +23,7 @@ from k3jax.abstract import abstract_module
 from k3jax.config import MAX_TOKENS, ModelConfig, SamplerConfig, from_dict, to_dict
 from k3jax.denoising import denoise_program, loop_rows
 from k3jax.programs import decode_latents, encode_text
+from k3jax.quantization import with_int8_layers
 from k3jax.samplers import make_sampler
 from k3jax.sharding import MESH_AXES, batch_sharding, data_parallelism, placed
 from k3jax.text_projection import Context
@@ -51,6 +52,7 @@ class Work:
         batch: images on each chip, see `images`.
         height, width: in pixels.
         dtype, param_dtype: of the computation and of the weights.
+        int8_text_encoder: the matrices of its layers are int8.
     """
 
     model: ModelConfig
@@ -60,6 +62,7 @@ class Work:
     width: int
     dtype: str = "bfloat16"
     param_dtype: str = "bfloat16"
+    int8_text_encoder: bool = False
 
     @property
     def images(self) -> int:
@@ -110,13 +113,15 @@ def input_bytes(program: Name, work: Work) -> int:
 
 def _abstract(component: str, work: Work) -> nnx.Module:
     model = dataclasses.replace(work.model, sampler=SamplerConfig())  # makes no other weights
-    return _abstract_once(component, model, work.param_dtype, work.dtype)
+    int8 = component == "text_encoder" and work.int8_text_encoder
+    return _abstract_once(component, model, work.param_dtype, work.dtype, int8)
 
 
 @functools.lru_cache(maxsize=16)
-def _abstract_once(component, model, param_dtype, dtype) -> nnx.Module:
+def _abstract_once(component, model, param_dtype, dtype, int8) -> nnx.Module:
     """Seconds at full size, and asked for again for each batch and mesh; never changed."""
-    return abstract_module(component, model, param_dtype, dtype)
+    module = abstract_module(component, model, param_dtype, dtype)
+    return with_int8_layers(module) if int8 else module
 
 
 def _abstract_mesh(work: Work) -> AbstractMesh:

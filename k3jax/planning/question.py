@@ -49,6 +49,7 @@ class Question:
     guidance_interval: tuple[int, int] | None = None
     dtype: str = "bfloat16"
     param_dtype: str = "bfloat16"
+    int8_text_encoder: bool = False
     parts: tuple[str, ...] = PARTS
     price: float | None = None
 

@@ -3,11 +3,18 @@
 
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 
 from k3jax import benchmark
+from k3jax.config import ModelConfig
 from k3jax.planning import compiler
+from k3jax.planning.programs import weight_bytes
+from k3jax.run_config import build, collect
+
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.fixture
@@ -49,6 +56,46 @@ def test_plan_refuses(refuses, monkeypatch, arguments, words):
 def test_the_full_size_encoder_does_not_fit_one_chip(refuses, monkeypatch):
     monkeypatch.setattr(compiler, "check_libtpu", lambda: None)
     assert "17.4 GB of the 16.9 GB" in refuses("plan", "--topology", "v5e:1x1")
+
+
+@pytest.fixture
+def asked(run, monkeypatch):
+    """Runs `k3jax plan` up to the compiler; returns the program and the work that come first."""
+    reached = []
+
+    def compile_in_child(program, work, where, say):
+        reached.append((program, work))
+        raise ValueError("this is as far as it goes")
+
+    def plan(*arguments):
+        code, _, err = run("plan", "--no-progress", *arguments)
+        assert code == 2 and reached, err
+        return reached[0]
+
+    monkeypatch.setattr(compiler, "check_libtpu", lambda: None)
+    monkeypatch.setattr(compiler, "compile_in_child", compile_in_child)
+    return plan
+
+
+def test_in_int8_it_does(asked):
+    program, work = asked("--topology", "v5e:1x1", "--int8-text-encoder")
+    assert program == "encode" and work.int8_text_encoder
+    assert 8.6e9 < weight_bytes("text_encoder", work) < 9.0e9
+
+
+CHIPS = {"v5e_1": "v5e:1x1", "v5e_256": "v5e:16x16", "v6e_8": "v6e:2x4", "h100_8": "v5p:2x2x2"}
+"""Of a machine without TPUs: one with as many chips, as large."""
+
+
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "__init__")
+)
+def test_every_config_can_be_planned(asked, name):
+    values = collect(name)
+    _, work = asked("--topology", CHIPS.get(name, "v5e:2x4"), "--config", name)
+    # Kandinsky 3's own where a config has no model.
+    model = build(values).model if values.get("model") else ModelConfig()
+    assert work.model.unet == model.unet
 
 
 def test_a_compiler_that_crashes(run, monkeypatch, tmp_path):
