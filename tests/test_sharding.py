@@ -15,7 +15,7 @@ from k3jax.config import MAX_TOKENS, ModelConfig, SamplerConfig
 from k3jax.denoising import denoise_program, initial_carry, loop_rows
 from k3jax.programs import encode_text
 from k3jax.samplers import make_sampler
-from k3jax.sharding import RULES, axes, batch_sharding, make_mesh, shardings
+from k3jax.sharding import RULES, axes, batch_sharding, make_mesh, placed, shardings
 from k3jax.text_projection import Context
 
 
@@ -46,26 +46,15 @@ def test_an_unknown_axis_is_an_error():
 
 def test_weights_are_split_as_the_rules_say():
     mesh = make_mesh("data=2,fsdp=2,tensor=2")
-    placed = shardings(abstract_module("text_encoder", FULL), mesh)
-    kernel = placed["layers"]["mlp"]["wi_0"]["kernel"].get_value()
+    where = shardings(abstract_module("text_encoder", FULL), mesh)
+    kernel = where["layers"]["mlp"]["wi_0"]["kernel"].get_value()
     assert kernel.spec == P(None, "fsdp", "tensor")
-    assert placed["final_norm"]["scale"].get_value().spec == P(None)
+    assert where["final_norm"]["scale"].get_value().spec == P(None)
     unet = shardings(abstract_module("unet", FULL), mesh)
     assert unet["conv_in"]["kernel"].get_value().spec == P(None, None, "fsdp", "tensor")
     # 3 input channels do not split into two: replicated rather than refused.
     movq = shardings(abstract_module("movq", FULL), mesh)
     assert movq["encoder"]["conv_in"]["kernel"].get_value().spec == P(None, None, None, "tensor")
-
-
-def on_mesh(module, mesh):
-    """An abstract module whose leaves carry their shardings."""
-    graph, state = nnx.split(module)
-    placed = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        state,
-        shardings(module, mesh),
-    )
-    return nnx.merge(graph, placed)
 
 
 def abstract(shape, dtype, mesh):
@@ -75,7 +64,7 @@ def abstract(shape, dtype, mesh):
 def test_full_size_denoising_lowers_without_weights():
     """50 guided steps at 1024x1024 with batch 8, on a data x tensor mesh."""
     mesh = make_mesh("data=4,tensor=2")
-    unet = on_mesh(abstract_module("unet", FULL, "bfloat16"), mesh)
+    unet = placed(abstract_module("unet", FULL, "bfloat16"), mesh)
     sampler = make_sampler(SamplerConfig())
     context = Context(
         abstract((8, MAX_TOKENS, 4096), jnp.bfloat16, mesh),
@@ -106,7 +95,7 @@ def test_full_size_denoising_lowers_without_weights():
 
 def test_full_size_text_encoder_and_decoder_lower_without_weights():
     mesh = make_mesh("data=4,tensor=2")
-    encoder = on_mesh(abstract_module("text_encoder", FULL, "bfloat16"), mesh)
+    encoder = placed(abstract_module("text_encoder", FULL, "bfloat16"), mesh)
     ids = abstract((4, MAX_TOKENS), jnp.int32, mesh)
     mask = abstract((4, MAX_TOKENS), jnp.bool_, mesh)
     lowered = encode_text.lower(encoder, ids, mask)
@@ -114,7 +103,7 @@ def test_full_size_text_encoder_and_decoder_lower_without_weights():
     # 32 layers scanned: the program has one layer's matmuls.
     assert lowered.as_text().count("stablehlo.dot_general") < 16
 
-    movq = on_mesh(abstract_module("movq", FULL, "bfloat16"), mesh)
+    movq = placed(abstract_module("movq", FULL, "bfloat16"), mesh)
     latents = abstract((4, 128, 128, 4), jnp.float32, mesh)
     decoded = jax.jit(lambda m, x: m.decode(x)).lower(movq, latents)
     assert decoded.out_info.shape == (4, 1024, 1024, 3)
