@@ -95,14 +95,8 @@ def _fill(shape, dtype, sharding) -> jax.Array:
 
 
 def _memory(compiled: jax.stages.Compiled, device: jax.Device) -> dict[str, int | None]:
-    try:
-        analysis = compiled.memory_analysis()
-    except (NotImplementedError, RuntimeError):
-        analysis = None
-    try:
-        in_use = (device.memory_stats() or {}).get("peak_bytes_in_use")
-    except (NotImplementedError, RuntimeError):  # not on every backend
-        in_use = None
+    analysis = compiled.memory_analysis()  # JAX makes it None where a backend has none
+    in_use = (device.memory_stats() or {}).get("peak_bytes_in_use")
     return {
         "argument_bytes": None if analysis is None else analysis.argument_size_in_bytes,
         "temporary_bytes": None if analysis is None else analysis.temp_size_in_bytes,

@@ -57,8 +57,7 @@ def run(args: argparse.Namespace) -> None:
     for line in measure_all(names, work, mesh, args.repeats):
         print(json.dumps(line), flush=True)
         seconds[line["case"]] = line["seconds"]
-    steps = {"denoise": made.guided, "denoise_plain": made.plain}
-    batch = sum(steps.get(name, 1) * each for name, each in seconds.items())
+    batch = sum(made.runs[name] * each for name, each in seconds.items())
     whole = {
         "case": "total",
         "seconds": batch,

@@ -69,7 +69,6 @@ def make_plan(question: Question, compile_program: Compile, say: Say) -> Plan:
         raise ValueError(f"--batch is {question.batch}; it must be 1 or more.")
     made = evaluations(question.sampler, question.guidance_interval)
     names = program_names(question.parts, made)
-    runs = {"encode": 1, "denoise": made.guided, "denoise_plain": made.plain, "decode": 1}
     trial = Trial(question, compile_program, say)
     for name in names:
         if fault := trial.arithmetic(name, 1):
@@ -81,7 +80,7 @@ def make_plan(question: Question, compile_program: Compile, say: Say) -> Plan:
             largest, tried = largest_batch(trial, names[position:], question.batch, say)
             raise DoesNotFit(batch_sentence(question, name, fault, largest, tried), largest)
         work = trial.work(name, question.batch)
-        programs.append(Program(name, work, runs[name], trial.beside(name), compiled))
+        programs.append(Program(name, work, made.runs[name], trial.beside(name), compiled))
     return _finish(question, tuple(programs), made, trial)
 
 

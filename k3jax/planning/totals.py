@@ -29,6 +29,11 @@ class Evaluations:
         """U-Net passes an image."""
         return 2 * self.guided + self.plain
 
+    @property
+    def runs(self) -> dict[str, int]:
+        """How often each program of `programs.COMPONENT` runs for a batch."""
+        return {"encode": 1, "denoise": self.guided, "denoise_plain": self.plain, "decode": 1}
+
 
 def evaluations(sampler: SamplerConfig, interval: tuple[int, int] | None = None) -> Evaluations:
     """What a sampler does, counted in the table that the loop runs over.
@@ -111,8 +116,7 @@ def total(
     encode, decode = seconds.get("encode", 0.0), seconds.get("decode", 0.0)
     denoise = made.guided * guided + made.plain * plain
     batch = encode + denoise + decode
-    runs = {"encode": 1, "denoise": made.guided, "denoise_plain": made.plain, "decode": 1}
-    work = sum(runs[name] * count for name, count in flops.items())
+    work = sum(made.runs[name] * count for name, count in flops.items())
     before = encode + against.guided * guided + against.plain * plain + decode
     rate = images / batch / chips
     return Totals(
