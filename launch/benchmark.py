@@ -31,16 +31,6 @@ except ModuleNotFoundError:  # as a script of a checkout that is not installed
 
 PROGRAMS = ("encode", "denoise", "decode")
 WITHOUT = ("--guidance-scale", "0")
-CHIPS = {
-    "TPU v4": "v4",
-    "TPU v5 lite": "v5e",
-    "TPU v5e": "v5e",
-    "TPU v5": "v5p",
-    "TPU v5p": "v5p",
-    "TPU v6 lite": "v6e",
-    "TPU v6e": "v6e",
-}
-"""JAX's name of a device -> that of `k3jax plan`."""
 SHAPES = {"v5e": {1: "1x1", 4: "2x2", 8: "2x4"}, "v4": {1: "1x1x1", 4: "2x2x1"}}
 SHAPES |= {"v6e": SHAPES["v5e"], "v5p": SHAPES["v4"]}
 """Chip -> devices of one host -> their grid."""
@@ -142,9 +132,11 @@ def _plan(args, line, words: Sequence[str]) -> dict[str, Any]:
 
 def _topology(line: dict[str, Any]) -> str | None:
     """The slice that was measured; None where it is no TPU, or not one host's."""
-    chip = CHIPS.get(line["device"])
-    shape = SHAPES.get(chip, {}).get(line["devices"])
-    return None if shape is None else f"{chip}:{shape}"
+    from k3jax.planning.chips import chip_of
+
+    chip = chip_of(line["device"])
+    shape = None if chip is None else SHAPES[chip.name].get(line["devices"])
+    return None if shape is None else f"{chip.name}:{shape}"
 
 
 def _run(words: Sequence[str], **variables: str) -> tuple[str, str, int, int]:

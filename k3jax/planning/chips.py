@@ -58,6 +58,21 @@ CHIPS = {
     )
 }
 
+_BY_KIND = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+}
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip that JAX calls so; by the whole name, for "TPU v4 lite" is another than "TPU v4"."""
+    return CHIPS.get(_BY_KIND.get(device_kind))
+
 
 @dataclass(frozen=True)
 class Slice:

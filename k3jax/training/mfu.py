@@ -15,19 +15,11 @@ from collections.abc import Sequence
 
 import jax
 
+from k3jax.planning.chips import chip_of
 
-# Dense bfloat16 FLOP/s of one JAX device. TPU: the "peak compute per chip" of
-# https://cloud.google.com/tpu/docs/system-architecture-tpu-vm; a device is a chip from v4 on.
-PEAK_TPU = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,  # v5e
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,  # v5p
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,  # v6e
-    "TPU v6e": 918e12,
-}
-# NVIDIA's data sheets without sparsity, by the beginning of the name; longer ones first.
+
+# Dense bfloat16 FLOP/s by NVIDIA's data sheets (without sparsity), by the beginning of the name;
+# longer ones first.
 PEAK_GPU = {
     "NVIDIA A100": 312e12,
     "NVIDIA H100 PCIe": 756e12,
@@ -39,8 +31,8 @@ PEAK_GPU = {
 def peak_flops(device: jax.Device) -> float | None:
     """Peak bfloat16 FLOP/s of a device; None where none is known, as for a CPU."""
     kind = device.device_kind
-    if kind in PEAK_TPU:  # whole names: "TPU v4 lite" is another chip
-        return PEAK_TPU[kind]
+    if chip := chip_of(kind):
+        return chip.peak
     return next((peak for name, peak in PEAK_GPU.items() if kind.startswith(name)), None)
 
 
