@@ -7,8 +7,8 @@ Form: https://huggingface.co/docs/hub/model-cards
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from typing import Any
 
 from k3jax.config import ModelConfig
@@ -45,17 +45,6 @@ def front_matter(values: Mapping[str, Any]) -> str:
         if value is not None
     ]
     return "\n".join(["---", *lines, "---", ""])
-
-
-def versions(packages: Sequence[str] = PACKAGES) -> str:
-    """'k3jax 0.1.0, jax 0.10.2': what is installed of `packages`."""
-    found = []
-    for package in packages:
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            pass
-    return ", ".join(found)
 
 
 def model_card(
@@ -101,7 +90,7 @@ A latent diffusion model of the Kandinsky 3 architecture: text encoder, U-Net, M
 - Defaults: {config.sample_size}x{config.sample_size} pixels, sampler {sampler.name},
   {sampler.num_inference_steps} steps, guidance {sampler.guidance_scale:g};
   conditioning {config.conditioning}.
-- With: {versions()}.
+- With: {", ".join(f"{package} {version(package)}" for package in PACKAGES)}.
 
 ## Use
 
