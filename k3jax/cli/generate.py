@@ -82,9 +82,15 @@ def add_sampling(add) -> None:
     """How an image is made; `add` is the add_argument of a group."""
     add("--seed", type=int, metavar="N", help="of the first image; the next ones count up (0)")
     add("--negative-prompt", metavar="TEXT", help="what not to see")
+    add_sampler(add, guidance_scale="(W + 1) conditional - W unconditional")
+    add("--eta", type=float, metavar="X", help="share of new noise in each step, 0 to 1")
+
+
+def add_sampler(add: Callable, guidance_scale: str) -> None:
+    """Which steps are made; `guidance_scale` is the help of that flag."""
     add("--sampler", choices=get_args(SamplerName), help="how the noise is removed")
-    add("--steps", "--num-inference-steps", type=int, metavar="N", help="passes of the U-Net")
-    add("--guidance-scale", type=float, metavar="W", help="(W + 1) conditional - W unconditional")
+    add("--steps", "--num-inference-steps", type=int, metavar="N", help="of the sampler")
+    add("--guidance-scale", type=float, metavar="W", help=guidance_scale)
     add(
         "--guidance-interval",
         type=int,
@@ -92,20 +98,19 @@ def add_sampling(add) -> None:
         metavar=("FIRST", "LAST"),
         help="guide only these steps, counted from 0; the others cost half",
     )
-    add("--eta", type=float, metavar="X", help="share of new noise in each step, 0 to 1")
 
 
 def add_running(parser: argparse.ArgumentParser) -> None:
     """Where and in what precision it runs."""
     add = parser.add_argument_group("running").add_argument
     add("--mesh", help="devices, such as data=-1 (the default) or data=2,tensor=4")
-    add("--dtype", choices=("bfloat16", "float32"), help="of the computation (bfloat16)")
-    add("--param-dtype", choices=("bfloat16", "float32"), help="of the weights (as --dtype)")
-    add_int8(add)
+    add_dtypes(add)
     add("--batch-size", type=int, metavar="N", help="images at a time (one per device)")
 
 
-def add_int8(add: Callable) -> None:
+def add_dtypes(add: Callable) -> None:
+    add("--dtype", choices=("bfloat16", "float32"), help="of the computation (bfloat16)")
+    add("--param-dtype", choices=("bfloat16", "float32"), help="of the weights (as --dtype)")
     add(
         "--int8-text-encoder",
         action="store_true",

@@ -15,10 +15,8 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import get_args
 
-from k3jax.cli.generate import add_int8, asked_checkpoint
-from k3jax.config import SamplerName
+from k3jax.cli.generate import add_dtypes, add_sampler, asked_checkpoint
 from k3jax.run_config import RunConfig, build, collect
 
 
@@ -61,21 +59,10 @@ def add_work(add) -> None:
     add("--checkpoint", metavar="DIR", help="its architecture and sampler")
     add("--height", type=int, metavar="PIXELS", help="a multiple of 64")
     add("--width", type=int, metavar="PIXELS", help="a multiple of 64")
-    add("--sampler", choices=get_args(SamplerName), help="how the noise is removed")
-    add("--steps", "--num-inference-steps", type=int, metavar="N", help="of the sampler")
-    add("--guidance-scale", type=float, metavar="W", help="0: one U-Net pass a step, not two")
-    add(
-        "--guidance-interval",
-        type=int,
-        nargs=2,
-        metavar=("FIRST", "LAST"),
-        help="guide only these steps, counted from 0; the others cost half",
-    )
+    add_sampler(add, guidance_scale="0: one U-Net pass a step, not two")
     add("--mesh", help="chips, such as data=-1 (the default) or data=2,fsdp=4")
     add("--programs", metavar="LIST", help="some of encode,denoise,decode (all)")
-    add("--dtype", choices=("bfloat16", "float32"), help="of the computation (bfloat16)")
-    add("--param-dtype", choices=("bfloat16", "float32"), help="of the weights (as --dtype)")
-    add_int8(add)
+    add_dtypes(add)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -19,11 +19,15 @@ slice or jax.distributed. Every image is the same however the work is shared.
 import argparse
 import os
 import sys
-from typing import get_args
 
 from k3jax.cli.extras import require
-from k3jax.cli.generate import NOTE, add_int8, asked_checkpoint, check_architecture
-from k3jax.config import SamplerName
+from k3jax.cli.generate import (
+    NOTE,
+    add_dtypes,
+    add_sampler,
+    asked_checkpoint,
+    check_architecture,
+)
 from k3jax.run_config import build, collect
 
 
@@ -91,16 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--buckets", metavar="WxH,WxH", help="make every prompt in the nearest of these sizes")
     add("--max-sizes", type=int, metavar="N", help="each size is a program to compile (16)")
     add("--negative-prompt", metavar="TEXT", help="of prompts that name none")
-    add("--sampler", choices=get_args(SamplerName), help="how the noise is removed")
-    add("--steps", "--num-inference-steps", type=int, metavar="N", help="passes of the U-Net")
-    add("--guidance-scale", type=float, metavar="W", help="of prompts that name none")
-    add(
-        "--guidance-interval",
-        type=int,
-        nargs=2,
-        metavar=("FIRST", "LAST"),
-        help="guide only these steps, counted from 0; the others cost half",
-    )
+    add_sampler(add, guidance_scale="of prompts that name none")
     add("--eta", type=float, metavar="X", help="share of new noise in each step, 0 to 1")
 
     add("--strength", type=float, metavar="X", help="how much input images change (0.3; masked 1)")
@@ -112,9 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add(f"--{name}s", type=int, metavar="N", help=f"how many {name}s share the work")
     add("--mesh", help="this host's devices, such as data=-1 (the default) or data=2,tensor=4")
     add("--batch-size", type=int, metavar="N", help="images at a time (one per device)")
-    add("--dtype", choices=("bfloat16", "float32"), help="of the computation (bfloat16)")
-    add("--param-dtype", choices=("bfloat16", "float32"), help="of the weights (as --dtype)")
-    add_int8(add)
+    add_dtypes(add)
     add("--check", choices=("sha256", "size", "none"), help="of finished shards (sha256)")
     add("--phases", choices=("auto", "together", "alternate"), help="encode and denoise (auto)")
     add("--shards-per-phase", type=int, metavar="N", help="where they alternate (4)")
