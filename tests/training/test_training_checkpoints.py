@@ -227,6 +227,8 @@ def test_killed_while_writing(tmp_path):
 
 
 PROCESS = """
+    import json
+    import pathlib
     import sys
     import jax
     import numpy as np
@@ -239,7 +241,7 @@ PROCESS = """
 
     rank, address, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     jax.distributed.initialize(address, 2, rank)
-    print(agree(rank == 1), agree(False), agree(True))
+    found = {"agree": [agree(rank == 1), agree(False), agree(True)]}
     check_same_run(folder, {"seed": 1})
     sharding = NamedSharding(make_mesh("fsdp=8"), PartitionSpec("fsdp"))
     rows = np.arange(16 * 64, dtype=np.float32).reshape(16, 64)
@@ -247,13 +249,14 @@ PROCESS = """
     with RunCheckpoints(folder, CheckpointConfig(every=1000, every_minutes=1)) as checkpoints:
         if rank == 1:
             checkpoints._saved_at -= 60  # its clock alone says that it is time
-        print(*(step for step in range(6, 14) if checkpoints.due(step)))
+        found["due"] = [step for step in range(6, 14) if checkpoints.due(step)]
         checkpoints.save(10, state, {"index": 10}, 0.5)
         struct = jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=sharding)
         restored, position = checkpoints.restore({"w": struct})
     for shard in restored["w"].addressable_shards:
         assert (np.asarray(shard.data) == rows[shard.index]).all()
-    print(len(restored["w"].addressable_shards), position)
+    found |= {"shards": len(restored["w"].addressable_shards), "position": position}
+    pathlib.Path(sys.argv[4]).write_text(json.dumps(found))  # Gloo's threads print to stdout
 """
 
 
@@ -266,27 +269,28 @@ def test_two_processes_write_one_checkpoint_and_agree(tmp_path):
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
     command = [sys.executable, "-c", textwrap.dedent(PROCESS)]
+    answers = [tmp_path / f"{rank}.json" for rank in range(2)]
     processes = [
         subprocess.Popen(
-            [*command, str(rank), address, str(tmp_path)],
+            [*command, str(rank), address, str(tmp_path / "run"), str(answer)],
             env=environment,
-            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(2)
+        for rank, answer in enumerate(answers)
     ]
-    for process in processes:
+    for process, answer in zip(processes, answers, strict=True):
         try:
-            out, err = process.communicate(timeout=180)
+            _, err = process.communicate(timeout=180)
         finally:
             process.kill()
         assert process.returncode == 0, err
-        lines = [line for line in out.splitlines() if not line.startswith("[Gloo]")]
-        assert lines == ["True False True", "10", "4 {'index': 10}"]
+        found = json.loads(answer.read_text())
+        assert found.pop("agree") == [True, False, True]
+        assert found == {"due": [10], "shards": 4, "position": {"index": 10}}
     sharding = NamedSharding(make_mesh("data=8"), PartitionSpec("data"))
     struct = jax.ShapeDtypeStruct((16, 64), np.float32, sharding=sharding)
-    with RunCheckpoints(tmp_path, EVERY) as checkpoints:
+    with RunCheckpoints(tmp_path / "run", EVERY) as checkpoints:
         restored, _ = checkpoints.restore({"w": struct})
     np.testing.assert_array_equal(restored["w"].ravel(), np.arange(16 * 64))
 
