@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from PIL import Image
@@ -24,7 +23,7 @@ from k3jax.components import component_digests, load_components, share_component
 from k3jax.config import ModelConfig
 from k3jax.image_input import read_images
 from k3jax.lora_format import Lora, load_lora, warn_of_another_base
-from k3jax.programs import decode_latents, encode_images, encode_text, image_splits
+from k3jax.programs import computing, decode_latents, encode_images, encode_text, image_splits
 from k3jax.prompts import LongPrompts, join_windows, plain_prompts
 from k3jax.request import OutputType
 from k3jax.sharding import batch_sharding, data_parallelism, make_mesh
@@ -233,7 +232,7 @@ class BasePipeline:
         parts = []
         for index, kept in self.batches(len(windows.input_ids)):
             ids, mask = (self.put(x[index]) for x in (windows.input_ids, windows.attention_mask))
-            with self.precision(self.text_encoder):
+            with self.computing(self.text_encoder):
                 embeds = encode_text(self.text_encoder, ids, mask)
             parts.append(np.asarray(embeds, np.float32)[:kept])
         mask = windows.attention_mask
@@ -263,7 +262,7 @@ class BasePipeline:
         parts = []
         for index, kept in self.batches(len(images)):
             batch = self.put(images[index])
-            with self.precision(self.movq):
+            with self.computing(self.movq):
                 splits = image_splits(self.mesh, len(index))
                 parts.append(np.asarray(encode_images(self.movq, batch, splits=splits))[:kept])
         return np.concatenate(parts)
@@ -279,7 +278,7 @@ class BasePipeline:
     def decode_batch(self, latents: jax.Array, output_type: OutputType) -> jax.Array:
         """Images of one compiled batch, uint8 for "pil", float32 for "np"."""
         splits = image_splits(self.mesh, latents.shape[0])
-        with self.precision(self.movq):
+        with self.computing(self.movq):
             return decode_latents(self.movq, latents, splits=splits, as_uint8=output_type == "pil")
 
     def batches(self, count: int) -> Iterator[tuple[np.ndarray, int]]:
@@ -288,16 +287,18 @@ class BasePipeline:
             rows = np.arange(first, first + self.batch_size)
             yield np.minimum(rows, count - 1), count - first
 
-    def precision(self, module: nnx.Module) -> contextlib.AbstractContextManager:
-        """float32 in full: TPUs and GPUs multiply it in bfloat16 or TF32 unless told otherwise."""
+    def computing(self, module: nnx.Module) -> contextlib.AbstractContextManager:
+        """The context in which programs of a component are called; see `k3jax.programs.computing`.
+
+        Raises:
+            ValueError: the pipeline does not have it.
+        """
         if module is None:
             raise ValueError(
                 "this pipeline lacks a component that this takes: it was made without it, or "
                 "released it to another pipeline (from_pipe with release=True)."
             )
-        if module.dtype == jnp.float32:
-            return jax.default_matmul_precision("highest")
-        return contextlib.nullcontext()
+        return computing(self.mesh, module.dtype)
 
     def put(self, tree, batch_dim: int = 0):
         """Host arrays onto the mesh, split along the batch."""

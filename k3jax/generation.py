@@ -69,7 +69,7 @@ def _sample(
     """The latents of one compiled batch, on the devices."""
     sampler = group.sampler
     guided = sampler.guided and bool((batch.guidance_scale > 0).any())
-    with pipe.precision(pipe.text_projection):
+    with pipe.computing(pipe.text_projection):
         context, unconditional = make_contexts(
             pipe.text_projection,
             pipe.put(batch.prompt),
@@ -102,7 +102,7 @@ def _sample(
     for first in range(0, sampler.num_steps, window):
         part = slice(first, first + window)
         given = None if batch.step_noise is None else batch.step_noise[part]
-        with pipe.precision(pipe.unet):
+        with pipe.computing(pipe.unet):
             after = denoise_program(
                 pipe.unet,
                 context,

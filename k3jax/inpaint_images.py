@@ -96,7 +96,7 @@ def _masked_channels(pipe: BasePipeline, images: np.ndarray, known: np.ndarray) 
     parts = []
     for index, kept in pipe.batches(len(images)):
         batch = pipe.put((images[index], known[index]))
-        with pipe.precision(pipe.movq):
+        with pipe.computing(pipe.movq):
             splits = image_splits(pipe.mesh, len(index))
             parts.append(np.asarray(encode_masked(pipe.movq, *batch, splits=splits))[:kept])
     return np.concatenate(parts)

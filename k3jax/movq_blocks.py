@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from k3jax.attention import chunked_attention
+from k3jax.attention import attention
 from k3jax.layers import GroupNorm, conv, linear
 
 
@@ -204,7 +204,7 @@ class AttentionBlock(nnx.Module):
     def __call__(self, x: jax.Array, latents: jax.Array | None = None) -> jax.Array:
         tokens = rearrange(self.norm.rows_of(x, latents)(None), "b h w c -> b (h w) 1 c")
         q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
-        out = chunked_attention(q, k, v, scale=x.shape[-1] ** -0.5)
+        out = attention(q, k, v, scale=x.shape[-1] ** -0.5)
         return x + self.to_out(out).reshape(x.shape)
 
 

@@ -5,8 +5,10 @@ All take the modules as arguments (a module is a pytree), so each compiles once 
 keep the batch split as it comes in.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from k3jax.config import Conditioning
 from k3jax.denoising import draw_noise
 from k3jax.inpainting_inputs import inpainting_inputs
 from k3jax.movq import MoVQ, normalize
-from k3jax.sharding import data_parallelism
+from k3jax.sharding import data_parallelism, on_mesh
 from k3jax.text_encoder import TextEncoder
 from k3jax.text_projection import Context, PromptEmbeds, TextProjection
 
@@ -108,6 +110,17 @@ def add_noise(latents: jax.Array, noise: jax.Array, alpha, sigma) -> jax.Array:
 def put_back(latents: jax.Array, known: jax.Array, mask: jax.Array) -> jax.Array:
     """`known` where the mask (b, h, w, 1) is 1."""
     return mask * known + (1 - mask) * latents
+
+
+@contextlib.contextmanager
+def computing(mesh: jax.sharding.Mesh, dtype) -> Iterator[None]:
+    """The context in which programs are traced: they know their mesh, and float32 is float32.
+
+    TPUs and GPUs multiply float32 in bfloat16 or TF32 unless told otherwise.
+    """
+    full = jnp.dtype(dtype) == jnp.float32
+    with on_mesh(mesh), jax.default_matmul_precision("highest") if full else nullcontext():
+        yield
 
 
 def image_splits(mesh: jax.sharding.Mesh, batch_size: int) -> int:

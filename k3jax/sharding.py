@@ -7,6 +7,7 @@ always `data`, `fsdp` and `tensor`, of any size, with Auto axis types: the compi
 collectives.
 """
 
+import contextlib
 import math
 from typing import Any
 
@@ -78,6 +79,11 @@ def make_mesh(spec: str = "data=-1", devices: list | None = None) -> Mesh:
         axis_types=(AxisType.Auto,) * len(MESH_AXES),
         devices=devices,
     )
+
+
+def on_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:
+    """Programs traced in this context know their mesh; kernels must (k3jax/attention.py)."""
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def batch_sharding(mesh: Mesh, batch_dim: int = 0) -> NamedSharding:

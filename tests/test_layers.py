@@ -8,7 +8,6 @@ import pytest
 from flax import nnx
 
 from k3jax import movq_blocks
-from k3jax.attention import attention, chunked_attention
 from k3jax.layers import Upsample2x, conv, dense, linear
 
 
@@ -89,18 +88,3 @@ def test_convolving_an_enlarged_map_without_enlarging_it(monkeypatch, strip_pixe
     expected = layer(movq_blocks.take_rows(x, None, 2))
     assert ours.shape == (2, 12, 8, 7)
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_attention_in_chunks_and_its_gradients():
-    query, key, value = draw(2, 10, 3, 4), draw(2, 7, 3, 4), draw(2, 7, 3, 4) + 1
-
-    def whole(*inputs):
-        return attention(*inputs, scale=0.5)
-
-    def chunked(*inputs):
-        return chunked_attention(*inputs, scale=0.5, chunk=4)
-
-    inputs = (query, key, value)
-    np.testing.assert_allclose(chunked(*inputs), whole(*inputs), rtol=1e-5, atol=1e-6)
-    for one, other in zip(gradients(chunked, *inputs), gradients(whole, *inputs), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)

@@ -126,6 +126,8 @@ class Module:
             over = instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or ""
             contracted = math.prod(lhs[int(d)] for d in over.split(",") if d)
             return 2 * math.prod(instruction.arrays[0].shape) * contracted
+        if instruction.op == "custom-call":  # a Pallas kernel says what it computes
+            return int(instruction.attribute(r'"cost_estimate":\{"flops":"(\d+)"') or 0)
         if instruction.op in ("fusion", "async-start"):
             return sum(self._flops_inside(name) for name in instruction.called)
         return 0

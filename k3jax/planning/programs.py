@@ -6,7 +6,6 @@ only without values: weights and inputs are ShapeDtypeStructs. Left out are the 
 beside them (projection of the text, first noise), which take less than a thousandth of the time.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -22,7 +21,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from k3jax.abstract import abstract_module
 from k3jax.config import MAX_TOKENS, ModelConfig, SamplerConfig, from_dict, to_dict
 from k3jax.denoising import denoise_program, loop_rows
-from k3jax.programs import decode_latents, encode_text
+from k3jax.programs import computing, decode_latents, encode_text
 from k3jax.quantization import with_int8_layers
 from k3jax.samplers import make_sampler
 from k3jax.sharding import MESH_AXES, batch_sharding, data_parallelism, placed
@@ -84,7 +83,7 @@ class Work:
 def lower(program: Name, work: Work, mesh: Mesh) -> jax.stages.Lowered:
     """A program traced for a mesh with the sizes of `work.mesh`."""
     given = arguments(program, work, mesh)
-    with _precision(work):
+    with computing(mesh, work.dtype):
         if program == "encode":
             return encode_text.lower(*given)
         if program == "decode":
@@ -133,13 +132,6 @@ def _bytes_per_chip(tree) -> int:
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
-
-
-def _precision(work: Work) -> contextlib.AbstractContextManager:
-    """As `BasePipeline.precision`."""
-    if jnp.dtype(work.dtype) == jnp.float32:
-        return jax.default_matmul_precision("highest")
-    return contextlib.nullcontext()
 
 
 def _inputs(program: Name, work: Work, mesh: Mesh | AbstractMesh) -> tuple:

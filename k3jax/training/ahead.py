@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from k3jax.abstract import abstract_module
 from k3jax.config import ModelConfig
+from k3jax.programs import computing
 from k3jax.sharding import batch_sharding, placed
 from k3jax.training.config import TrainConfig
 from k3jax.training.optimizer import make_optimizer
@@ -73,7 +74,8 @@ def lower_step(
     }
     state = abstract_state(start.shapes, optimizer, where)
     compiled = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
-    return compiled.lower(state, frozen, batch)
+    with computing(mesh, config.dtype):
+        return compiled.lower(state, frozen, batch)
 
 
 def step_memory(compiled: jax.stages.Compiled) -> StepMemory:

@@ -17,6 +17,7 @@ import numpy as np
 from k3jax.checkpoint_format import as_path, read_checkpoint
 from k3jax.compilation_cache import enable_compilation_cache
 from k3jax.config import to_dict
+from k3jax.programs import computing
 from k3jax.run_config import RunConfig, build, collect
 from k3jax.schedule import NUM_TRAIN_TIMESTEPS
 from k3jax.sharding import data_parallelism, make_mesh
@@ -115,8 +116,7 @@ def _train(run: RunConfig, stop: Stop, progress: bool) -> Path | None:
         stack.callback(data.batches.close)
         checkpoints = stack.enter_context(RunCheckpoints(folder, config.checkpoint))
         writer = stack.enter_context(MetricWriter(folder))
-        if config.dtype == "float32":
-            stack.enter_context(jax.default_matmul_precision("highest"))
+        stack.enter_context(computing(mesh, config.dtype))
         if checkpoints.latest_step() is None:
             state, position = new_state(first_weights(start), optimizer, placed), {}
         else:
