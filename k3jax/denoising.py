@@ -17,6 +17,7 @@ from k3jax.config import PredictionType
 from k3jax.samplers import Sampler, Step, predicted_image
 from k3jax.text_projection import Context
 from k3jax.unet import UNet
+from k3jax.unet_blocks import ReadContext
 
 
 Predict = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
@@ -65,14 +66,15 @@ def draw_noise(key_data: jax.Array, index, shape: tuple[int, ...]) -> jax.Array:
 
 def predictor(
     unet: UNet,
-    context: Context,
-    unconditional: Context | None,
+    context: Context | ReadContext,
+    unconditional: Context | ReadContext | None,
     guidance_scale: jax.Array | None,
     extra_channels: jax.Array | None = None,
 ) -> Predict:
     """The U-Net with classifier-free guidance: (w + 1) conditional - w unconditional.
 
     Args:
+        context: what `unet` is conditioned on; `UNet.read` it before, and the loop need not.
         unconditional: of the negative prompts or of none; None to do without guidance.
         guidance_scale: w of each sample, float32 (b,).
         extra_channels: (b, h, w, c) put behind the latents' channels (inpainting: mask and masked
@@ -194,8 +196,8 @@ def loop_rows(
 @functools.partial(jax.jit, static_argnames=("step", "renoise", "stochastic", "preview"))
 def denoise_program(
     unet: UNet,
-    context: Context,
-    unconditional: Context | None,
+    context: Context | ReadContext,
+    unconditional: Context | ReadContext | None,
     guidance_scale: jax.Array | None,
     extra_channels: jax.Array | None,
     carry: tuple[jax.Array, ...],

@@ -14,7 +14,13 @@ from tqdm.auto import tqdm
 from k3jax.base_pipeline import BasePipeline
 from k3jax.denoising import Known, denoise_program, initial_carry, loop_rows
 from k3jax.preview import StepPreview, preview_map
-from k3jax.programs import add_noise, initial_latents, make_contexts, put_back
+from k3jax.programs import (
+    add_noise,
+    initial_latents,
+    make_contexts,
+    put_back,
+    read_contexts,
+)
 from k3jax.request import Group, Images, OutputType
 from k3jax.samplers import Sampler
 
@@ -77,6 +83,8 @@ def _sample(
             pipe.put(batch.has_negative),
             conditioning=pipe.config.conditioning,
         )
+    with pipe.computing(pipe.unet):
+        contexts = read_contexts(pipe.unet, context, unconditional if guided else None)
     rows = loop_rows(sampler, loop.guidance_interval)
     if not guided:
         rows = {name: column for name, column in rows.items() if name != "guide"}
@@ -105,8 +113,7 @@ def _sample(
         with pipe.computing(pipe.unet):
             after = denoise_program(
                 pipe.unet,
-                context,
-                unconditional if guided else None,
+                *contexts,
                 guidance_scale,
                 extra_channels,
                 carry,

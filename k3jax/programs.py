@@ -20,6 +20,8 @@ from k3jax.movq import MoVQ, normalize
 from k3jax.sharding import data_parallelism, on_mesh
 from k3jax.text_encoder import TextEncoder
 from k3jax.text_projection import Context, PromptEmbeds, TextProjection
+from k3jax.unet import UNet
+from k3jax.unet_blocks import ReadContext
 
 
 @jax.jit
@@ -58,6 +60,12 @@ def make_contexts(
         return jnp.where(has_negative.reshape(-1, *(1,) * (given.ndim - 1)), given, default)
 
     return context, jax.tree.map(choose, given, default)
+
+
+@jax.jit
+def read_contexts(unet: UNet, *contexts: Context | None) -> tuple[ReadContext | None, ...]:
+    """What the U-Net makes of contexts, once for all steps."""
+    return tuple(None if context is None else unet.read(context) for context in contexts)
 
 
 @functools.partial(jax.jit, static_argnames="shape")

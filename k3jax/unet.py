@@ -15,7 +15,14 @@ from flax import nnx
 from k3jax.config import UNetConfig
 from k3jax.layers import GroupNorm, conv, linear
 from k3jax.text_projection import Context
-from k3jax.unet_blocks import NORM_EPSILON, AttentionBlock, ContextPooling, ResNetBlock
+from k3jax.unet_blocks import (
+    NORM_EPSILON,
+    AttentionBlock,
+    ContextPooling,
+    KeysValues,
+    ReadContext,
+    ResNetBlock,
+)
 
 
 class TimeEmbedding(nnx.Module):
@@ -93,9 +100,20 @@ class Level(nnx.Module):
         )
         self.up = up
 
+    def read(self, context: Context) -> list[KeysValues] | None:
+        if self.cross_attentions is None:
+            return None
+        return [block.attention.read(context.hidden_states) for block in self.cross_attentions]
+
     def __call__(
-        self, x: jax.Array, temb: jax.Array, context: Context | None, remat: bool = False
+        self,
+        x: jax.Array,
+        temb: jax.Array,
+        read: list[KeysValues] | None,
+        bias: jax.Array | None,
+        remat: bool = False,
     ) -> jax.Array:
+        """`read`: what each cross-attention attends to, with the bias of its scores."""
         run = _rematerialised if remat else _plain
         if self.self_attention is not None and not self.up:
             x = run(self.self_attention, x, temb)
@@ -104,7 +122,7 @@ class Level(nnx.Module):
         ):
             x = run(resnet_in, x, temb)
             if self.cross_attentions is not None:
-                x = run(self.cross_attentions[i], x, temb, context)
+                x = run(self.cross_attentions[i], x, temb, None if read is None else read[i], bias)
             x = run(resnet_out, x, temb)
         if self.self_attention is not None and self.up:
             x = run(self.self_attention, x, temb)
@@ -167,8 +185,17 @@ class UNet(nnx.Module):
             (wide, wide, narrow),
         ]
 
+    def read(self, context: Context) -> ReadContext:
+        """What `__call__` needs of a context: for a loop, to be computed once."""
+        return ReadContext(
+            pooled=self.context_pooling(context),
+            bias=context.bias,
+            down=[level.read(context) for level in self.down_blocks],
+            up=[level.read(context) for level in self.up_blocks],
+        )
+
     def __call__(
-        self, sample: jax.Array, timesteps: jax.Array, context: Context | None
+        self, sample: jax.Array, timesteps: jax.Array, context: Context | ReadContext | None
     ) -> jax.Array:
         """Predicts the noise in `sample`.
 
@@ -181,21 +208,26 @@ class UNet(nnx.Module):
         Returns:
             float32 (b, h, w, out_channels).
         """
+        if isinstance(context, Context):
+            context = self.read(context)
+        levels = len(self.down_blocks)
+        down, up, bias = [None] * levels, [None] * levels, None
         time_embedding = self.time_embedding(timesteps)
         if context is not None:
-            time_embedding = self.context_pooling(time_embedding, context)
+            time_embedding = time_embedding + context.pooled
+            down, up, bias = context.down, context.up, context.bias
         temb = jax.nn.silu(time_embedding)
 
         x = self.conv_in(sample.astype(self.dtype))
         skips = []
-        for level in self.down_blocks:
-            x = level(x, temb, context, self.remat)
+        for level, read in zip(self.down_blocks, down, strict=True):
+            x = level(x, temb, read, bias, self.remat)
             skips.append(x)
         skips.pop()
-        for i, level in enumerate(self.up_blocks):
+        for i, (level, read) in enumerate(zip(self.up_blocks, up, strict=True)):
             if i:
                 x = jnp.concatenate([x, skips.pop()], axis=-1)
-            x = level(x, temb, context, self.remat)
+            x = level(x, temb, read, bias, self.remat)
         return self.conv_out(jax.nn.silu(self.norm_out(x))).astype(jnp.float32)
 
 

@@ -6,6 +6,7 @@ so it is applied once, by the U-Net. Source: ai-forever/Kandinsky-3, model/unet.
 """
 
 import functools
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,26 @@ from k3jax.text_projection import Context
 
 
 NORM_EPSILON = 1e-5
+
+KeysValues = tuple[jax.Array, jax.Array]
+"""Of one attention layer, heads side by side: (b, m, channels) each."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ReadContext:
+    """What the U-Net makes of a context. It depends on no pixel and no time: once per image.
+
+    Attributes:
+        pooled: float32 (b, time_embedding_dim), added to the time embedding.
+        bias: float32 (b, m), added to the scores of each key.
+        down, up: of each level the keys and values of its cross-attentions, or None.
+    """
+
+    pooled: jax.Array
+    bias: jax.Array
+    down: list[list[KeysValues] | None]
+    up: list[list[KeysValues] | None]
 
 
 class ConditionalGroupNorm(nnx.Module):
@@ -140,13 +161,13 @@ class Attention(nnx.Module):
         self.to_out = make(channels_out, channels_out, ("heads", "embed"))
         self.head_dim = head_dim
 
-    def __call__(
-        self, x: jax.Array, context: jax.Array, bias: jax.Array | None = None
-    ) -> jax.Array:
-        """`bias` (b, m) is added to the scores of each key."""
+    def read(self, context: jax.Array) -> KeysValues:
+        return self.to_k(context), self.to_v(context)
+
+    def __call__(self, x: jax.Array, read: KeysValues, bias: jax.Array | None = None) -> jax.Array:
+        """`read`: keys and values of what is attended to; `bias` (b, m) is added to the scores."""
         q, k, v = (
-            rearrange(y, "b n (h d) -> b n h d", d=self.head_dim)
-            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
+            rearrange(y, "b n (h d) -> b n h d", d=self.head_dim) for y in (self.to_q(x), *read)
         )
         bias = None if bias is None else bias[:, None, None, :]
         out = attention(q, k, v, scale=self.head_dim**-0.5, bias=bias)
@@ -176,20 +197,24 @@ class AttentionBlock(nnx.Module):
         self.feed_forward_in = linear(channels, hidden, ("embed", "mlp"), use_bias=False, **kwargs)
         self.feed_forward_out = linear(hidden, channels, ("mlp", "embed"), use_bias=False, **kwargs)
 
-    def __call__(self, x: jax.Array, temb: jax.Array, context: Context | None = None) -> jax.Array:
-        """`context` None: self-attention, whose keys are the normed pixels."""
+    def __call__(
+        self,
+        x: jax.Array,
+        temb: jax.Array,
+        read: KeysValues | None = None,
+        bias: jax.Array | None = None,
+    ) -> jax.Array:
+        """`read` None: self-attention, whose keys are the normed pixels."""
         tokens = rearrange(self.in_norm(x, temb), "b h w c -> b (h w) c")
-        if context is None:
-            out = self.attention(tokens, tokens)
-        else:
-            out = self.attention(tokens, context.hidden_states, context.bias)
+        read = self.attention.read(tokens) if read is None else read
+        out = self.attention(tokens, read, bias)
         x = x + out.reshape(x.shape)
         out = jax.nn.silu(self.feed_forward_in(self.out_norm(x, temb)))
         return x + self.feed_forward_out(out)
 
 
 class ContextPooling(nnx.Module):
-    """Adds to the time embedding what the mean of the context attends to in the context.
+    """What the mean of the context attends to in the context, float32 (b, time_embedding_dim).
 
     The mean is over the window of each sample, its padding rows included (as in the references).
     """
@@ -205,13 +230,13 @@ class ContextPooling(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(self, time_embedding: jax.Array, context: Context) -> jax.Array:
+    def __call__(self, context: Context) -> jax.Array:
         rows = context.hidden_states.shape[1]
         inside = jnp.arange(rows) < context.lengths[:, None]
         states = jnp.where(inside[..., None], context.hidden_states.astype(jnp.float32), 0)
         mean = states.sum(1, keepdims=True) / context.lengths[:, None, None]
-        pooled = self.attention(mean, context.hidden_states, context.bias)
-        return time_embedding + pooled[:, 0].astype(jnp.float32)
+        read = self.attention.read(context.hidden_states)
+        return self.attention(mean, read, context.bias)[:, 0].astype(jnp.float32)
 
 
 def _downsample(channels, **kwargs):

@@ -155,6 +155,10 @@ def _inputs(program: Name, work: Work, mesh: Mesh | AbstractMesh) -> tuple:
         struct(b, MAX_TOKENS),
         struct(b, dtype=jnp.int32),
     )
+    read = jax.eval_shape(
+        lambda unet, context: unet.read(context), _abstract("unet", work), context
+    )
+    context = jax.tree.map(lambda x: struct(*x.shape, dtype=x.dtype), read)
     guided = program == "denoise"
     more = unet.in_channels - movq.latent_channels  # mask and masked latents of inpainting
     sampler = make_sampler(work.model.sampler)
