@@ -63,6 +63,7 @@ class BasePipeline:
         batch_size: int | None = None,
         fingerprint: str | None = None,
         digests: Mapping[str, str] | None = None,
+        encoder_mesh: jax.sharding.Mesh | None = None,
     ):
         """
         Args:
@@ -72,9 +73,11 @@ class BasePipeline:
                 call of any other size is cut into such batches, the last one padded.
             fingerprint: the checkpoint's, which a LoRA is compared with.
             digests: of the components' weights, by which `from_pipe` knows equal ones.
+            encoder_mesh: of the text encoder, over the same devices; `mesh` by default.
         """
         self.check_config(config)
         self.config, self.tokenizer, self.mesh = config, tokenizer, mesh
+        self.encoder_mesh = mesh if encoder_mesh is None else encoder_mesh
         self.fingerprint, self.digests = fingerprint, dict(digests or {})
         self.text_encoder = components["text_encoder"]
         self.text_projection = components["text_projection"]
@@ -82,7 +85,8 @@ class BasePipeline:
         self._unet_without_lora = None
         self.movq = components["movq"]
         self.batch_size = data_parallelism(mesh) if batch_size is None else batch_size
-        image_splits(mesh, self.batch_size)
+        for name in ("unet", "text_encoder"):
+            image_splits(self.mesh_of(name), self.batch_size)
 
     @staticmethod
     def check_config(config: ModelConfig) -> None:
@@ -94,6 +98,7 @@ class BasePipeline:
         path: str,
         *,
         mesh: str | jax.sharding.Mesh = "data=-1",
+        encoder_mesh: str | jax.sharding.Mesh | None = None,
         dtype: str | Mapping[str, str] = "bfloat16",
         param_dtype: str | None = None,
         batch_size: int | None = None,
@@ -106,6 +111,8 @@ class BasePipeline:
         Args:
             path: the checkpoint's folder.
             mesh: a mesh, or axis sizes such as "data=-1,tensor=2".
+            encoder_mesh: another over the same devices for the text encoder: "tensor=-1" splits it
+                over all of them, where with mesh="data=-1" each has a U-Net of its own.
             dtype: of the computation, "bfloat16" or "float32"; or one for each component, as
                 {"movq": "float32"}, bfloat16 where none is named.
             param_dtype: of the weights; that of the computation by default.
@@ -123,8 +130,11 @@ class BasePipeline:
         checkpoint = read_checkpoint(path)
         cls.check_config(checkpoint.config)
         mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
+        if isinstance(encoder_mesh, str):
+            encoder_mesh = make_mesh(encoder_mesh, mesh.devices.flat)
+        meshes = dict.fromkeys(COMPONENTS, mesh) | {"text_encoder": encoder_mesh or mesh}
         modules = load_components(
-            checkpoint, mesh, dtype, param_dtype, verify, int8_text_encoder, components
+            checkpoint, meshes, dtype, param_dtype, verify, int8_text_encoder, components
         )
         return cls(
             checkpoint.config,
@@ -134,6 +144,7 @@ class BasePipeline:
             batch_size,
             checkpoint.fingerprint,
             component_digests(checkpoint),
+            encoder_mesh,
         )
 
     @classmethod
@@ -166,7 +177,8 @@ class BasePipeline:
             modules = share_components(pipe, checkpoint, release, verify)
             if modules["text_encoder"] is not pipe.text_encoder:
                 tokenizer = Tokenizer(checkpoint.path / "tokenizer")
-        made = cls(config, tokenizer, modules, pipe.mesh, pipe.batch_size, fingerprint, digests)
+        run = (pipe.mesh, pipe.batch_size, fingerprint, digests, pipe.encoder_mesh)
+        made = cls(config, tokenizer, modules, *run)
         if made.unet is pipe.unet:
             made._unet_without_lora = pipe._unet_without_lora
         made.long_prompts = pipe.long_prompts
@@ -231,7 +243,8 @@ class BasePipeline:
         windows = plain_prompts(self.tokenizer, prompts, policy, word_weights)
         parts = []
         for index, kept in self.batches(len(windows.input_ids)):
-            ids, mask = (self.put(x[index]) for x in (windows.input_ids, windows.attention_mask))
+            texts = windows.input_ids[index], windows.attention_mask[index]
+            ids, mask = jax.device_put(texts, batch_sharding(self.encoder_mesh))
             with self.computing(self.text_encoder):
                 embeds = encode_text(self.text_encoder, ids, mask)
             parts.append(np.asarray(embeds, np.float32)[:kept])
@@ -298,7 +311,12 @@ class BasePipeline:
                 "this pipeline lacks a component that this takes: it was made without it, or "
                 "released it to another pipeline (from_pipe with release=True)."
             )
-        return computing(self.mesh, module.dtype)
+        encoder = module is self.text_encoder
+        return computing(self.encoder_mesh if encoder else self.mesh, module.dtype)
+
+    def mesh_of(self, component: str) -> jax.sharding.Mesh:
+        """The mesh that a component's weights lie on."""
+        return self.encoder_mesh if component == "text_encoder" else self.mesh
 
     def put(self, tree, batch_dim: int = 0):
         """Host arrays onto the mesh, split along the batch."""

@@ -17,16 +17,17 @@ from k3jax.quantization import is_int8
 
 def load_components(
     checkpoint: Checkpoint,
-    mesh: jax.sharding.Mesh,
+    meshes: Mapping[str, jax.sharding.Mesh],
     dtype: str | Mapping[str, str],
     param_dtype: str | None,
     verify: bool | None,
     int8_text_encoder: bool = False,
     wanted: Collection[str] | None = None,
 ) -> dict[str, nnx.Module | None]:
-    """Components, straight into the mesh's shardings; see `BasePipeline.from_pretrained`.
+    """Components, straight into their meshes' shardings; see `BasePipeline.from_pretrained`.
 
     Args:
+        meshes: of each component.
         wanted: those to load, by default all; the others are None.
 
     Raises:
@@ -44,7 +45,7 @@ def load_components(
             )
     int8 = {"text_encoder"} if int8_text_encoder else set()
     return {
-        name: _restore(checkpoint, name, mesh, dtypes[name], verify, name in int8)
+        name: _restore(checkpoint, name, meshes[name], dtypes[name], verify, name in int8)
         if name in wanted
         else None
         for name in COMPONENTS
@@ -70,7 +71,8 @@ def share_components(
         if release:
             pipe.release(name)
     for name in new:
-        modules[name] = _restore(checkpoint, name, pipe.mesh, dtypes[name], verify, name in int8)
+        mesh = pipe.mesh_of(name)
+        modules[name] = _restore(checkpoint, name, mesh, dtypes[name], verify, name in int8)
     return modules
 
 

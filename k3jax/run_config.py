@@ -28,6 +28,8 @@ class PipelineConfig:
     """How the model runs."""
 
     mesh: str = "data=-1"
+    encoder_mesh: str | None = None
+    """Of the text encoder, over the same devices; `mesh` by default."""
     dtype: Dtype = "bfloat16"
     """Of the computation."""
     param_dtype: Dtype | None = None

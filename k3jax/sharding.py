@@ -81,6 +81,14 @@ def make_mesh(spec: str = "data=-1", devices: list | None = None) -> Mesh:
     )
 
 
+def make_meshes(
+    spec: str, encoder_spec: str | None = None, devices: list | None = None
+) -> tuple[Mesh, Mesh]:
+    """A mesh, and that of the text encoder over the same devices: the same unless it is given."""
+    mesh = make_mesh(spec, devices)
+    return mesh, mesh if encoder_spec is None else make_mesh(encoder_spec, devices)
+
+
 def on_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:
     """Programs traced in this context know their mesh; kernels must (k3jax/attention.py)."""
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)

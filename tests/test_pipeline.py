@@ -23,7 +23,7 @@ from k3jax.sharding import make_mesh
 from k3jax.tokenizer import PromptTruncatedWarning, Tokenizer
 
 import tiny
-from random_checkpoint import write_byte_tokenizer
+from random_checkpoint import write_byte_tokenizer, write_random_checkpoint
 
 
 PROMPTS = ["a cat", "a much longer prompt about two dogs on a hill", ""]
@@ -318,6 +318,29 @@ def test_meshes(components, tokenizer_folder, seven, mesh, devices):
     if pipe.mesh.shape["tensor"] == 1 and pipe.mesh.shape["fsdp"] == 1:
         assert np.array_equal(got, seven)
     assert np.abs(got - seven).max() <= 1 / 255
+
+
+def test_the_encoder_has_a_mesh_of_its_own(tmp_path):
+    """Split over all devices, where each has a U-Net of its own."""
+    write_random_checkpoint(tmp_path / "demo")
+    meshes = dict(mesh="data=-1", encoder_mesh="tensor=-1")
+    pipe = Kandinsky3Pipeline.from_pretrained(tmp_path / "demo", dtype="float32", **meshes)
+    whole = Kandinsky3Pipeline.from_pretrained(tmp_path / "demo", dtype="float32")
+
+    def share(weight):
+        value = weight.get_value()
+        return value.addressable_shards[0].data.size / value.size
+
+    assert share(pipe.text_encoder.layers.mlp.wi_0.kernel) == 1 / 8
+    assert share(pipe.unet.conv_in.kernel) == 1
+    assert pipe.batch_size == 8
+    for made in (pipe, Kandinsky3Pipeline.from_pipe(pipe)):
+        found, expected = (p.encode_prompt(PROMPTS).embeds for p in (made, whole))
+        assert tiny.relative_error(found, expected) < 1e-5
+    with pytest.raises(ValueError, match="the mesh splits a batch over 8"):
+        Kandinsky3Pipeline.from_pretrained(
+            tmp_path / "demo", mesh="tensor=-1", encoder_mesh="data=-1", components=()
+        )
 
 
 def test_remainders_do_not_compile_again(components, tokenizer_folder):

@@ -20,7 +20,9 @@ from k3jax.cli.output import PlannedImage, free_path
 from k3jax.config import to_dict
 from k3jax.images import ContactSheet, write_png
 from k3jax.pipeline import Kandinsky3Pipeline
+from k3jax.programs import image_splits
 from k3jax.run_config import RunConfig
+from k3jax.sharding import data_parallelism, make_meshes
 from k3jax.text_projection import PromptEmbeds
 from k3jax.tokenizer import PromptTruncatedWarning
 
@@ -76,6 +78,15 @@ def make_images(
         print(path)
 
 
+def checked_mesh(config: RunConfig) -> jax.sharding.Mesh:
+    """The mesh, checked with that of the text encoder to split a batch evenly."""
+    meshes = make_meshes(config.pipeline.mesh, config.pipeline.encoder_mesh)
+    size = config.pipeline.batch_size or data_parallelism(meshes[0])
+    for mesh in meshes:
+        image_splits(mesh, size)
+    return meshes[0]
+
+
 def load_and_encode(
     kind: type[Pipe],
     checkpoint: Checkpoint,
@@ -94,6 +105,7 @@ def load_and_encode(
         pipe = kind.from_pretrained(
             checkpoint.path,
             mesh=mesh,
+            encoder_mesh=config.pipeline.encoder_mesh,
             dtype=config.pipeline.dtype,
             param_dtype=config.pipeline.param_dtype,
             int8_text_encoder=config.pipeline.int8_text_encoder,

@@ -38,6 +38,7 @@ SETTINGS = {
     "num_images": "generate.num_images_per_prompt",
     "seed": "generate.seed",
     "mesh": "pipeline.mesh",
+    "encoder_mesh": "pipeline.encoder_mesh",
     "dtype": "pipeline.dtype",
     "param_dtype": "pipeline.param_dtype",
     "int8_text_encoder": "pipeline.int8_text_encoder",
@@ -104,6 +105,7 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     """Where and in what precision it runs."""
     add = parser.add_argument_group("running").add_argument
     add("--mesh", help="devices, such as data=-1 (the default) or data=2,tensor=4")
+    add("--encoder-mesh", metavar="MESH", help="for the text encoder (as --mesh)")
     add_dtypes(add)
     add("--batch-size", type=int, metavar="N", help="images at a time (one per device)")
 
@@ -180,10 +182,9 @@ def _check(config: RunConfig, prompts: list[str]):
     check_prompts(prompts, config.generate.negative_prompt)
 
     from k3jax import request
+    from k3jax.cli.batches import checked_mesh
     from k3jax.denoising import loop_rows, sample_keys
-    from k3jax.programs import image_splits
     from k3jax.samplers import make_sampler
-    from k3jax.sharding import data_parallelism, make_mesh
 
     wanted, model = config.generate, config.model
     request.check_text_to_image(model)
@@ -210,8 +211,7 @@ def _check(config: RunConfig, prompts: list[str]):
     count = len(prompts) * wanted.num_images_per_prompt
     request.guidance_scales(sampler.guidance_scale, count)
     sample_keys([wanted.seed, wanted.seed + count - 1])
-    mesh = make_mesh(config.pipeline.mesh)
-    image_splits(mesh, config.pipeline.batch_size or data_parallelism(mesh))
+    mesh = checked_mesh(config)
     check_lora(config)
     call = {
         "negative_prompt": wanted.negative_prompt,

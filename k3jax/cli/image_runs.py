@@ -15,7 +15,7 @@ from tqdm import tqdm
 from k3jax import request
 from k3jax.base_pipeline import BasePipeline
 from k3jax.calls import Call
-from k3jax.cli.batches import load_and_encode, run_settings
+from k3jax.cli.batches import checked_mesh, load_and_encode, run_settings
 from k3jax.cli.generate import NOTE, asked_checkpoint, check_architecture, check_lora
 from k3jax.cli.image_options import SETTINGS
 from k3jax.cli.output import PlannedImage, check_folder, free_path, plan
@@ -28,9 +28,7 @@ from k3jax.image_input import read_image, read_mask
 from k3jax.image_task import step_counts, work_sizes
 from k3jax.images import ContactSheet, write_png
 from k3jax.inpaint_images import Pair, pairs
-from k3jax.programs import image_splits
 from k3jax.run_config import RunConfig, build, collect
-from k3jax.sharding import data_parallelism, make_mesh
 
 
 STRENGTHS = {"img2img": 0.3, "inpaint": 1.0, "outpaint": 1.0}
@@ -80,8 +78,7 @@ def run_images(args: argparse.Namespace, task: Task) -> None:
     task.pipeline.check_config(config.model)
     check_prompts(prompts, config.generate.negative_prompt)
     inputs = _inputs(args.image, task, prompts)
-    mesh = make_mesh(config.pipeline.mesh)
-    image_splits(mesh, config.pipeline.batch_size or data_parallelism(mesh))
+    mesh = checked_mesh(config)
     check_lora(config)
     call = _checked_call(config, task, inputs)
     files = {"images": args.image, "masks": task.masks}

@@ -29,6 +29,7 @@ SETTINGS = {
     "guidance_interval": "generate.guidance_interval",
     "sampler": "generate.sampler",
     "mesh": "pipeline.mesh",
+    "encoder_mesh": "pipeline.encoder_mesh",
     "dtype": "pipeline.dtype",
     "param_dtype": "pipeline.param_dtype",
     "int8_text_encoder": "pipeline.int8_text_encoder",
@@ -42,7 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--topology", metavar="CHIP:SHAPE", help="a slice, such as v5e:2x4 or v5p:2x2x1")
     add_work(add)
-    add("--encoder-mesh", metavar="MESH", help="for the text encoder (as --mesh, if that fits it)")
     add("--price-per-chip-hour", type=float, metavar="DOLLARS", help="for dollars per 1,000 images")
     add("--json", action="store_true", help="one JSON object")
 
@@ -61,6 +61,7 @@ def add_work(add) -> None:
     add("--width", type=int, metavar="PIXELS", help="a multiple of 64")
     add_sampler(add, guidance_scale="0: one U-Net pass a step, not two")
     add("--mesh", help="chips, such as data=-1 (the default) or data=2,fsdp=4")
+    add("--encoder-mesh", metavar="MESH", help="for the text encoder (as --mesh, if that fits it)")
     add("--programs", metavar="LIST", help="some of encode,denoise,decode (all)")
     add_dtypes(add)
 
@@ -126,7 +127,7 @@ def _question(args: argparse.Namespace, where, config: RunConfig):
         height=height,
         width=width,
         mesh=pipeline.mesh,
-        encoder_mesh=args.encoder_mesh,
+        encoder_mesh=pipeline.encoder_mesh,
         guidance_interval=config.generate.guidance_interval,
         dtype=pipeline.dtype,
         param_dtype=pipeline.param_dtype or pipeline.dtype,

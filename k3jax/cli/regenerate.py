@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     require("synth")
     from k3jax.synthesis.local_store import LocalStore
-    from k3jax.synthesis.remake import Prompts, device_settings, remake_images, weights_of
+    from k3jax.synthesis.remake import Prompts, devices_as_recorded, remake_images, weights_of
     from k3jax.synthesis.run_manifest import read_manifest
     from k3jax.synthesis.samples import key_of
     from k3jax.synthesis.storage import store_at, write_bytes
@@ -53,9 +53,9 @@ def run(args: argparse.Namespace) -> int:
     target.prepare()
     code = 0
     for made_on, group in _by_device(found):
-        mesh, batch_size = device_settings(made_on, args.mesh, args.batch_size)
+        devices = devices_as_recorded(made_on, args.mesh, args.batch_size)
         samples = [found[sample_id].sample for sample_id in group]
-        made = remake_images(manifest, weights, samples, mesh, batch_size)
+        made = remake_images(manifest, weights, samples, devices)
         for sample_id in group:
             encoded, row = made[sample_id], found[sample_id].row
             if encoded.fault is not None:

@@ -58,6 +58,7 @@ SETTINGS = {
     "shards_per_phase": "synthesize.shards_per_phase",
     "grace": "synthesize.grace_seconds",
     "mesh": "pipeline.mesh",
+    "encoder_mesh": "pipeline.encoder_mesh",
     "dtype": "pipeline.dtype",
     "param_dtype": "pipeline.param_dtype",
     "int8_text_encoder": "pipeline.int8_text_encoder",
@@ -106,6 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add(f"--{name}", type=int, metavar="I", help=f"number of this {name}, from 0")
         add(f"--{name}s", type=int, metavar="N", help=f"how many {name}s share the work")
     add("--mesh", help="this host's devices, such as data=-1 (the default) or data=2,tensor=4")
+    add("--encoder-mesh", metavar="MESH", help="for the text encoder (as --mesh)")
     add("--batch-size", type=int, metavar="N", help="images at a time (one per device)")
     add_dtypes(add)
     add("--check", choices=("sha256", "size", "none"), help="of finished shards (sha256)")
@@ -135,14 +137,11 @@ def run(args: argparse.Namespace) -> int:
         check_architecture(checkpoint, config)
     wanted = settings_of(config, args.size)
 
-    from k3jax.programs import image_splits
-    from k3jax.sharding import data_parallelism
-    from k3jax.synthesis.loading import Weights, loader, local_mesh, weights_fit_together
+    from k3jax.synthesis.loading import Devices, Weights, loader, weights_fit_together
     from k3jax.synthesis.run import Running, make_shards, samples_of
 
-    mesh = local_mesh(config.pipeline.mesh)
-    batch_size = config.pipeline.batch_size or data_parallelism(mesh)
-    image_splits(mesh, batch_size)
+    devices = Devices.local(config.pipeline.mesh, config.pipeline.encoder_mesh)
+    devices = devices.with_batch_size(config.pipeline.batch_size)
     if config.checkpoint is None:
         print(NOTE, file=sys.stderr)
     weights = Weights(checkpoint, config.pipeline.lora, config.pipeline.lora_scale)
@@ -155,14 +154,14 @@ def run(args: argparse.Namespace) -> int:
         file=sys.stderr,
     )
     alternate = config.synthesize.phases == "alternate" or (
-        config.synthesize.phases == "auto" and not weights_fit_together(checkpoint, wanted, mesh)
+        config.synthesize.phases == "auto" and not weights_fit_together(checkpoint, wanted, devices)
     )
     code, state = make_shards(
         opened.store,
         opened.manifest,
         samples_of(opened.source, opened.index, opened.rules, opened.manifest),
-        loader(weights, wanted, mesh, batch_size),
-        batch_size,
+        loader(weights, wanted, devices),
+        devices.batch_size,
         Running(
             share,
             config.synthesize.check,

@@ -16,7 +16,8 @@ from k3jax.checkpoint import leaf_shapes, restore
 from k3jax.checkpoint_format import Checkpoint, as_path
 from k3jax.compilation_cache import enable_compilation_cache
 from k3jax.lora_format import load_lora
-from k3jax.sharding import make_mesh
+from k3jax.programs import image_splits
+from k3jax.sharding import data_parallelism, make_meshes
 from k3jax.synthesis.image_task import pipeline_class
 from k3jax.synthesis.phases import ALL, Load
 from k3jax.synthesis.run_manifest import Settings
@@ -53,7 +54,40 @@ class Weights:
         return places if self.lora is None else places | {"lora": str(as_path(self.lora))}
 
 
-def loader(weights: Weights, settings: Settings, mesh: jax.sharding.Mesh, batch_size: int) -> Load:
+@dataclass(frozen=True)
+class Devices:
+    """How this host's devices are used.
+
+    Attributes:
+        encoder_mesh: of the text encoder, over the same devices.
+        batch_size: images of a compiled batch over all of them.
+    """
+
+    mesh: jax.sharding.Mesh
+    encoder_mesh: jax.sharding.Mesh
+    batch_size: int
+
+    @classmethod
+    def local(
+        cls, mesh: str, encoder_mesh: str | None = None, images_per_device: int | None = None
+    ) -> "Devices":
+        """Of this host alone: hosts do not wait for each other."""
+        meshes = make_meshes(mesh, encoder_mesh, jax.local_devices())
+        return cls(*meshes, data_parallelism(meshes[0]) * (images_per_device or 1))
+
+    def with_batch_size(self, batch_size: int | None) -> "Devices":
+        """None changes nothing.
+
+        Raises:
+            ValueError: it does not split over the devices.
+        """
+        chosen = self.batch_size if batch_size is None else batch_size
+        for mesh in (self.mesh, self.encoder_mesh):
+            image_splits(mesh, chosen)
+        return dataclasses.replace(self, batch_size=chosen)
+
+
+def loader(weights: Weights, settings: Settings, devices: Devices) -> Load:
     """Loads the components that are asked for, with the data set's sampler as the default."""
     enable_compilation_cache()
     checkpoint = weights.checkpoint
@@ -66,7 +100,7 @@ def loader(weights: Weights, settings: Settings, mesh: jax.sharding.Mesh, batch_
         return restore(
             checkpoint,
             name,
-            mesh=mesh,
+            mesh=devices.encoder_mesh if name == "text_encoder" else devices.mesh,
             param_dtype=np.dtype(settings.param_dtype),
             dtype=np.dtype(settings.dtype),
             int8=settings.int8_text_encoder and name == "text_encoder",
@@ -77,7 +111,13 @@ def loader(weights: Weights, settings: Settings, mesh: jax.sharding.Mesh, batch_
     def load(parts: Sequence[str]) -> BasePipeline:
         components = {name: restored(name) if name in parts else None for name in ALL}
         pipe = kind(
-            config, tokenizer, components, mesh, batch_size, fingerprint=checkpoint.fingerprint
+            config,
+            tokenizer,
+            components,
+            devices.mesh,
+            devices.batch_size,
+            fingerprint=checkpoint.fingerprint,
+            encoder_mesh=devices.encoder_mesh,
         )
         if weights.lora is not None and "unet" in parts:
             pipe.load_lora(weights.lora, weights.lora_scale)
@@ -86,24 +126,18 @@ def loader(weights: Weights, settings: Settings, mesh: jax.sharding.Mesh, batch_
     return load
 
 
-def weights_fit_together(
-    checkpoint: Checkpoint, settings: Settings, mesh: jax.sharding.Mesh
-) -> bool:
+def weights_fit_together(checkpoint: Checkpoint, settings: Settings, devices: Devices) -> bool:
     """Whether a device has room for its part of all weights at once; True where it cannot say."""
-    memory = mesh.devices.flat[0].memory_stats() or {}
+    memory = devices.mesh.devices.flat[0].memory_stats() or {}
     if "bytes_limit" not in memory:
         return True
-    size = np.dtype(settings.param_dtype).itemsize
-    needed = sum(
-        math.prod(leaf.shape)
-        * (1 if settings.int8_text_encoder and name == "text_encoder" else size)
-        for name in ALL
-        for leaf in leaf_shapes(checkpoint, name).values()
-    )
-    needed /= mesh.shape["fsdp"] * mesh.shape["tensor"]
+    needed = 0.0
+    for name in ALL:
+        encoder = name == "text_encoder"
+        shape = (devices.encoder_mesh if encoder else devices.mesh).shape
+        of_weight = np.dtype(settings.param_dtype).itemsize
+        if encoder and settings.int8_text_encoder:
+            of_weight = 1
+        count = sum(math.prod(leaf.shape) for leaf in leaf_shapes(checkpoint, name).values())
+        needed += count * of_weight / (shape["fsdp"] * shape["tensor"])
     return needed < ROOM * memory["bytes_limit"]
-
-
-def local_mesh(spec: str) -> jax.sharding.Mesh:
-    """A mesh over this host's own devices: hosts do not wait for each other."""
-    return make_mesh(spec, jax.local_devices())

@@ -140,15 +140,17 @@ class Phases:
         return PreparedShard(plan, embeddings)
 
     def _take(self, pipe: BasePipeline) -> None:
-        self._pipe, mesh = pipe, pipe.mesh
+        self._pipe, mesh, encoder = pipe, pipe.mesh, pipe.encoder_mesh
         self.made_on |= {
             "device": mesh.devices.flat[0].device_kind,
             "images_per_device": pipe.batch_size // data_parallelism(mesh),
             "mesh": {axis: mesh.shape[axis] for axis in ("fsdp", "tensor")},
         }
+        if encoder != mesh:
+            self.made_on["encoder_mesh"] = {a: encoder.shape[a] for a in ("fsdp", "tensor")}
         # Two programs with collectives, started by two threads, could reach the devices in
         # different orders, and wait for each other for ever.
-        collectives = mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
+        collectives = any(m.shape["fsdp"] * m.shape["tensor"] > 1 for m in (mesh, encoder))
         self._turn = Lock() if collectives else nullcontext()
 
     def _drop(self) -> None:

@@ -6,15 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-
 from k3jax.checkpoint_format import Checkpoint, read_checkpoint
 from k3jax.samplers import make_sampler
-from k3jax.sharding import data_parallelism
 from k3jax.synthesis.checking import finished_shards, sidecar_fault
 from k3jax.synthesis.encoding import Encoded, encode_image
 from k3jax.synthesis.image_task import read_inputs
-from k3jax.synthesis.loading import Weights, loader, local_mesh
+from k3jax.synthesis.loading import Devices, Weights, loader
 from k3jax.synthesis.phases import Phases
 from k3jax.synthesis.planning import plan_shard, read_samples
 from k3jax.synthesis.request import INSIDE, open_source
@@ -151,27 +148,33 @@ def sample_of(row: Mapping[str, Any]) -> Sample:
     return Sample(**{name: row[name] for name in names})
 
 
-def device_settings(
+def devices_as_recorded(
     made_on: Mapping[str, Any], mesh: str | None, batch_size: int | None
-) -> tuple[jax.sharding.Mesh, int]:
-    """Mesh and batch size by which pixels come out as they did, on however many devices."""
-    recorded = ",".join(f"{axis}={size}" for axis, size in made_on.get("mesh", {}).items())
-    chosen = local_mesh(mesh or f"data=-1,{recorded}")
-    per_device = made_on.get("images_per_device", 1)
-    return chosen, batch_size or per_device * data_parallelism(chosen)
+) -> Devices:
+    """Those by which pixels come out as they did, on however many devices."""
+
+    def recorded(name):
+        sizes = made_on.get(name)
+        return sizes and ",".join(["data=-1", *(f"{axis}={n}" for axis, n in sizes.items())])
+
+    devices = Devices.local(
+        mesh or recorded("mesh") or "data=-1",
+        None if mesh else recorded("encoder_mesh"),
+        made_on.get("images_per_device"),
+    )
+    return devices.with_batch_size(batch_size)
 
 
 def remake_images(
     manifest: Manifest,
     weights: Weights,
     samples: Sequence[Sample],
-    mesh: jax.sharding.Mesh,
-    batch_size: int,
+    devices: Devices,
 ) -> dict[str, Encoded]:
     """Images of samples by their ids, encoded as in the data set."""
     settings = manifest.settings
-    plan = plan_shard(0, samples, batch_size, make_sampler(settings.sampler))
-    phases = Phases(loader(weights, settings, mesh, batch_size), settings, lambda: iter([plan]))
+    plan = plan_shard(0, samples, devices.batch_size, make_sampler(settings.sampler))
+    phases = Phases(loader(weights, settings, devices), settings, lambda: iter([plan]))
     made = {}
     for prepared in phases:
         for batch in plan.batches:
@@ -209,8 +212,9 @@ def repair(
         )
     sidecars = (prompts.sidecar(s) for s in range(manifest.layout.shards))
     made_on = next((s.made_on for s in sidecars if s is not None), {})
-    chosen, size = device_settings(made_on, mesh, batch_size)
+    devices = devices_as_recorded(made_on, mesh, batch_size)
     # Read before they are deleted, one by one, as each shard is begun.
-    load = loader(weights, manifest.settings, chosen, size)
+    load = loader(weights, manifest.settings, devices)
+    size = devices.batch_size
     code, _ = make_shards(store, manifest, prompts.of_shard, load, size, running, only=shards)
     return code

@@ -111,7 +111,7 @@ def test_the_devices_hardly_wait(tmp_path, checkpoint, capsys):
         before = alone([plan(shard, count) for shard in range(5)])
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("k3jax.synthesis.loading.loader", lambda *_: lambda parts: pipe)
-            patch.setattr("k3jax.synthesis.loading.local_mesh", lambda spec: mesh)
+            patch.setattr("jax.local_devices", lambda: list(mesh.devices.flat))
             walls = []
             real = engine.Engine.run
 

@@ -29,10 +29,15 @@ class StubPipeline:
 
     batch_size: int
     mesh: jax.sharding.Mesh
+    encoder_mesh: jax.sharding.Mesh
     seconds: tuple[float, ...] = (0.0,)
     parts: tuple[str, ...] = ()
     encoded: list[list[str]] = field(default_factory=list)
     calls: list[dict] = field(default_factory=list)
+
+    @classmethod
+    def on(cls, devices, **options):
+        return cls(devices.batch_size, devices.mesh, devices.encoder_mesh, **options)
 
     def encode_prompt(self, prompts):
         self.encoded.append(list(prompts))
@@ -74,9 +79,9 @@ def install(setattr, **options) -> list[StubPipeline]:
 
     made = []
 
-    def loader(weights, settings, mesh, batch_size):
+    def loader(weights, settings, devices):
         def load(parts):
-            made.append(StubPipeline(batch_size, mesh, parts=tuple(parts), **options))
+            made.append(StubPipeline.on(devices, parts=tuple(parts), **options))
             return made[-1]
 
         return load

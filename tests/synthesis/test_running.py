@@ -103,11 +103,11 @@ def test_nothing_holds_the_weights_between_phases(words, made, monkeypatch):
 
     alive = []
 
-    def loader(weights, settings, mesh, batch_size):
+    def loader(weights, settings, devices):
         def load(parts):
             gc.collect()
             assert all(pipe() is None for pipe in alive)
-            pipe = stub_pipeline.StubPipeline(batch_size, mesh)
+            pipe = stub_pipeline.StubPipeline.on(devices)
             alive.append(weakref.ref(pipe))
             return pipe
 
