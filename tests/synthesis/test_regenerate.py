@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from k3jax import Kandinsky3Pipeline
+from k3jax.synthesis.remake import devices_as_recorded
 
 from data_sets import write_jsonl
 
@@ -109,3 +110,18 @@ def test_the_batch_does_not_matter(data_set, stored, made, checkpoint, tmp_path)
     for row in images:
         pixels = np.asarray(Image.open(io.BytesIO(row["image"]["bytes"]))).astype(int)
         assert np.abs(pixels - stored[row["id"]][1]).max() <= 1
+
+
+def test_meshes_as_they_were_recorded():
+    """Also that of the text encoder, unless another is asked for."""
+    made_on = {"images_per_device": 2, "mesh": {"fsdp": 2, "tensor": 1}}
+    devices = devices_as_recorded(made_on, None, None)
+    assert dict(devices.mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert devices.encoder_mesh == devices.mesh and devices.batch_size == 16
+    made_on["encoder_mesh"] = {"fsdp": 1, "tensor": 8}
+    devices = devices_as_recorded(made_on, None, 8)
+    assert devices.encoder_mesh.shape["tensor"] == 8 and devices.batch_size == 8
+    devices = devices_as_recorded(made_on, "data=2,fsdp=4", None)
+    assert devices.encoder_mesh == devices.mesh and devices.mesh.shape["fsdp"] == 4
+    with pytest.raises(ValueError, match="splits a batch over 8 devices"):
+        devices_as_recorded(made_on, None, 12)

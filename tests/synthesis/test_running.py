@@ -124,16 +124,16 @@ def test_phases_are_chosen_by_the_memory(words, made, stubs, monkeypatch, limit,
 
     real = loading.weights_fit_together
 
-    def fits(checkpoint, settings, mesh):
+    def fits(checkpoint, settings, used):
         class Device:
             def memory_stats(self):
                 return None if limit is None else {"bytes_limit": limit}
 
         class Mesh:
             devices = np.array([Device()], object)
-            shape = mesh.shape
+            shape = used.mesh.shape
 
-        return real(checkpoint, settings, Mesh)
+        return real(checkpoint, settings, loading.Devices(Mesh, Mesh, used.batch_size))
 
     monkeypatch.setattr(loading, "weights_fit_together", fits)
     made(*words)
