@@ -12,7 +12,7 @@ from k3jax import run_config
 from k3jax.config import ModelConfig, to_dict
 from k3jax.convert.architecture import original_sampler, sampler_config
 from k3jax.run_config import architecture_differences, build, collect, config_names
-from k3jax.sharding import data_parallelism, make_mesh
+from k3jax.sharding import data_parallelism, make_meshes
 from k3jax.synthesis.loading import ROOM
 
 
@@ -81,10 +81,15 @@ def test_machines(name):
     chips, memory = MACHINES[name]
     assert run_config.load_config(name).keys() <= {"pipeline", "synthesize"}
     run = build(collect(name))
-    mesh = make_mesh(run.pipeline.mesh, jax.devices()[:chips])
-    assert run.pipeline.batch_size % data_parallelism(mesh) == 0
+    devices = jax.devices()[:chips]
+    mesh, encoder_mesh = make_meshes(run.pipeline.mesh, run.pipeline.encoder_mesh, devices)
+    for used in (mesh, encoder_mesh):
+        assert run.pipeline.batch_size % data_parallelism(used) == 0
     assert run.pipeline.dtype == run.pipeline.param_dtype == "bfloat16"
-    weights = (ENCODER + OTHERS) / (mesh.shape["fsdp"] * mesh.shape["tensor"])
+    weights = sum(
+        size / (used.shape["fsdp"] * used.shape["tensor"])
+        for size, used in ((ENCODER, encoder_mesh), (OTHERS, mesh))
+    )
     if run.synthesize.phases == "alternate":
         encoder = ENCODER / 2 if run.pipeline.int8_text_encoder else ENCODER
         assert max(encoder, OTHERS) < ROOM * memory < weights

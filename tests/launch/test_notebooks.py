@@ -230,7 +230,7 @@ def test_colab_gpu(execute, check_data_set):
 @pytest.mark.slow
 def test_kaggle_tpu(execute, check_data_set):
     given, cells = execute("kaggle_tpu.ipynb", 8, WEIGHTS="tiny", DATA_SET_IMAGES_PER_PROMPT=4)
-    assert "mesh {'data': 2, 'fsdp': 4, 'tensor': 1}" in text(cells["show"])
+    assert "mesh {'data': 8, 'fsdp': 1, 'tensor': 1}" in text(cells["show"])
     assert "batch_size 8" in text(cells["show"])
     (sheet,) = pictures(cells["show"])
     assert min(sheet.shape[:2]) > 2 * SIZE and sheet.std() > 2
