@@ -26,7 +26,7 @@ from k3jax.lora_format import Lora, load_lora, warn_of_another_base
 from k3jax.programs import computing, decode_latents, encode_images, encode_text, image_splits
 from k3jax.prompts import LongPrompts, join_windows, plain_prompts
 from k3jax.request import OutputType
-from k3jax.sharding import batch_sharding, data_parallelism, make_mesh
+from k3jax.sharding import batch_sharding, data_parallelism, fetch, make_mesh, place
 from k3jax.text_projection import PromptEmbeds, window_length
 from k3jax.tokenizer import Tokenizer
 
@@ -209,8 +209,8 @@ class BasePipeline:
         unet = self.unet if self._unet_without_lora is None else self._unet_without_lora
         lora.check_fits(loaded.weights, unet, loaded.config, where=f"The LoRA {loaded.path}")
         warn_of_another_base(loaded, self.fingerprint)
-        placed = lora.lora_shardings(unet, loaded.weights, self.mesh)
-        self.unet = lora.apply(unet, jax.device_put(loaded.weights, placed), factor)
+        shardings = lora.lora_shardings(unet, loaded.weights, self.mesh)
+        self.unet = lora.apply(unet, jax.tree.map(place, loaded.weights, shardings), factor)
         self._unet_without_lora = unet
         return loaded
 
@@ -244,10 +244,10 @@ class BasePipeline:
         parts = []
         for index, kept in self.batches(len(windows.input_ids)):
             texts = windows.input_ids[index], windows.attention_mask[index]
-            ids, mask = jax.device_put(texts, batch_sharding(self.encoder_mesh))
+            ids, mask = place(texts, batch_sharding(self.encoder_mesh))
             with self.computing(self.text_encoder):
                 embeds = encode_text(self.text_encoder, ids, mask)
-            parts.append(np.asarray(embeds, np.float32)[:kept])
+            parts.append(fetch(embeds)[:kept].astype(np.float32))
         mask = windows.attention_mask
         lengths = np.asarray(window_length(mask.sum(1)), np.int32)
         embeds = PromptEmbeds(np.concatenate(parts), mask, lengths, windows.token_weights)
@@ -277,7 +277,7 @@ class BasePipeline:
             batch = self.put(images[index])
             with self.computing(self.movq):
                 splits = image_splits(self.mesh, len(index))
-                parts.append(np.asarray(encode_images(self.movq, batch, splits=splits))[:kept])
+                parts.append(fetch(encode_images(self.movq, batch, splits=splits))[:kept])
         return np.concatenate(parts)
 
     def decode(self, latents: np.ndarray, output_type: OutputType = "pil") -> Output:
@@ -285,7 +285,7 @@ class BasePipeline:
         parts = []
         for index, kept in self.batches(len(latents)):
             images = self.decode_batch(self.put(latents[index]), output_type)
-            parts.append(np.asarray(images)[:kept])
+            parts.append(fetch(images)[:kept])
         return output(np.concatenate(parts), output_type)
 
     def decode_batch(self, latents: jax.Array, output_type: OutputType) -> jax.Array:
@@ -320,7 +320,7 @@ class BasePipeline:
 
     def put(self, tree, batch_dim: int = 0):
         """Host arrays onto the mesh, split along the batch."""
-        return jax.device_put(tree, batch_sharding(self.mesh, batch_dim))
+        return place(tree, batch_sharding(self.mesh, batch_dim))
 
 
 def output(images: np.ndarray | list[np.ndarray], output_type: OutputType) -> Output:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
@@ -23,6 +22,7 @@ from k3jax.programs import (
 )
 from k3jax.request import Group, Images, OutputType
 from k3jax.samplers import Sampler
+from k3jax.sharding import fetch
 
 
 Callback = Callable[[StepPreview], Any]
@@ -65,7 +65,7 @@ def make_images(
                 latents = _sample(pipe, images, group, loop, numbers, bar)
                 if output_type != "latent":
                     latents = pipe.decode_batch(latents, output_type)
-                made |= zip(numbers.tolist(), np.asarray(latents), strict=False)
+                made |= zip(numbers.tolist(), fetch(latents), strict=False)
     return made
 
 
@@ -117,7 +117,7 @@ def _sample(
                 guidance_scale,
                 extra_channels,
                 carry,
-                {name: jnp.asarray(column[part]) for name, column in rows.items()},
+                {name: column[part] for name, column in rows.items()},
                 keys,
                 None if given is None else pipe.put(given, batch_dim=1),
                 known,
@@ -133,7 +133,7 @@ def _sample(
         done = first + window
         if preview is not None and done % loop.callback_steps == 0:
             timestep = float(rows["timestep"][done - 1])
-            predicted = np.asarray(carry[2])[: len(numbers)]
+            predicted = fetch(carry[2])[: len(numbers)]
             colors = preview_map(pipe)
             steps = done, sampler.num_steps
             loop.callback(StepPreview(*steps, timestep, numbers, predicted, colors))

@@ -13,6 +13,7 @@ from k3jax.image_input import resize_mask
 from k3jax.image_task import Size, to_work_size
 from k3jax.programs import encode_masked, image_splits
 from k3jax.request import Images
+from k3jax.sharding import fetch
 
 
 class EmptyMaskWarning(UserWarning):
@@ -98,5 +99,5 @@ def _masked_channels(pipe: BasePipeline, images: np.ndarray, known: np.ndarray) 
         batch = pipe.put((images[index], known[index]))
         with pipe.computing(pipe.movq):
             splits = image_splits(pipe.mesh, len(index))
-            parts.append(np.asarray(encode_masked(pipe.movq, *batch, splits=splits))[:kept])
+            parts.append(fetch(encode_masked(pipe.movq, *batch, splits=splits))[:kept])
     return np.concatenate(parts)

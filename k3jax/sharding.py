@@ -12,7 +12,9 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
@@ -97,6 +99,27 @@ def on_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:
 def batch_sharding(mesh: Mesh, batch_dim: int = 0) -> NamedSharding:
     """Splits dimension `batch_dim` over the devices that hold different images."""
     return NamedSharding(mesh, PartitionSpec(*(None,) * batch_dim, BATCH))
+
+
+def place(tree: Any, sharding: NamedSharding) -> Any:
+    """Arrays as they lie by a sharding. Where other processes hold a part, all give the same."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+
+    def one(x):
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return jax.device_put(x, sharding)
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(one, tree)
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+    """The whole of an array in this process's memory, also what other processes hold of it."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
 
 
 def data_parallelism(mesh: Mesh) -> int:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from k3jax.abstract import COMPONENTS
 from k3jax.base_pipeline import BasePipeline
 from k3jax.checkpoint_format import Checkpoint
+from k3jax.cli.joining import writes
 from k3jax.cli.output import PlannedImage, free_path
 from k3jax.config import to_dict
 from k3jax.images import ContactSheet, write_png
@@ -64,7 +65,7 @@ def make_images(
                 progress_bar=progress,
                 **{name: value for name, value in call.items() if name != "negative_prompt"},
             )
-            for planned, image in zip(batch, made.images, strict=True):
+            for planned, image in zip(batch, made.images, strict=True) if writes() else ():
                 own = {"prompt": planned.prompt, "seed": planned.seed}
                 write_png(image, planned.path, {**settings, "call": {**own, **call}})
                 tqdm.write(str(planned.path), file=sys.stdout)
@@ -72,7 +73,7 @@ def make_images(
                     number = planned.path.name.split("_")[0]
                     sheet.add(image, f"{number} seed {planned.seed} {planned.prompt}")
                 bar.update()
-    if sheet is not None:
+    if sheet is not None and writes():
         path = free_path(images[0].path.with_name("contact_sheet.png"))
         write_png(sheet.image(), path)
         print(path)

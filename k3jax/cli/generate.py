@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable
 from typing import get_args
 
+from k3jax.cli.joining import add_distributed, join
 from k3jax.cli.output import check_folder, plan
 from k3jax.cli.prompts import check_prompts, read_prompts
 from k3jax.config import SamplerName
@@ -65,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--width", type=int, metavar="PIXELS", help="a multiple of 64")
     add_sampling(add)
     add_running(parser)
+    add_distributed(parser)
 
 
 def add_inputs(parser: argparse.ArgumentParser) -> None:
@@ -122,6 +124,7 @@ def add_dtypes(add: Callable) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    join(args.distributed)
     settings = {key: getattr(args, flag) for flag, key in SETTINGS.items()}
     values = collect(args.config, args.overrides, settings)
     prompts = read_prompts(args.prompts, args.prompts_file)

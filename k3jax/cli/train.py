@@ -14,6 +14,7 @@ import argparse
 import sys
 
 from k3jax.cli.extras import require
+from k3jax.cli.joining import add_distributed, join
 from k3jax.run_config import build, collect
 
 
@@ -40,10 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, metavar="N", help="of weights, order, noise and dropout")
     add("--mesh", help="devices, such as data=-1 or data=2,fsdp=4")
     add("--dtype", choices=("bfloat16", "float32"), help="of the computation")
+    add_distributed(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     require("train")
+    join(args.distributed)
     settings = {key: getattr(args, flag) for flag, key in SETTINGS.items()}
     values = collect(args.config, args.overrides, settings)
     if "train" not in values:

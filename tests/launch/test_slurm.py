@@ -104,7 +104,7 @@ SRUN = f"""#!{sys.executable}
 import os, subprocess, sys
 
 words = sys.argv[next(k for k, word in enumerate(sys.argv) if k and not word.startswith("--")):]
-assert words[0] == "python"
+assert words[0] == "k3jax"
 variables = {{
     "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "2",
     "SLURM_LOCALID": "0", "JAX_PLATFORMS": "cpu",
@@ -112,44 +112,49 @@ variables = {{
 }}
 variables = os.environ | variables
 processes = [
-    subprocess.Popen([sys.executable, *words[1:]], env=variables | {{"SLURM_PROCID": number}})
+    subprocess.Popen(
+        [sys.executable, os.environ["STUB"], *words[1:]],
+        env=variables | {{"SLURM_PROCID": number}},
+    )
     for number in "01"
 ]
 sys.exit(max(process.wait(100) for process in processes))
 """
-# Stands where k3jax is: what `train` would find.
-MAIN = """
-    import os, pathlib
+# k3jax but for the training itself.
+STUB = """
+    import os, pathlib, sys
     import jax
     from jax.experimental import multihost_utils
+    from k3jax.cli.main import main
+    from k3jax.training import run
 
-    def main(words):
+    def train(config, progress):
         counts = jax.process_count(), jax.device_count(), jax.local_device_count()
         multihost_utils.sync_global_devices("all are here")
         name = f"said by {jax.process_index()}"
-        (pathlib.Path(os.environ["TEST"]) / name).write_text(f"{counts} {words}")
-        return 0
+        said = f"{counts} {config.pipeline.mesh} {config.train.task}"
+        (pathlib.Path(os.environ["TEST"]) / name).write_text(said)
+        return "done"
+
+    run.train = train
+    sys.exit(main(sys.argv[1:]))
 """
 
 
 @pytest.mark.slow
 def test_a_mesh_has_the_devices_of_all_nodes(submit):
-    """The script's own words of Python, as two processes of a job on loopback."""
+    """The script's own command, as two processes of a job on loopback."""
     submit.write("srun", SRUN)
-    package = submit.folder / "stub" / "k3jax" / "cli"
-    package.mkdir(parents=True)
-    (package / "main.py").write_text(textwrap.dedent(MAIN))
-    for folder in (package, package.parent):
-        (folder / "__init__.py").touch()
+    (submit.folder / "stub.py").write_text(textwrap.dedent(STUB))
     done, _ = submit(
         *TRAIN,
         LAYOUT="mesh",
         SLURM_JOB_ID=str(_job_with_a_free_port()),
-        PYTHONPATH=str(submit.folder / "stub"),
+        STUB=str(submit.folder / "stub.py"),
     )
     assert done.returncode == 0, done.stderr
     said = [path.read_text() for path in sorted(submit.folder.glob("said by *"))]
-    assert said == [f"(2, 4, 2) {TRAIN}"] * 2
+    assert said == ["(2, 4, 2) fsdp=-1 text_to_image"] * 2
 
 
 def _job_with_a_free_port() -> int:
