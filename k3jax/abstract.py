@@ -53,11 +53,13 @@ def abstract_module(
     """
     param_dtype = jnp.dtype(param_dtype)
     dtype = param_dtype if dtype is None else jnp.dtype(dtype)
-    return nnx.eval_shape(
-        lambda: COMPONENTS[component](
-            getattr(config, component), dtype=dtype, param_dtype=param_dtype, rngs=_ShapeRngs()
+    # Where a mesh is set, Flax takes the layers' names of dimensions for axes of it.
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        return nnx.eval_shape(
+            lambda: COMPONENTS[component](
+                getattr(config, component), dtype=dtype, param_dtype=param_dtype, rngs=_ShapeRngs()
+            )
         )
-    )
 
 
 def parameter_count(module: nnx.Module) -> int:

@@ -51,9 +51,13 @@ def test_bytes_on_a_chip():
     assert work("data=2,fsdp=2,tensor=2").images == 2 * 4  # tensor: the same images
     latents = 2 * 128 * 128 * 4 * 4
     assert input_bytes("decode", work("data=8")) == latents
-    context = 2 * 128 * (4096 * 2 + 4) + 2 * 4
+    # Of each of the two unconditional samples: the pooled context, the bias, and keys and values in
+    # bfloat16 of three cross-attentions in each level that has them, down and up (where the first
+    # has the channels of the skip as well).
+    channels = 2 * 3 * (768 + 1536 + 3072) + 768 + 1536
+    context = 2 * (1536 * 4 + 128 * 4 + 128 * channels * 2 * 2)
     guided, plain = (input_bytes(name, work("data=8")) for name in ("denoise", "denoise_plain"))
-    assert guided - plain == context + 2 * 4
+    assert guided - plain == context + 2 * 4  # and the guidance scale
     assert Work.from_json(work("data=8").to_json()) == work("data=8")
 
 
