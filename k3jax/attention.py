@@ -55,6 +55,8 @@ def attention(
         return jax.nn.dot_product_attention(
             query, key, value, scale=scale, implementation="cudnn"
         ).astype(value.dtype)
+    if bias is not None:  # one row for each image, as these forms take it
+        bias = jnp.broadcast_to(bias, (query.shape[0], 1, 1, key.shape[1]))
     elsewhere = functools.partial(chunked_attention, scale=scale)
     return jax.lax.platform_dependent(
         query,
@@ -125,7 +127,7 @@ def _kernel_on_mesh(query: jax.Array, *, scale: float):
         flat = [x.reshape(*x.shape[:2], -1) for x in (query, key, value)]
         out = tpu_attention.tpu_attention(
             *flat,
-            None if bias is None else jnp.broadcast_to(bias[:, 0, 0], (b // images, key.shape[1])),
+            None if bias is None else bias[:, 0, 0],
             heads=heads // tensor,
             scale=scale,
         )

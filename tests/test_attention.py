@@ -164,6 +164,8 @@ def test_where_the_kernel_is_used():
     many = (8, 1024, MANY_SCORES // 1024, 4, 64)
     assert "tpu_custom_call" in lowered_for("tpu", *many)
     assert "tpu_custom_call" in lowered_for("tpu", *many, mesh="data=-1,tensor=2")
+    same_for_all = jnp.zeros((1, 1, 1, MANY_SCORES // 1024))
+    assert "tpu_custom_call" in lowered_for("tpu", *many, bias=same_for_all)
     few = (8, 512, MANY_SCORES // 1024, 4, 64)
     assert "tpu_custom_call" not in lowered_for("tpu", *few)
     assert "tpu_custom_call" not in lowered_for("cpu", *many)
