@@ -14,7 +14,9 @@ import re
 import sys
 import sysconfig
 import time
+import tomllib
 from pathlib import Path
+from types import ModuleType
 
 import jax
 import nbformat
@@ -69,6 +71,47 @@ def test_form(path):
     commands = set(re.findall(r"k3jax ([a-z0-9]+) ", "\n".join(cell.source for cell in cells)))
     assert commands >= {"convert", "generate", "synthesize", "verify", "gallery"}
     assert commands <= set(COMMANDS)
+
+
+@each_notebook
+def test_what_is_installed(path):
+    """The extras are those of pyproject.toml, and bring all that the notebook calls for."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    (named,) = re.fullmatch(r"k3jax\[([a-z,]+)\]", parameters(read(path))["INSTALL"]).groups()
+    assert set(named.split(",")) <= set(extras)
+    assert {"convert", "synth", "gcs"} < set(named.split(","))
+
+
+@pytest.mark.parametrize("name", ["colab_gpu.ipynb", "colab_tpu.ipynb"])
+@pytest.mark.parametrize(
+    "out, called",
+    [
+        ("/content/drive/MyDrive/k3jax", ["mount /content/drive", "flush_and_unmount"]),
+        ("gs://my-bucket/k3jax", ["authenticate_user"]),
+        ("/content/pictures", []),
+    ],
+)
+def test_a_place_that_lasts(name, out, called, monkeypatch):
+    """The cells that speak to Colab, over a stand-in of its module, which no package brings."""
+    calls = []
+    drive, auth = ModuleType("google.colab.drive"), ModuleType("google.colab.auth")
+    drive.mount = lambda mountpoint: calls.append(f"mount {mountpoint}")
+    drive.flush_and_unmount = lambda: calls.append("flush_and_unmount")
+    auth.authenticate_user = lambda: calls.append("authenticate_user")
+    colab = ModuleType("google.colab")
+    colab.drive, colab.auth = drive, auth
+    monkeypatch.setitem(sys.modules, "google.colab", colab)
+    monkeypatch.setitem(sys.modules, "google", ModuleType("google"))
+    for variable in ("JAX_COMPILATION_CACHE_DIR", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.setenv(variable, "before")
+    cells = {cell.id: cell for cell in code_cells(read(ROOT / "launch" / name))}
+    names = {"OUT": out, "CACHE": ""}
+    for cell in ("storage", "flush"):
+        exec(compile(cells[cell].source, cell, "exec"), names)
+    assert calls == called
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == f"{out}/xla"
 
 
 class ThisPython(AsyncKernelManager):
@@ -219,8 +262,9 @@ def test_colab_tpu(execute, check_data_set, tmp_path):
 
 
 @pytest.mark.slow
-def test_colab_gpu(execute, check_data_set):
-    given, cells = execute("colab_gpu.ipynb", 1, WEIGHTS="tiny")
+def test_colab_gpu(execute, check_data_set, tmp_path):
+    """What must last goes to an address, as it would to a bucket."""
+    given, cells = execute("colab_gpu.ipynb", 1, WEIGHTS="tiny", OUT=(tmp_path / "bucket").as_uri())
     scene, _ = check_pictures(cells["show"], 2)
     check_repainted(cells["inpaint"], scene)
     assert "finished: 8 images made" in text(cells["data-set"])
