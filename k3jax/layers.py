@@ -138,22 +138,29 @@ class Upsample2x(nnx.Module):
         return y + self.bias[...].astype(self.dtype)
 
 
-def group_statistics(x: jax.Array, groups: int, epsilon: float) -> tuple[jax.Array, jax.Array]:
+def group_statistics(
+    x: jax.Array, groups: int, epsilon: float, strips: int = 1
+) -> tuple[jax.Array, jax.Array]:
     """Mean and 1/std of GroupNorm (arXiv:1803.08494), per channel.
 
     (b, h, w, c) -> two float32 (b, 1, 1, c). Pixels are summed channel by channel and only then are
     the channels of a group put together: the large arrays keep their shape. The variance takes a
     second pass: the one-pass form loses digits where the mean is large.
-    """
-    b, _, _, c = x.shape
 
-    def over_groups(per_channel):
-        means = per_channel.reshape(b, groups, c // groups).mean(-1)
-        return jnp.repeat(means, c // groups, axis=-1).reshape(b, 1, 1, c)
+    Args:
+        strips: entries of the batch that are one image together (k3jax/movq_strips.py).
+    """
+    b, h, w, c = x.shape
+
+    def over_groups(pixels):
+        per_channel = pixels.reshape(b // strips, strips, h, w, c).mean((1, 2, 3))
+        means = per_channel.reshape(b // strips, groups, c // groups).mean(-1)
+        means = jnp.repeat(means, c // groups, axis=-1).reshape(-1, 1, 1, c)
+        return jnp.repeat(means, strips, axis=0) if strips > 1 else means
 
     x = x.astype(jnp.float32)
-    mean = over_groups(x.mean((1, 2)))
-    variance = over_groups(jnp.square(x - mean).mean((1, 2)))
+    mean = over_groups(x)
+    variance = over_groups(jnp.square(x - mean))
     return mean, jax.lax.rsqrt(variance + epsilon)
 
 
@@ -167,9 +174,9 @@ class GroupNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((channels,), param_dtype), **axes(None))
         self.groups, self.epsilon, self.dtype = groups, epsilon, dtype
 
-    def affine(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def affine(self, x: jax.Array, strips: int = 1) -> tuple[jax.Array, jax.Array]:
         """(factor, offset), float32 (b, 1, 1, c), with norm(x) = x factor + offset."""
-        mean, inverse_std = group_statistics(x, self.groups, self.epsilon)
+        mean, inverse_std = group_statistics(x, self.groups, self.epsilon, strips)
         factor = inverse_std * self.scale[...].astype(jnp.float32)
         return factor, self.bias[...].astype(jnp.float32) - mean * factor
 

@@ -21,6 +21,7 @@ from k3jax.movq_blocks import (
     convolve_upsampled,
     norm_silu_conv,
 )
+from k3jax.movq_strips import into_strips, out_of_strips, strips_on_tpu
 from k3jax.sharding import axes
 
 
@@ -70,14 +71,14 @@ class DecoderLevel(nnx.Module):
         )
         self.upsample = None if last else conv(channels_out, channels_out, 3, **kwargs)
 
-    def __call__(self, x: jax.Array, latents: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, latents: jax.Array, strips: int) -> jax.Array:
         for i, resnet in enumerate(self.resnets):
-            x = resnet(x, latents)
+            x = resnet(x, latents, strips)
             if self.attentions is not None:
-                x = self.attentions[i](x, latents)
+                x = self.attentions[i](x, latents, strips)
         if self.upsample is None:
             return x
-        return convolve_upsampled(self.upsample, x)
+        return convolve_upsampled(self.upsample, x, strips)
 
 
 class MidBlock(nnx.Module):
@@ -87,10 +88,12 @@ class MidBlock(nnx.Module):
         self.resnets = nnx.List(ResBlock(channels, channels, norm, **kwargs) for _ in range(2))
         self.attentions = nnx.List([AttentionBlock(channels, norm, **kwargs)])
 
-    def __call__(self, x: jax.Array, latents: jax.Array | None = None) -> jax.Array:
-        x = self.resnets[0](x, latents)
-        x = self.attentions[0](x, latents)
-        return self.resnets[1](x, latents)
+    def __call__(
+        self, x: jax.Array, latents: jax.Array | None = None, strips: int = 1
+    ) -> jax.Array:
+        x = self.resnets[0](x, latents, strips)
+        x = self.attentions[0](x, latents, strips)
+        return self.resnets[1](x, latents, strips)
 
 
 class Encoder(nnx.Module):
@@ -143,11 +146,15 @@ class Decoder(nnx.Module):
         self.norm_out = norm(widths[-1], **kwargs)
         self.conv_out = conv(widths[-1], config.out_channels, 3, **kwargs)
 
-    def __call__(self, x: jax.Array, latents: jax.Array) -> jax.Array:
-        x = self.mid_block(self.conv_in(x), latents)
+    def __call__(self, x: jax.Array, latents: jax.Array, strips: int = 1) -> jax.Array:
+        """Two maps (b, h, w, 4) -> (b, 8h, 8w, 3); between them `strips` of each map."""
+        x, latents = into_strips(self.conv_in(x), strips), into_strips(latents, strips)
+        x = self.mid_block(x, latents, strips)
         for level in self.up_blocks:
-            x = level(x, latents)
-        return norm_silu_conv(self.norm_out, self.conv_out, x, latents)
+            x = level(x, latents, strips)
+        return out_of_strips(
+            norm_silu_conv(self.norm_out, self.conv_out, x, latents, strips), strips
+        )
 
 
 def normalize(images: jax.Array) -> jax.Array:
@@ -184,4 +191,10 @@ class MoVQ(nnx.Module):
     def decode(self, latents: jax.Array) -> jax.Array:
         """Latents (b, h/8, w/8, 4) -> images, about [-1, 1], not clipped, float32 (b, h, w, 3)."""
         latents = latents.astype(self.dtype)
-        return self.decoder(self.post_quant_conv(latents), latents).astype(jnp.float32)
+        images = jax.lax.platform_dependent(
+            self.post_quant_conv(latents),
+            latents,
+            tpu=functools.partial(self.decoder, strips=strips_on_tpu(latents)),
+            default=self.decoder,
+        )
+        return images.astype(jnp.float32)

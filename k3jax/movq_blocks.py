@@ -4,7 +4,7 @@
 At 1024x1024 one activation of the decoder is a gigabyte. Maps beyond STRIP_PIXELS are therefore
 convolved strip by strip (`convolve`): what goes into a convolution (upsampled or normalised maps)
 only ever exists for the rows at hand. The result is the same; only the statistics of the norms need
-the whole map.
+the whole map. On a TPU the decoder's maps are laid out in strips instead (k3jax/movq_strips.py).
 """
 
 from collections.abc import Callable
@@ -16,6 +16,12 @@ from flax import nnx
 
 from k3jax.attention import attention
 from k3jax.layers import GroupNorm, conv, linear
+from k3jax.movq_strips import (
+    convolve_enlarged_strips,
+    convolve_strips,
+    enlarge_and_apply,
+    window_sums,
+)
 
 
 NORM_EPSILON = 1e-6
@@ -54,15 +60,17 @@ def convolve(layer: nnx.Conv, rows: Rows, height: int, width: int) -> jax.Array:
     return out
 
 
-def convolve_upsampled(layer: nnx.Conv, x: jax.Array) -> jax.Array:
+def convolve_upsampled(layer: nnx.Conv, x: jax.Array, strips: int = 1) -> jax.Array:
     """A 3x3 convolution (padding 1) of x enlarged twice by nearest neighbours.
 
     Each pixel of x stands for four, and a 3x3 window sees four different pixels of x: the output at
     each of the four places is a 2x2 convolution of x itself, with sums of the weights. The values
     are the same from 4 products in the place of 9, and the enlarged map never exists.
     """
+    if strips > 1:
+        return convolve_enlarged_strips(layer, x, strips)
     b, height, width, _ = x.shape
-    kernels = _window_sums(layer.kernel[...].astype(jnp.float32)).astype(layer.dtype)
+    kernels = window_sums(layer.kernel[...]).astype(layer.dtype)
     strip = _strip(height, 4 * width)
 
     def enlarged(x):
@@ -93,15 +101,6 @@ def convolve_upsampled(layer: nnx.Conv, x: jax.Array) -> jax.Array:
     shape = (b, 2 * height, 2 * width, layer.out_features)
     out, _ = jax.lax.scan(one, jnp.broadcast_to(start, shape), jnp.arange(0, height, strip))
     return out
-
-
-def _window_sums(kernel: jax.Array) -> jax.Array:
-    """(3, 3, in, out) -> (2, 2, 2, 2, in, out): place (down, right), then the 2x2 kernel there."""
-    # Of the three rows in a window at place 0, the first lies in the pixel of x above and two in
-    # its own; at place 1 two lie in its own and the last in the pixel below.
-    sums = jnp.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], jnp.float32)
-    highest = jax.lax.Precision.HIGHEST
-    return jnp.einsum("dyr, exs, rsio -> deyxio", sums, sums, kernel, precision=highest)
 
 
 def _strip(height: int, pixels_per_row: int) -> int:
@@ -137,8 +136,8 @@ class PlainNorm(GroupNorm):
     def __init__(self, channels: int, groups: int, *, dtype, param_dtype, rngs):
         super().__init__(channels, groups, NORM_EPSILON, dtype=dtype, param_dtype=param_dtype)
 
-    def rows_of(self, x: jax.Array, latents: None = None) -> Rows:
-        factor, offset = self.affine(x)
+    def rows_of(self, x: jax.Array, latents: None = None, strips: int = 1) -> Rows:
+        factor, offset = self.affine(x, strips)
         return lambda index: (take_rows(x, index) * factor + offset).astype(self.dtype)
 
 
@@ -158,10 +157,20 @@ class SpatialNorm(nnx.Module):
         self.conv_b = linear(latent_channels, channels, (None, None), **kwargs)
         self.dtype = dtype
 
-    def rows_of(self, x: jax.Array, latents: jax.Array) -> Rows:
+    def silu_of(self, x: jax.Array, latents: jax.Array, strips: int) -> jax.Array:
+        """silu(norm(x)) of a map in strips."""
+        factor, offset = self.norm.affine(x, strips)
+        scale, shift = self.conv_y(latents), self.conv_b(latents)
+
+        def one(x, scale, shift, factor, offset):
+            return jax.nn.silu((x * factor + offset) * scale + shift).astype(self.dtype)
+
+        return enlarge_and_apply(one, x, (scale, shift), (factor, offset))
+
+    def rows_of(self, x: jax.Array, latents: jax.Array, strips: int = 1) -> Rows:
         """The normalised map by rows; x (b, h, w, c), latents (b, h/f, w/f, latent channels)."""
         enlarge = x.shape[1] // latents.shape[1]
-        factor, offset = self.norm.affine(x)
+        factor, offset = self.norm.affine(x, strips)
         scale, shift = self.conv_y(latents), self.conv_b(latents)
 
         def rows(index):
@@ -185,10 +194,16 @@ class ResBlock(nnx.Module):
             conv(channels_in, channels_out, 1, **kwargs) if channels_in != channels_out else None
         )
 
-    def __call__(self, x: jax.Array, latents: jax.Array | None = None) -> jax.Array:
-        out = norm_silu_conv(self.norm1, self.conv1, x, latents)
-        out = norm_silu_conv(self.norm2, self.conv2, out, latents)
-        return out + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+    def __call__(
+        self, x: jax.Array, latents: jax.Array | None = None, strips: int = 1
+    ) -> jax.Array:
+        out = norm_silu_conv(self.norm1, self.conv1, x, latents, strips)
+        out = norm_silu_conv(self.norm2, self.conv2, out, latents, strips)
+        if self.conv_shortcut is None:
+            return out + x
+        if strips > 1:
+            return out + convolve_strips(self.conv_shortcut, x, strips)
+        return out + self.conv_shortcut(x)
 
 
 class AttentionBlock(nnx.Module):
@@ -201,14 +216,21 @@ class AttentionBlock(nnx.Module):
         self.to_v = linear(channels, channels, ("embed", "heads"), **kwargs)
         self.to_out = linear(channels, channels, ("heads", "embed"), **kwargs)
 
-    def __call__(self, x: jax.Array, latents: jax.Array | None = None) -> jax.Array:
-        tokens = rearrange(self.norm.rows_of(x, latents)(None), "b h w c -> b (h w) 1 c")
+    def __call__(
+        self, x: jax.Array, latents: jax.Array | None = None, strips: int = 1
+    ) -> jax.Array:
+        normed = self.norm.rows_of(x, latents, strips)(None)
+        tokens = rearrange(normed, "(b s) h w c -> b (s h w) 1 c", s=strips)
         q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
         out = attention(q, k, v, scale=x.shape[-1] ** -0.5)
         return x + self.to_out(out).reshape(x.shape)
 
 
-def norm_silu_conv(norm, layer: nnx.Conv, x: jax.Array, latents: jax.Array | None) -> jax.Array:
-    """layer(silu(norm(x))), in strips where the map is large."""
+def norm_silu_conv(
+    norm, layer: nnx.Conv, x: jax.Array, latents: jax.Array | None, strips: int = 1
+) -> jax.Array:
+    """layer(silu(norm(x))), a part at a time where the map is large."""
+    if strips > 1:
+        return convolve_strips(layer, norm.silu_of(x, latents, strips), strips)
     rows = norm.rows_of(x, latents)
     return convolve(layer, lambda index: jax.nn.silu(rows(index)), *x.shape[1:3])

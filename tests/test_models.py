@@ -220,6 +220,18 @@ def test_movq_decode(movqs, monkeypatch, strip_pixels):
     assert tiny.relative_error(got, tiny.nhwc(expected)) < TOLERANCE
 
 
+@pytest.mark.parametrize("strips", [2, 4])
+def test_movq_decodes_in_strips(movqs, strips):
+    """The layout for TPUs: as the image in one piece, two of a batch beside each other."""
+    theirs, ours = movqs
+    latents = np.random.default_rng(9).standard_normal((2, 8, 6, 4), np.float32)
+    with torch.no_grad():
+        expected = theirs.decode(tiny.nchw(latents), force_not_quantize=True).sample.numpy()
+    decode = jax.jit(lambda m, x: m.decoder(m.post_quant_conv(x), x, strips=strips))
+    got = decode(ours, latents)
+    assert tiny.relative_error(got, tiny.nhwc(expected)) < TOLERANCE
+
+
 def test_movq_in_bfloat16(movqs):
     theirs, ours = movqs
     latents = np.random.default_rng(11).standard_normal((1, 4, 6, 4), np.float32)
