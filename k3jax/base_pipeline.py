@@ -19,7 +19,12 @@ from k3jax import lora, request
 from k3jax.abstract import COMPONENTS
 from k3jax.checkpoint_format import read_checkpoint
 from k3jax.compilation_cache import enable_compilation_cache
-from k3jax.components import component_digests, load_components, share_components
+from k3jax.components import (
+    component_digests,
+    load_components,
+    share_components,
+    text_encoder_form,
+)
 from k3jax.config import ModelConfig
 from k3jax.image_input import read_images
 from k3jax.lora_format import Lora, load_lora, warn_of_another_base
@@ -27,6 +32,7 @@ from k3jax.programs import computing, decode_latents, encode_images, encode_text
 from k3jax.prompts import LongPrompts, join_windows, plain_prompts
 from k3jax.request import OutputType
 from k3jax.sharding import batch_sharding, data_parallelism, fetch, make_mesh, place
+from k3jax.streaming import Batch, StreamedTextEncoder
 from k3jax.text_projection import PromptEmbeds, window_length
 from k3jax.tokenizer import Tokenizer
 
@@ -104,6 +110,7 @@ class BasePipeline:
         batch_size: int | None = None,
         verify: bool | None = None,
         int8_text_encoder: bool = False,
+        stream_text_encoder: bool = False,
         components: Collection[str] | None = None,
     ) -> Self:
         """Loads a checkpoint made by `k3jax convert`, straight into the mesh's shardings.
@@ -118,13 +125,16 @@ class BasePipeline:
             param_dtype: of the weights; that of the computation by default.
             verify: check the files' checksums first; see `k3jax.checkpoint.restore`.
             int8_text_encoder: its matrices in int8, half the memory; see `k3jax.quantization`.
+            stream_text_encoder: read it layer by layer whenever prompts are encoded, instead of
+                holding it; see `k3jax.streaming`.
             components: load only these, by the names in `k3jax.abstract.COMPONENTS`. Where not all
                 fit, prompts are encoded with ("text_encoder",), and their embeddings given to a
                 pipeline of the others.
 
         Raises:
             CheckpointError: not a checkpoint, damaged, or of another architecture.
-            ValueError: a mesh that does not divide the devices, or a component that there is not.
+            ValueError: a mesh that does not divide the devices, a component that there is not, or a
+                text encoder both in int8 and streamed.
         """
         enable_compilation_cache()
         checkpoint = read_checkpoint(path)
@@ -134,7 +144,13 @@ class BasePipeline:
             encoder_mesh = make_mesh(encoder_mesh, mesh.devices.flat)
         meshes = dict.fromkeys(COMPONENTS, mesh) | {"text_encoder": encoder_mesh or mesh}
         modules = load_components(
-            checkpoint, meshes, dtype, param_dtype, verify, int8_text_encoder, components
+            checkpoint,
+            meshes,
+            dtype,
+            param_dtype,
+            verify,
+            text_encoder_form(int8_text_encoder, stream_text_encoder),
+            components,
         )
         return cls(
             checkpoint.config,
@@ -241,17 +257,22 @@ class BasePipeline:
         prompts = request.prompt_list(prompts)
         policy = self.long_prompts if long_prompts is None else long_prompts
         windows = plain_prompts(self.tokenizer, prompts, policy, word_weights)
-        parts = []
-        for index, kept in self.batches(len(windows.input_ids)):
-            texts = windows.input_ids[index], windows.attention_mask[index]
-            ids, mask = place(texts, batch_sharding(self.encoder_mesh))
-            with self.computing(self.text_encoder):
-                embeds = encode_text(self.text_encoder, ids, mask)
-            parts.append(fetch(embeds)[:kept].astype(np.float32))
-        mask = windows.attention_mask
+        ids, mask = windows.input_ids, windows.attention_mask
+        rows, kept = zip(*self.batches(len(ids)), strict=True)
+        encoded = self._encode_texts([(ids[index], mask[index]) for index in rows])
+        parts = [embeds[:n].astype(np.float32) for embeds, n in zip(encoded, kept, strict=True)]
         lengths = np.asarray(window_length(mask.sum(1)), np.int32)
         embeds = PromptEmbeds(np.concatenate(parts), mask, lengths, windows.token_weights)
         return join_windows(embeds, windows.prompt_of)
+
+    def _encode_texts(self, batches: Sequence[Batch]) -> Iterator[np.ndarray]:
+        with self.computing(self.text_encoder):
+            if isinstance(self.text_encoder, StreamedTextEncoder):
+                yield from self.text_encoder.encode(batches)
+                return
+            for batch in batches:
+                ids, mask = place(batch, batch_sharding(self.encoder_mesh))
+                yield fetch(encode_text(self.text_encoder, ids, mask))
 
     def encode_image(self, image: Any) -> np.ndarray:
         """Latents float32 (b, h/8, w/8, 4) of one image or several of one size.

@@ -6,6 +6,7 @@ lie on disk one by one (`layers.7.mlp.wo.kernel`), so that neither a converter n
 host ever holds more than one layer's array besides its own shards.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping
@@ -46,6 +47,7 @@ __all__ = [
     "leaf_shapes",
     "read_checkpoint",
     "restore",
+    "restore_layers",
     "save_module",
     "verify",
 ]
@@ -101,7 +103,34 @@ def restore(
     if int8:
         module = with_int8_layers(module)
         leaves = _leaves(module, mesh, rules)
+    return _filled(module, leaves, pieces, folder)
 
+
+def restore_layers(
+    checkpoint: Checkpoint, layers: range, *, mesh: Mesh, param_dtype, dtype, rules=RULES
+) -> nnx.Module:
+    """The text encoder with some consecutive layers and nothing else, or without any.
+
+    Args:
+        layers: those that are read, and the only weights of the module that can be used; none:
+            all weights but those of layers, of which the module has none.
+    """
+    encoder = dataclasses.replace(checkpoint.config.text_encoder, num_layers=len(layers))
+    config = dataclasses.replace(checkpoint.config, text_encoder=encoder)
+    module = abstract_module("text_encoder", config, param_dtype, dtype)
+    leaves = _leaves(module, mesh, rules)
+    wanted = {name: leaf for name, leaf in leaves.items() if _is_stacked(name) == bool(layers)}
+    pieces = [piece for name, leaf in wanted.items() for piece in _pieces(name, leaf, layers.start)]
+    return _filled(module, leaves, pieces, checkpoint.component_path("text_encoder"))
+
+
+def _filled(
+    module: nnx.Module,
+    leaves: Mapping[str, jax.ShapeDtypeStruct],
+    pieces: list["_Piece"],
+    folder: epath.Path,
+) -> nnx.Module:
+    """An abstract module with what is read in it; what is not read stays abstract."""
     arrays: dict[str, jax.Array] = {}
     for batch in _batches(pieces):
         loaded = orbax_io.load_arrays(folder, {piece.name: piece.struct for piece in batch})
@@ -117,7 +146,10 @@ def restore(
                 arrays[name] = part
         jax.block_until_ready(arrays)  # before the next batch takes memory
     graph, state = nnx.split(module)
-    flat = [(path, v.replace(arrays[_dotted(path)])) for path, v in nnx.to_flat_state(state)]
+    flat = [
+        (path, v.replace(arrays.get(_dotted(path), v.get_value())))
+        for path, v in nnx.to_flat_state(state)
+    ]
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
@@ -207,14 +239,14 @@ def _leaves(module, mesh, rules) -> dict[str, jax.ShapeDtypeStruct]:
     return leaves
 
 
-def _pieces(name: str, leaf: jax.ShapeDtypeStruct) -> Iterator[_Piece]:
+def _pieces(name: str, leaf: jax.ShapeDtypeStruct, first_layer: int = 0) -> Iterator[_Piece]:
     if not _is_stacked(name):
         yield _Piece(name, leaf, name, None)
         return
     sharding = _without_first_axis(leaf.sharding)
     struct = jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=sharding)
     for layer in range(leaf.shape[0]):
-        yield _Piece(_layer_name(name, layer), struct, name, layer)
+        yield _Piece(_layer_name(name, first_layer + layer), struct, name, layer)
 
 
 def _as_wanted(

@@ -2,7 +2,7 @@
 """The components of a checkpoint as modules on a mesh: loaded, or shared with another pipeline."""
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,46 @@ from k3jax.checkpoint import restore
 from k3jax.checkpoint_format import Checkpoint
 from k3jax.manifest import read_manifest
 from k3jax.quantization import is_int8
+from k3jax.streaming import StreamedTextEncoder
+
+
+Form = Literal["whole", "int8", "streamed"]
+"""How the text encoder is held: as it is, in int8, or layer by layer (k3jax/streaming.py)."""
+
+
+def text_encoder_form(int8: bool, streamed: bool) -> Form:
+    """The form that two flags ask for.
+
+    Raises:
+        ValueError: both.
+    """
+    if int8 and streamed:
+        raise ValueError(
+            "the text encoder is either in int8 or streamed: choose one of int8_text_encoder "
+            "(--int8-text-encoder) and stream_text_encoder (--stream-text-encoder)."
+        )
+    return "int8" if int8 else "streamed" if streamed else "whole"
+
+
+def load_component(
+    checkpoint: Checkpoint,
+    name: str,
+    mesh: jax.sharding.Mesh,
+    dtypes: tuple[Any, Any],
+    verify: bool | None = None,
+    form: Form = "whole",
+) -> nnx.Module | StreamedTextEncoder:
+    """One component on its mesh.
+
+    Args:
+        dtypes: of the computation, and of the weights.
+        form: of the text encoder.
+    """
+    dtype, param_dtype = (jnp.dtype(kind) for kind in dtypes)
+    kwargs = dict(mesh=mesh, param_dtype=param_dtype, dtype=dtype, verify=verify)
+    if form == "streamed":
+        return StreamedTextEncoder(checkpoint, **kwargs)
+    return restore(checkpoint, name, **kwargs, int8=form == "int8")
 
 
 def load_components(
@@ -21,13 +61,14 @@ def load_components(
     dtype: str | Mapping[str, str],
     param_dtype: str | None,
     verify: bool | None,
-    int8_text_encoder: bool = False,
+    text_encoder: Form = "whole",
     wanted: Collection[str] | None = None,
 ) -> dict[str, nnx.Module | None]:
     """Components, straight into their meshes' shardings; see `BasePipeline.from_pretrained`.
 
     Args:
         meshes: of each component.
+        text_encoder: see `text_encoder_form`.
         wanted: those to load, by default all; the others are None.
 
     Raises:
@@ -43,9 +84,11 @@ def load_components(
             raise ValueError(
                 f"components names {name!r}, which is not one of {', '.join(COMPONENTS)}."
             )
-    int8 = {"text_encoder"} if int8_text_encoder else set()
+    forms: dict[str, Form] = {"text_encoder": text_encoder}
     return {
-        name: _restore(checkpoint, name, meshes[name], dtypes[name], verify, name in int8)
+        name: load_component(
+            checkpoint, name, meshes[name], dtypes[name], verify, forms.get(name, "whole")
+        )
         if name in wanted
         else None
         for name in COMPONENTS
@@ -65,14 +108,14 @@ def share_components(
     modules = {name: getattr(pipe, name) for name in COMPONENTS}
     new = [name for name in COMPONENTS if digests[name] != pipe.digests.get(name)]
     dtypes = {name: _dtypes_of(modules[name]) for name in new}
-    int8 = {name for name in new if is_int8(modules[name])}
+    forms = {name: _form_of(modules[name]) for name in new}
     for name in new:
         modules[name] = None
         if release:
             pipe.release(name)
     for name in new:
         mesh = pipe.mesh_of(name)
-        modules[name] = _restore(checkpoint, name, mesh, dtypes[name], verify, name in int8)
+        modules[name] = load_component(checkpoint, name, mesh, dtypes[name], verify, forms[name])
     return modules
 
 
@@ -94,20 +137,15 @@ def _by_component(dtype: str | Mapping[str, str]) -> dict[str, str]:
     return {name: given.get(name, "bfloat16") for name in COMPONENTS}
 
 
-def _dtypes_of(module: nnx.Module) -> tuple[Any, Any]:
+def _form_of(module: nnx.Module | StreamedTextEncoder) -> Form:
+    if isinstance(module, StreamedTextEncoder):
+        return "streamed"
+    return "int8" if is_int8(module) else "whole"
+
+
+def _dtypes_of(module: nnx.Module | StreamedTextEncoder) -> tuple[Any, Any]:
     """(of the computation, of the weights that are not quantised)."""
+    if isinstance(module, StreamedTextEncoder):
+        return module.dtype, module.param_dtype
     kinds = [leaf.dtype for leaf in jax.tree.leaves(nnx.state(module))]
     return module.dtype, next(kind for kind in kinds if kind != jnp.int8)
-
-
-def _restore(checkpoint: Checkpoint, name: str, mesh, dtypes: tuple[Any, Any], verify, int8: bool):
-    dtype, param_dtype = (jnp.dtype(kind) for kind in dtypes)
-    return restore(
-        checkpoint,
-        name,
-        mesh=mesh,
-        param_dtype=param_dtype,
-        dtype=dtype,
-        verify=verify,
-        int8=int8,
-    )

@@ -36,6 +36,8 @@ class PipelineConfig:
     """Of the weights; that of the computation by default."""
     int8_text_encoder: bool = False
     """The matrices of the text encoder in int8; see `k3jax.quantization`."""
+    stream_text_encoder: bool = False
+    """Read it layer by layer whenever prompts are encoded; see `k3jax.streaming`."""
     batch_size: int | None = None
     """Images per compiled batch over the whole mesh; one per device by default."""
     lora: str | None = None

@@ -120,11 +120,13 @@ class TextEncoder(nnx.Module):
             (b, n, d_model) in the compute dtype. Rows of padding are meaningless; rows of tokens do
             not depend on the padding.
         """
-        x = self.embed_tokens(input_ids)
-        bias = jnp.where(attention_mask.astype(bool)[:, None, None, :], 0.0, -jnp.inf)
-        bias = self.position_bias(input_ids.shape[1]) + bias
-        x, _ = jax.lax.scan(lambda x, layer: (layer(x, bias), None), x, self.layers)
-        return self.final_norm(x)
+        bias = self.bias(attention_mask)
+        return self.final_norm(through_layers(self.layers, self.embed_tokens(input_ids), bias))
+
+    def bias(self, attention_mask: jax.Array) -> jax.Array:
+        """What is added to the scores of every layer, float32 (b, heads, n, n)."""
+        mask = jnp.where(attention_mask.astype(bool)[:, None, None, :], 0.0, -jnp.inf)
+        return self.position_bias(attention_mask.shape[1]) + mask
 
     def position_bias(self, length: int) -> jax.Array:
         """Learned bias by relative position, float32 (1, heads, length, length)."""
@@ -134,6 +136,12 @@ class TextEncoder(nnx.Module):
             self.config.relative_attention_max_distance,
         )
         return rearrange(self.relative_attention_bias(jnp.asarray(buckets)), "q k h -> 1 h q k")
+
+
+def through_layers(layers: EncoderLayer, x: jax.Array, bias: jax.Array) -> jax.Array:
+    """float32 (b, n, d) through layers whose weights are stacked."""
+    x, _ = jax.lax.scan(lambda x, layer: (layer(x, bias), None), x, layers)
+    return x
 
 
 def relative_position_buckets(length: int, num_buckets: int, max_distance: int) -> np.ndarray:

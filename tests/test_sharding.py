@@ -2,6 +2,8 @@
 """Logical axis names, meshes, and the full-size model on them, without any weights."""
 
 import dataclasses
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +15,12 @@ from jax.sharding import PartitionSpec as P
 from k3jax.abstract import COMPONENTS, abstract_module
 from k3jax.config import MAX_TOKENS, ModelConfig, SamplerConfig
 from k3jax.denoising import denoise_program, initial_carry, loop_rows
+from k3jax.movq_strips import strips_on_tpu
 from k3jax.programs import encode_text
 from k3jax.samplers import make_sampler
-from k3jax.sharding import RULES, axes, batch_sharding, make_mesh, placed, shardings
+from k3jax.sharding import RULES, axes, batch_sharding, make_mesh, on_mesh, placed, shardings
 from k3jax.text_projection import Context
+from k3jax.training.initialise import random_weights
 
 
 FULL = ModelConfig()
@@ -131,6 +135,42 @@ def test_decoder_memory_at_1024_is_bounded(monkeypatch):
     assert strips < 5.5e9
     monkeypatch.setattr(movq_blocks, "STRIP_PIXELS", 1024**2)
     assert strips < 0.75 * temporaries()
+
+
+@pytest.mark.parametrize("spec", ["data=2,tensor=4", "fsdp=4,tensor=2"])
+def test_devices_share_the_strips_of_an_image(spec):
+    """MoVQ's decoder as on a TPU: rows go to the device beside; weights are gathered, and the keys
+    and values of attention at the latents' size, but no map of an image's."""
+    movq = dataclasses.replace(FULL.movq, block_out_channels=(32, 64), layers_per_block=1)
+    module = random_weights("movq", dataclasses.replace(FULL, movq=movq), seed=0)
+    latents = np.random.default_rng(0).standard_normal((4, 64, 32, 4), np.float32)
+    expected = jax.jit(lambda m, x: m.decode(x))(module, latents)
+
+    mesh = make_mesh(spec)
+    graph, state = nnx.split(module)
+    split = nnx.merge(graph, jax.device_put(state, shardings(module, mesh)))
+    x = jax.device_put(latents, batch_sharding(mesh))
+    with on_mesh(mesh):
+        strips = strips_on_tpu(x)
+        decode = jax.jit(lambda m, x: m.decoder(m.post_quant_conv(x), x, strips=strips))
+        compiled = decode.lower(split, x).compile()
+    assert strips == 8 * mesh.shape["tensor"]
+    np.testing.assert_allclose(compiled(split, x), expected, atol=1e-4)
+    gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather", compiled.as_text())
+    assert gathered
+    all_keys = 64 * 32 * 64
+    assert max(math.prod(map(int, shape.split(","))) for shape in gathered) <= all_keys
+
+
+def test_strips_are_for_images_that_fill_a_device():
+    def strips(b, height, spec):
+        with on_mesh(make_mesh(spec)):
+            return strips_on_tpu(jax.ShapeDtypeStruct((b, height, 64, 4), jnp.float32))
+
+    assert strips(8, 128, "data=8") == 8  # one image a device
+    assert strips(64, 128, "data=8") == 1  # eight
+    assert strips(1, 96, "tensor=8") == 8  # 64 strips of one row and a half there are not
+    assert strips(8, 16, "data=8") == 1
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3, 5])

@@ -110,6 +110,7 @@ def load_and_encode(
             dtype=config.pipeline.dtype,
             param_dtype=config.pipeline.param_dtype,
             int8_text_encoder=config.pipeline.int8_text_encoder,
+            stream_text_encoder=config.pipeline.stream_text_encoder,
             batch_size=config.pipeline.batch_size,
             components=components,
         )

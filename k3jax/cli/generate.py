@@ -43,6 +43,7 @@ SETTINGS = {
     "dtype": "pipeline.dtype",
     "param_dtype": "pipeline.param_dtype",
     "int8_text_encoder": "pipeline.int8_text_encoder",
+    "stream_text_encoder": "pipeline.stream_text_encoder",
     "batch_size": "pipeline.batch_size",
     "lora": "pipeline.lora",
     "lora_scale": "pipeline.lora_scale",
@@ -109,6 +110,7 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     add("--mesh", help="devices, such as data=-1 (the default) or data=2,tensor=4")
     add("--encoder-mesh", metavar="MESH", help="for the text encoder (as --mesh)")
     add_dtypes(add)
+    add_streaming(add)
     add("--batch-size", type=int, metavar="N", help="images at a time (one per device)")
 
 
@@ -120,6 +122,15 @@ def add_dtypes(add: Callable) -> None:
         action="store_true",
         default=None,
         help="its matrices in int8: half the memory",
+    )
+
+
+def add_streaming(add: Callable) -> None:
+    add(
+        "--stream-text-encoder",
+        action="store_true",
+        default=None,
+        help="read its layers one by one instead of holding them: exact, and slower",
     )
 
 

@@ -25,6 +25,7 @@ from k3jax.cli.generate import (
     NOTE,
     add_dtypes,
     add_sampler,
+    add_streaming,
     asked_checkpoint,
     check_architecture,
 )
@@ -62,6 +63,7 @@ SETTINGS = {
     "dtype": "pipeline.dtype",
     "param_dtype": "pipeline.param_dtype",
     "int8_text_encoder": "pipeline.int8_text_encoder",
+    "stream_text_encoder": "pipeline.stream_text_encoder",
     "lora": "pipeline.lora",
     "lora_scale": "pipeline.lora_scale",
     "batch_size": "pipeline.batch_size",
@@ -110,6 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--encoder-mesh", metavar="MESH", help="for the text encoder (as --mesh)")
     add("--batch-size", type=int, metavar="N", help="images at a time (one per device)")
     add_dtypes(add)
+    add_streaming(add)
     add("--check", choices=("sha256", "size", "none"), help="of finished shards (sha256)")
     add("--phases", choices=("auto", "together", "alternate"), help="encode and denoise (auto)")
     add("--shards-per-phase", type=int, metavar="N", help="where they alternate (4)")
@@ -127,6 +130,7 @@ def run(args: argparse.Namespace) -> int:
         settings["synthesize.columns"] = tuple(args.column)
     values = collect(args.config, args.overrides, settings)
 
+    from k3jax.components import text_encoder_form
     from k3jax.synthesis.request import open_data_set, settings_of
     from k3jax.synthesis.shares import find_share
 
@@ -136,11 +140,16 @@ def run(args: argparse.Namespace) -> int:
     if values.get("model"):
         check_architecture(checkpoint, config)
     wanted = settings_of(config, args.size)
+    text_encoder_form(config.pipeline.int8_text_encoder, config.pipeline.stream_text_encoder)
 
     from k3jax.synthesis.loading import Devices, Weights, loader, weights_fit_together
     from k3jax.synthesis.run import Running, make_shards, samples_of
 
-    devices = Devices.local(config.pipeline.mesh, config.pipeline.encoder_mesh)
+    devices = Devices.local(
+        config.pipeline.mesh,
+        config.pipeline.encoder_mesh,
+        stream_text_encoder=config.pipeline.stream_text_encoder,
+    )
     devices = devices.with_batch_size(config.pipeline.batch_size)
     if config.checkpoint is None:
         print(NOTE, file=sys.stderr)

@@ -12,9 +12,10 @@ import jax
 import numpy as np
 
 from k3jax.base_pipeline import BasePipeline
-from k3jax.checkpoint import leaf_shapes, restore
+from k3jax.checkpoint import leaf_shapes
 from k3jax.checkpoint_format import Checkpoint, as_path
 from k3jax.compilation_cache import enable_compilation_cache
+from k3jax.components import load_component, text_encoder_form
 from k3jax.lora_format import load_lora
 from k3jax.programs import image_splits
 from k3jax.sharding import data_parallelism, make_meshes
@@ -61,19 +62,26 @@ class Devices:
     Attributes:
         encoder_mesh: of the text encoder, over the same devices.
         batch_size: images of a compiled batch over all of them.
+        stream_text_encoder: it is read layer by layer for each encoding, and takes no room.
     """
 
     mesh: jax.sharding.Mesh
     encoder_mesh: jax.sharding.Mesh
     batch_size: int
+    stream_text_encoder: bool = False
 
     @classmethod
     def local(
-        cls, mesh: str, encoder_mesh: str | None = None, images_per_device: int | None = None
+        cls,
+        mesh: str,
+        encoder_mesh: str | None = None,
+        images_per_device: int | None = None,
+        stream_text_encoder: bool = False,
     ) -> "Devices":
         """Of this host alone: hosts do not wait for each other."""
         meshes = make_meshes(mesh, encoder_mesh, jax.local_devices())
-        return cls(*meshes, data_parallelism(meshes[0]) * (images_per_device or 1))
+        batch_size = data_parallelism(meshes[0]) * (images_per_device or 1)
+        return cls(*meshes, batch_size, stream_text_encoder)
 
     def with_batch_size(self, batch_size: int | None) -> "Devices":
         """None changes nothing.
@@ -96,20 +104,18 @@ def loader(weights: Weights, settings: Settings, devices: Devices) -> Load:
     )
     tokenizer = Tokenizer(checkpoint.path / "tokenizer")
 
-    def restored(name: str):
-        return restore(
-            checkpoint,
-            name,
-            mesh=devices.encoder_mesh if name == "text_encoder" else devices.mesh,
-            param_dtype=np.dtype(settings.param_dtype),
-            dtype=np.dtype(settings.dtype),
-            int8=settings.int8_text_encoder and name == "text_encoder",
-        )
+    form = text_encoder_form(settings.int8_text_encoder, devices.stream_text_encoder)
+
+    def loaded(name: str):
+        encoder = name == "text_encoder"
+        mesh = devices.encoder_mesh if encoder else devices.mesh
+        dtypes = settings.dtype, settings.param_dtype
+        return load_component(checkpoint, name, mesh, dtypes, form=form if encoder else "whole")
 
     kind = pipeline_class(config.unet.in_channels, config.movq.latent_channels)
 
     def load(parts: Sequence[str]) -> BasePipeline:
-        components = {name: restored(name) if name in parts else None for name in ALL}
+        components = {name: loaded(name) if name in parts else None for name in ALL}
         pipe = kind(
             config,
             tokenizer,
@@ -134,6 +140,8 @@ def weights_fit_together(checkpoint: Checkpoint, settings: Settings, devices: De
     needed = 0.0
     for name in ALL:
         encoder = name == "text_encoder"
+        if encoder and devices.stream_text_encoder:
+            continue
         shape = (devices.encoder_mesh if encoder else devices.mesh).shape
         of_weight = np.dtype(settings.param_dtype).itemsize
         if encoder and settings.int8_text_encoder:
