@@ -30,10 +30,8 @@ def get_config():
     config.model.text_projection.null_embedding = False
 
     unet = config.model.unet
-    unet.init_channels = 32  # half of the first level, as diffusers has it
-    unet.block_out_channels = (64, 96, 96)
-    unet.add_cross_attention = (False, True, True)
-    unet.add_self_attention = (False, True, True)
+    unet.init_channels = 24  # half of the first level, as diffusers has it
+    unet.block_out_channels = (48, 64, 80, 96)
     unet.layers_per_block = 2
     unet.time_embedding_dim = 96
     unet.cross_attention_dim = 96
@@ -54,8 +52,8 @@ def get_config():
     config.train.stages = (
         "tiny_text_encoder",
         "tiny_movq",
-        "tiny_places",
         "tiny_unet",
+        "tiny_layout",
         "tiny_inpainting",
     )
     return config

@@ -4,12 +4,12 @@
 k3jax train --config tiny_inpainting
 """
 
-from k3jax.configs.tiny_unet import get_config as tiny_unet
+from k3jax.configs.tiny_layout import get_config as tiny_layout
 
 
 def get_config():
-    config = tiny_unet()
-    config.checkpoint = "train/tiny/unet/checkpoint"
+    config = tiny_layout()
+    config.checkpoint = "train/tiny/layout/checkpoint"
     config.train.task = "inpainting"
     config.train.output = "train/tiny/inpainting"
     config.train.components = ("unet",)  # the text projection stays that of the base
