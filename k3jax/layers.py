@@ -145,22 +145,34 @@ def group_statistics(
 
     (b, h, w, c) -> two float32 (b, 1, 1, c). Pixels are summed channel by channel and only then are
     the channels of a group put together: the large arrays keep their shape. The variance takes a
-    second pass: the one-pass form loses digits where the mean is large.
+    second pass: the one-pass form loses digits where the mean is large. Maps in strips are read
+    once nevertheless, as what they are apart from the mean of their first rows: of that the mean
+    is not large.
 
     Args:
         strips: entries of the batch that are one image together (k3jax/movq_strips.py).
     """
-    b, h, w, c = x.shape
+    b, _, _, c = x.shape
 
-    def over_groups(pixels):
-        per_channel = pixels.reshape(b // strips, strips, h, w, c).mean((1, 2, 3))
-        means = per_channel.reshape(b // strips, groups, c // groups).mean(-1)
-        means = jnp.repeat(means, c // groups, axis=-1).reshape(-1, 1, 1, c)
-        return jnp.repeat(means, strips, axis=0) if strips > 1 else means
+    def over_strips(per_channel):
+        mean = per_channel.reshape(b // strips, strips, 1, 1, c).mean(1)
+        return jnp.repeat(mean, strips, axis=0)
 
+    def over_groups(per_channel):
+        means = per_channel.reshape(b, groups, c // groups).mean(-1)
+        return jnp.repeat(means, c // groups, axis=-1).reshape(b, 1, 1, c)
+
+    if strips > 1:
+        near = over_strips(x[:, 0].astype(jnp.float32).mean(1))
+        apart = x.astype(jnp.float32) - near
+        offset, square = (over_strips(v.mean((1, 2))) for v in (apart, jnp.square(apart)))
+        own = near + offset
+        mean = over_groups(own)
+        variance = over_groups(square - jnp.square(offset) + jnp.square(own - mean))
+        return mean, jax.lax.rsqrt(jnp.maximum(variance, 0) + epsilon)
     x = x.astype(jnp.float32)
-    mean = over_groups(x)
-    variance = over_groups(jnp.square(x - mean))
+    mean = over_groups(x.mean((1, 2)))
+    variance = over_groups(jnp.square(x - mean).mean((1, 2)))
     return mean, jax.lax.rsqrt(variance + epsilon)
 
 

@@ -11,7 +11,7 @@ nothing. All values are those of the map in one piece: rows at the edge of a str
 the strip beside it. Where the mesh has a `tensor` axis, its devices share the strips of an image.
 
 By the schedules of libtpu 0.0.42.1 for a v5e, a norm and a 3x3 convolution of 1024x1024x256 take
-9 ms so, and 19.5 in one piece; the convolution alone is 6.2.
+8.3 ms so, and 19.5 in one piece; the convolution alone is 6.2.
 """
 
 from collections.abc import Callable
@@ -118,8 +118,8 @@ def enlarge_and_apply(
     """
     b, h, w, c = x.shape
     rows, columns = smaller[0].shape[1:3]
-    # Apart from the statistics, which read x in float32: the compiler would keep that for both.
-    x = jax.lax.optimization_barrier(x).reshape(b, rows, h // rows, columns, w // columns, c)
+    # Else the compiler makes x float32 before it reshapes it, and writes that out.
+    x = jax.lax.optimization_barrier(x.reshape(b, rows, h // rows, columns, w // columns, c))
     y = function(
         x,
         *(small[:, :, None, :, None] for small in smaller),
