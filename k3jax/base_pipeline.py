@@ -28,11 +28,11 @@ from k3jax.components import (
 from k3jax.config import ModelConfig
 from k3jax.image_input import read_images
 from k3jax.lora_format import Lora, load_lora, warn_of_another_base
-from k3jax.programs import computing, decode_latents, encode_images, encode_text, image_splits
+from k3jax.programs import computing, decode_latents, encode_images, image_splits
 from k3jax.prompts import LongPrompts, join_windows, plain_prompts
 from k3jax.request import OutputType
 from k3jax.sharding import batch_sharding, data_parallelism, fetch, make_mesh, place
-from k3jax.streaming import Batch, StreamedTextEncoder
+from k3jax.streaming import encode_batches
 from k3jax.text_projection import PromptEmbeds, window_length
 from k3jax.tokenizer import Tokenizer
 
@@ -258,21 +258,15 @@ class BasePipeline:
         policy = self.long_prompts if long_prompts is None else long_prompts
         windows = plain_prompts(self.tokenizer, prompts, policy, word_weights)
         ids, mask = windows.input_ids, windows.attention_mask
-        rows, kept = zip(*self.batches(len(ids)), strict=True)
-        encoded = self._encode_texts([(ids[index], mask[index]) for index in rows])
-        parts = [embeds[:n].astype(np.float32) for embeds, n in zip(encoded, kept, strict=True)]
+        batches = list(self.batches(len(ids)))
+        with self.computing(self.text_encoder):
+            texts = [(ids[rows], mask[rows]) for rows, _ in batches]
+            encoded = encode_batches(self.text_encoder, texts, self.encoder_mesh)
+            pairs = zip(encoded, batches, strict=True)
+            parts = [embeds[:kept].astype(np.float32) for embeds, (_, kept) in pairs]
         lengths = np.asarray(window_length(mask.sum(1)), np.int32)
         embeds = PromptEmbeds(np.concatenate(parts), mask, lengths, windows.token_weights)
         return join_windows(embeds, windows.prompt_of)
-
-    def _encode_texts(self, batches: Sequence[Batch]) -> Iterator[np.ndarray]:
-        with self.computing(self.text_encoder):
-            if isinstance(self.text_encoder, StreamedTextEncoder):
-                yield from self.text_encoder.encode(batches)
-                return
-            for batch in batches:
-                ids, mask = place(batch, batch_sharding(self.encoder_mesh))
-                yield fetch(encode_text(self.text_encoder, ids, mask))
 
     def encode_image(self, image: Any) -> np.ndarray:
         """Latents float32 (b, h/8, w/8, 4) of one image or several of one size.

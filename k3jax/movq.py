@@ -191,10 +191,11 @@ class MoVQ(nnx.Module):
     def decode(self, latents: jax.Array) -> jax.Array:
         """Latents (b, h/8, w/8, 4) -> images, about [-1, 1], not clipped, float32 (b, h, w, 3)."""
         latents = latents.astype(self.dtype)
-        images = jax.lax.platform_dependent(
-            self.post_quant_conv(latents),
-            latents,
-            tpu=functools.partial(self.decoder, strips=strips_on_tpu(latents)),
-            default=self.decoder,
-        )
-        return images.astype(jnp.float32)
+        decode, strips = self.decoder, strips_on_tpu(latents)
+        if strips > 1:
+            decode = functools.partial(
+                jax.lax.platform_dependent,
+                tpu=functools.partial(self.decoder, strips=strips),
+                default=self.decoder,
+            )
+        return decode(self.post_quant_conv(latents), latents).astype(jnp.float32)

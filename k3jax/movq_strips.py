@@ -37,10 +37,7 @@ def strips_on_tpu(latents: jax.Array) -> int:
     on a device are a batch by themselves.
     """
     b, height = latents.shape[:2]
-    images, beside = 1, 1
-    mesh = jax.sharding.get_abstract_mesh()
-    if set(MESH_AXES) <= set(mesh.axis_names) and not mesh.manual_axes:
-        images, beside = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
+    images, beside = _devices()
     if b >= STRIPS * images or height < LEAST_PIXELS:
         return 1
     counts = (STRIPS * beside, STRIPS)
@@ -51,11 +48,8 @@ def into_strips(x: jax.Array, strips: int) -> jax.Array:
     """(b, h, w, c) -> (b strips, h/strips, w, c), split over all axes of the mesh that is set."""
     b, h, w, c = x.shape
     x = x.reshape(b * strips, h // strips, w, c)
-    mesh = jax.sharding.get_abstract_mesh()
-    if strips == 1 or not set(MESH_AXES) <= set(mesh.axis_names) or mesh.manual_axes:
-        return x
-    images, beside = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
-    if beside == 1 or b % images or strips % beside:
+    images, beside = _devices()
+    if strips == 1 or beside == 1 or b % images or strips % beside:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec((*BATCH, "tensor")))
 
@@ -140,6 +134,14 @@ def window_sums(kernel: jax.Array) -> jax.Array:
     highest = jax.lax.Precision.HIGHEST
     kernel = kernel.astype(jnp.float32)
     return jnp.einsum("dyr, exs, rsio -> deyxio", sums, sums, kernel, precision=highest)
+
+
+def _devices() -> tuple[int, int]:
+    """How many hold images of their own, and how many share an image; 1 and 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not set(MESH_AXES) <= set(mesh.axis_names) or mesh.manual_axes:
+        return 1, 1
+    return mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
 
 
 def _beside(x: jax.Array, strips: int) -> tuple[jax.Array, jax.Array]:

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from k3jax.checkpoint import restore_layers
 from k3jax.checkpoint_format import Checkpoint
 from k3jax.manifest import check_component, is_local
+from k3jax.programs import encode_text
 from k3jax.sharding import batch_sharding, fetch, place
 from k3jax.text_encoder import EncoderLayer, TextEncoder, through_layers
 
@@ -100,6 +101,18 @@ class StreamedTextEncoder:
                 group, size = [], 0
         if group:
             yield group
+
+
+def encode_batches(
+    encoder: TextEncoder | StreamedTextEncoder, batches: Sequence[Batch], mesh: Mesh
+) -> Iterator[np.ndarray]:
+    """Embeddings (b, n, d_model) of each batch; an encoder that is held lies on `mesh`."""
+    if isinstance(encoder, StreamedTextEncoder):
+        yield from encoder.encode(batches)
+        return
+    for batch in batches:
+        ids, mask = place(batch, batch_sharding(mesh))
+        yield fetch(encode_text(encoder, ids, mask))
 
 
 @jax.jit
