@@ -389,7 +389,7 @@ def test_guidance_interval(ours):
 
 def test_float32_means_float32(ours, monkeypatch):
     """On TPUs and GPUs the default multiplies float32 in fewer bits."""
-    from k3jax import base_pipeline, generation
+    from k3jax import base_pipeline, generation, streaming
 
     seen = []
 
@@ -402,8 +402,8 @@ def test_float32_means_float32(ours, monkeypatch):
 
         monkeypatch.setattr(module, name, call)
 
-    for name in ("encode_text", "decode_latents"):
-        spy(base_pipeline, name)
+    spy(streaming, "encode_text")
+    spy(base_pipeline, "decode_latents")
     for name in ("make_contexts", "denoise_program"):
         spy(generation, name)
     with jax.default_matmul_precision("default"):
