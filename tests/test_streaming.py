@@ -4,6 +4,7 @@ the memory."""
 
 import contextlib
 import io
+import pathlib
 import weakref
 
 import jax
@@ -119,6 +120,11 @@ def test_on_the_command_line(tmp_path):
         assert main(["verify", data_set]) == 0
         # Where the encoder was during the run is no part of the data set: it goes on without.
         assert main(["synthesize", str(prompts), data_set, *where[:-1]]) == 0
+        shard = next((pathlib.Path(data_set) / "data").glob("*.tar"))
+        content = shard.read_bytes()
+        shard.write_bytes(content[:-600])
+        assert main(["verify", data_set, "--repair", "--stream-text-encoder"]) == 0
+        assert shard.read_bytes() == content
         refused = ["synthesize", str(prompts), str(tmp_path / "no"), *where, "--int8-text-encoder"]
         assert main(refused) != 0
     assert len(list((tmp_path / "made").glob("*.png"))) == 1

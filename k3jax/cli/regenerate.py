@@ -10,9 +10,16 @@ software and kind of chip; elsewhere a few pixels may differ by 1/255 before the
 
 import argparse
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from k3jax.cli.extras import require
+from k3jax.cli.generate import add_streaming
+
+
+if TYPE_CHECKING:
+    from k3jax.synthesis.loading import Devices
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,14 +31,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint", metavar="DIR", help="where the weights are now")
     add("--lora", metavar="DIR", help="where the LoRA is now")
     add("--prompts", metavar="FILE", nargs="+", default=[], help="where the prompts are now")
+    add_devices(add)
+
+
+def add_devices(add: Callable) -> None:
     add("--mesh", help="this host's devices (as the data set was made)")
     add("--batch-size", type=int, metavar="N", help="images at a time (as the data set was made)")
+    add_streaming(add)
+
+
+def devices_by(args: argparse.Namespace) -> Callable[[Mapping[str, Any]], "Devices"]:
+    """What a shard was made on -> this host's devices, used alike unless a flag says otherwise."""
+    from k3jax.synthesis.remake import devices_as_recorded
+
+    how = args.mesh, args.batch_size, bool(args.stream_text_encoder)
+    return lambda made_on: devices_as_recorded(made_on, *how)
 
 
 def run(args: argparse.Namespace) -> int:
     require("synth")
     from k3jax.synthesis.local_store import LocalStore
-    from k3jax.synthesis.remake import Prompts, devices_as_recorded, remake_images, weights_of
+    from k3jax.synthesis.remake import Prompts, remake_images, weights_of
     from k3jax.synthesis.run_manifest import read_manifest
     from k3jax.synthesis.samples import key_of
     from k3jax.synthesis.storage import store_at, write_bytes
@@ -52,10 +72,10 @@ def run(args: argparse.Namespace) -> int:
         )
     target.prepare()
     code = 0
+    devices_for = devices_by(args)
     for made_on, group in _by_device(found):
-        devices = devices_as_recorded(made_on, args.mesh, args.batch_size)
         samples = [found[sample_id].sample for sample_id in group]
-        made = remake_images(manifest, weights, samples, devices)
+        made = remake_images(manifest, weights, samples, devices_for(made_on))
         for sample_id in group:
             encoded, row = made[sample_id], found[sample_id].row
             if encoded.fault is not None:

@@ -14,6 +14,7 @@ import dataclasses
 import json
 
 from k3jax.cli.extras import require
+from k3jax.cli.regenerate import add_devices, devices_by
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,8 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint", metavar="DIR", help="where the weights are now")
     add("--lora", metavar="DIR", help="where the LoRA is now")
     add("--prompts", metavar="FILE", nargs="+", default=[], help="where the prompts are now")
-    add("--mesh", help="this host's devices (as the data set was made)")
-    add("--batch-size", type=int, metavar="N", help="images at a time (as the data set was made)")
+    add_devices(add)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -65,7 +65,7 @@ def _repair(args, store, manifest, shards) -> int:
     weights = weights_of(manifest, args.checkpoint, args.lora)
     prompts = Prompts(store, manifest, weights.checkpoint, args.prompts)
     running = Running(progress=args.progress, image_folder=manifest.found_at["images"])
-    return repair(store, manifest, weights, prompts, shards, args.mesh, args.batch_size, running)
+    return repair(store, manifest, weights, prompts, shards, devices_by(args), running)
 
 
 def _with_accidents(store, manifest) -> list[int]:

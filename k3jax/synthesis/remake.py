@@ -2,7 +2,7 @@
 """Making parts of a data set again from what it says of itself."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,9 +149,18 @@ def sample_of(row: Mapping[str, Any]) -> Sample:
 
 
 def devices_as_recorded(
-    made_on: Mapping[str, Any], mesh: str | None, batch_size: int | None
+    made_on: Mapping[str, Any],
+    mesh: str | None,
+    batch_size: int | None,
+    stream_text_encoder: bool = False,
 ) -> Devices:
-    """Those by which pixels come out as they did, on however many devices."""
+    """Those by which pixels come out as they did, on however many devices.
+
+    Args:
+        made_on: see `Sidecar`.
+        mesh, batch_size: others instead.
+        stream_text_encoder: see `Devices`; no part of a data set.
+    """
 
     def recorded(name):
         sizes = made_on.get(name)
@@ -161,6 +170,7 @@ def devices_as_recorded(
         mesh or recorded("mesh") or "data=-1",
         None if mesh else recorded("encoder_mesh"),
         made_on.get("images_per_device"),
+        stream_text_encoder,
     )
     return devices.with_batch_size(batch_size)
 
@@ -196,11 +206,13 @@ def repair(
     weights: Weights,
     prompts: Prompts,
     shards: Sequence[int],
-    mesh: str | None,
-    batch_size: int | None,
+    devices_for: Callable[[Mapping[str, Any]], Devices],
     running: Running,
 ) -> int:
     """Makes shards again; the exit code.
+
+    Args:
+        devices_for: what finished shards were made on -> this host's devices, used alike.
 
     Raises:
         ValueError: the versions here would make other bytes.
@@ -212,7 +224,7 @@ def repair(
         )
     sidecars = (prompts.sidecar(s) for s in range(manifest.layout.shards))
     made_on = next((s.made_on for s in sidecars if s is not None), {})
-    devices = devices_as_recorded(made_on, mesh, batch_size)
+    devices = devices_for(made_on)
     # Read before they are deleted, one by one, as each shard is begun.
     load = loader(weights, manifest.settings, devices)
     size = devices.batch_size
