@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from k3jax.planning.chips import Chip
 from k3jax.planning.hlo import BYTES, Computation, Instruction, Module, parse_arrays
+from k3jax.planning.kinds import kind_of
 
 
 Figure = Literal["schedule", "floor"]
@@ -68,6 +69,7 @@ class Cost:
         stalls: seconds that kernels wait for prefetches and collectives.
         kernels: how many run.
         unknown_loops: loops whose trips cannot be told; they count once.
+        kinds: kind of kernel (kinds.py) -> its share of the seconds; what is left is waiting.
     """
 
     seconds: float
@@ -80,6 +82,12 @@ class Cost:
     kernels: int
     unknown_loops: int
     collectives: tuple[Collective, ...] = ()
+    kinds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def waiting(self) -> float:
+        """Seconds in which no kernel runs."""
+        return max(0.0, self.seconds - sum(self.kinds.values()))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -116,6 +124,7 @@ def estimate(module: Module, chip: Chip, cycles: Mapping[str, int] | None = None
             Collective(kind, int(sums["count"]), sums["bytes"])
             for kind, sums in sorted(found.collectives.items())
         ),
+        kinds=dict(found.kinds),
     )
 
 
@@ -136,6 +145,7 @@ class _Walk:
         self.module, self.chip, self.cycles_of = module, chip, cycles_of
         self.total: Counter[str] = Counter()
         self.collectives: dict[str, Counter[str]] = defaultdict(Counter)
+        self.kinds: Counter[str] = Counter()
         self.seconds = 0.0
 
     def run(self) -> None:
@@ -192,6 +202,7 @@ class _Walk:
         if cycles is not None:
             seconds = max(seconds, cycles / self.chip.clock)
             self.total["scheduled"] += times * seconds
+        self.kinds[kind_of(self.module, i, flops)] += times * seconds
         self.total.update(
             count=times, flops=times * flops, hbm=times * hbm, kernels=times * seconds
         )

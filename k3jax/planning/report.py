@@ -2,8 +2,9 @@
 """A plan as text and as JSON."""
 
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 
+from k3jax.planning.kinds import Kind
 from k3jax.planning.plan import Plan, Program
 from k3jax.planning.question import TITLES
 from k3jax.planning.units import size_text
@@ -112,6 +113,7 @@ def _program_json(program: Program, chip) -> dict[str, Any]:
         "seconds": cost.seconds,
         "figure": cost.figure,
         "floor_seconds": cost.floor,
+        "seconds_by_kind": {**cost.kinds, "waiting": cost.waiting},
         "scheduled_share": cost.scheduled,
         "stall_seconds": cost.stalls,
         "share_of_peak": _share(cost, chip),
@@ -159,6 +161,8 @@ def _column(program: Program, chip) -> dict[str, str]:
         "TFLOP": f"{cost.flops / 1e12:.3g}",
         "HBM traffic": size_text(cost.hbm_bytes),
         f"ms by the {cost.figure}": f"{cost.seconds * 1e3:.3g}",
+        **{f"  {kind}": f"{cost.kinds.get(kind, 0.0) * 1e3:.3g}" for kind in get_args(Kind)},
+        "  waiting": f"{cost.waiting * 1e3:.3g}",
         "ms at least": f"{cost.floor * 1e3:.3g}",
         "share of peak": f"{100 * _share(cost, chip):.0f} %",
         "compiled in": f"{program.compiled.seconds:.0f} s",

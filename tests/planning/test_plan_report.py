@@ -3,6 +3,8 @@
 
 import json
 
+import pytest
+
 from k3jax.planning.compiler import Compiled
 from k3jax.planning.plan import make_plan
 from k3jax.planning.report import to_json, to_lines
@@ -28,6 +30,9 @@ def test_json(question):
     for program in values["programs"]:
         assert 0 < program["memory"]["share_of_hbm"] < 1
         assert program["figure"] == "schedule" and program["share_of_peak"] > 0
+        kinds = program["seconds_by_kind"]
+        assert set(kinds) == {"products", "copies", "waiting"}
+        assert sum(kinds.values()) == pytest.approx(program["seconds"])
         assert program["compile_seconds"] == 300 and program["collectives"] == []
     assert values["totals"]["dollars_per_1000"] > 0 and values["price_per_chip_hour"] == 1.2
     assert any("+-15 %" in note for note in values["notes"])
@@ -42,6 +47,8 @@ def test_text(question):
         "data=2,tensor=4",
         "21, 700 MB",
         "ms by the schedule",
+        "  products",
+        "  waiting",
         "50 steps of kandinsky, 50 with guidance and 0 without: 100 U-Net passes an image",
         "images/s/chip",
         "1 times as fast as 50 guided steps of kandinsky",

@@ -94,6 +94,7 @@ def test_collectives(stored):
     network = (256 * 512 * 2 + 256 * 256 * 2) / (2 * V5E.link)
     assert cost.stalls >= network
     assert cost.seconds >= network + cost.flops / V5E.peak
+    assert cost.waiting >= network and set(cost.kinds) >= {"products"}
     assert Cost.from_json(cost.to_json()) == cost
 
 
@@ -152,3 +153,43 @@ ENTRY %main (x: f32[8,128]) -> f32[8,128] {{
 """
     cost = estimate(parse_hlo(text), V5E, {"a": 1500})
     assert cost.scheduled == 1 and np.isclose(cost.seconds, 3 * 1500 / V5E.clock)
+
+
+def test_time_by_kind():
+    text = """HloModule m
+
+%moves (p.1: bf16[512,512]) -> bf16[512,512] {
+  %p.1 = bf16[512,512]{1,0} parameter(0)
+  ROOT %t = bf16[512,512]{0,1} transpose(%p.1), dimensions={1,0}
+}
+
+%adds (p.2: bf16[512,512]) -> bf16[512,512] {
+  %p.2 = bf16[512,512]{1,0} parameter(0)
+  ROOT %a = bf16[512,512]{1,0} add(%p.2, %p.2)
+}
+
+%sums (p.3: bf16[512,512]) -> bf16[512] {
+  %p.3 = bf16[512,512]{1,0} parameter(0)
+  %z = bf16[] constant(0)
+  ROOT %r = bf16[512]{0} reduce(%p.3, %z), dimensions={1}, to_apply=%adds
+}
+
+ENTRY %main (x: bf16[512,512]) -> bf16[512] {
+  %x = bf16[512,512]{1,0} parameter(0)
+  %moved = bf16[512,512]{1,0} fusion(%x), kind=kLoop, calls=%moves
+  %product = bf16[512,512]{1,0} dot(%moved, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %twice = bf16[512,512]{1,0} fusion(%product), kind=kLoop, calls=%adds
+  %attended = bf16[512,512]{1,0} custom-call(%twice), custom_call_target="tpu_custom_call"
+  %copied = bf16[512,512]{1,0} copy(%attended)
+  ROOT %summed = bf16[512]{0} fusion(%copied), kind=kLoop, calls=%sums
+}
+"""
+    cycles = {
+        name: 10**6 * n
+        for n, name in enumerate(("moved", "product", "twice", "attended", "copied", "summed"), 1)
+    }
+    cost = estimate(parse_hlo(text), V5E, cycles)
+    expected = {"copies": 6, "products": 2, "element-wise": 3, "attention": 4, "reductions": 6}
+    for kind, millions in expected.items():
+        assert np.isclose(cost.kinds[kind], millions * 1e6 / V5E.clock), kind
+    assert set(cost.kinds) == set(expected) and np.isclose(cost.waiting, 0)
