@@ -22,8 +22,8 @@ from k3jax.sharding import BATCH, MESH_AXES
 
 QUERY_CHUNK = 1024
 """Queries whose scores are in memory at once in `chunked_attention`."""
-MANY_SCORES = 2**19
-"""Of one head: 4096 pixels that attend to 128 words, or 1024 to each other are many."""
+MANY_SCORES = 2**17
+"""Of one head: 1024 pixels over 128 words are many, 256 pixels over each other are few."""
 CUDNN_HEAD_DIM = 128
 """The widest head that cuDNN's kernels take."""
 

@@ -46,10 +46,38 @@ def _held_apart(*arrays):
 dense.defvjp(_dense_forward, _dense_backward)
 
 
+def pointwise(
+    x: jax.Array, kernel: jax.Array, precision: jax.lax.Precision | None = None
+) -> jax.Array:
+    """`dense` of a map (b, h, w, in) -> (b, h, w, out).
+
+    On TPUs it is a 1x1 convolution: they lay out the maps of products otherwise than those of the
+    3x3 convolutions around them, and copy every one from one layout to the other.
+    """
+    return jax.lax.platform_dependent(
+        x,
+        kernel,
+        tpu=functools.partial(_pointwise_on_tpu, precision=precision),
+        default=functools.partial(dense, precision=precision),
+    )
+
+
+def _pointwise_on_tpu(x, kernel, precision=None):
+    return convolve(x, kernel[None, None], "VALID", precision=precision)
+
+
+def convolve(x: jax.Array, kernel: jax.Array, padding, **kwargs) -> jax.Array:
+    """(b, h, w, in), (y, x, in, out) -> (b, h, w, out); see jax.lax.conv_general_dilated."""
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), **kwargs
+    )
+
+
 class Linear(nnx.Linear):
     def __call__(self, x: jax.Array) -> jax.Array:
         """(..., in) -> (..., out)."""
-        y = dense(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.precision)
+        product = pointwise if x.ndim == 4 else dense
+        y = product(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.precision)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
@@ -107,18 +135,19 @@ def conv(
 
 
 class PointwiseConv(nnx.Conv):
-    """A 1x1 convolution as the matmul it is: on XLA:CPU three times as fast, gradients included."""
+    """A 1x1 convolution; the matmul it is is three times as fast on XLA:CPU, gradients included."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(b, h, w, in) -> (b, h, w, out)."""
         kernel = self.kernel[...].astype(self.dtype)
-        return dense(x.astype(self.dtype), kernel[0, 0]) + self.bias[...].astype(self.dtype)
+        return pointwise(x.astype(self.dtype), kernel[0, 0]) + self.bias[...].astype(self.dtype)
 
 
 class Upsample2x(nnx.Module):
     """PyTorch's ConvTranspose2d with kernel 2 and stride 2: y[2i+a, 2j+b] = x[i, j] @ kernel[a, b].
 
-    The windows do not overlap, so it is one matmul and a rearrangement. Kernel (h, w, in, out).
+    The windows do not overlap, so it is one matmul and a rearrangement; TPUs skip the zeros of a
+    convolution over an enlarged map, and need not rearrange. Kernel (h, w, in, out).
     """
 
     def __init__(self, channels: int, *, dtype, param_dtype, rngs):
@@ -133,9 +162,19 @@ class Upsample2x(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """(b, h, w, c) -> (b, 2h, 2w, c)."""
         kernel = self.kernel[...].astype(self.dtype)
-        y = dense(x.astype(self.dtype), rearrange(kernel, "y x i o -> i (y x o)"))
-        y = rearrange(y, "b h w (y x o) -> b (h y) (w x) o", y=2, x=2)
+        y = jax.lax.platform_dependent(
+            x.astype(self.dtype), kernel, tpu=_upsample_on_tpu, default=_upsample_by_product
+        )
         return y + self.bias[...].astype(self.dtype)
+
+
+def _upsample_on_tpu(x, kernel):
+    return convolve(x, kernel[::-1, ::-1], ((1, 1), (1, 1)), lhs_dilation=(2, 2))
+
+
+def _upsample_by_product(x, kernel):
+    y = dense(x, rearrange(kernel, "y x i o -> i (y x o)"))
+    return rearrange(y, "b h w (y x o) -> b (h y) (w x) o", y=2, x=2)
 
 
 def group_statistics(
@@ -144,35 +183,35 @@ def group_statistics(
     """Mean and 1/std of GroupNorm (arXiv:1803.08494), per channel.
 
     (b, h, w, c) -> two float32 (b, 1, 1, c). Pixels are summed channel by channel and only then are
-    the channels of a group put together: the large arrays keep their shape. The variance takes a
-    second pass: the one-pass form loses digits where the mean is large. Maps in strips are read
-    once nevertheless, as what they are apart from the mean of their first rows: of that the mean
-    is not large.
+    the channels of a group put together: the large arrays keep their shape. A float32 variance
+    takes a second pass, for the one-pass form loses digits where the mean is large. In half
+    precision such values have lost more of them by their own rounding, and one pass, which XLA puts
+    into the kernel that makes x, is as good.
 
     Args:
         strips: entries of the batch that are one image together (k3jax/movq_strips.py).
     """
     b, _, _, c = x.shape
 
-    def over_strips(per_channel):
-        mean = per_channel.reshape(b // strips, strips, 1, 1, c).mean(1)
-        return jnp.repeat(mean, strips, axis=0)
+    def over_pixels(values):
+        means = values.mean((1, 2))
+        if strips > 1:
+            means = jnp.repeat(means.reshape(b // strips, strips, c).mean(1), strips, axis=0)
+        return means.reshape(b, 1, 1, c)
 
     def over_groups(per_channel):
         means = per_channel.reshape(b, groups, c // groups).mean(-1)
         return jnp.repeat(means, c // groups, axis=-1).reshape(b, 1, 1, c)
 
-    if strips > 1:
-        near = over_strips(x[:, 0].astype(jnp.float32).mean(1))
-        apart = x.astype(jnp.float32) - near
-        offset, square = (over_strips(v.mean((1, 2))) for v in (apart, jnp.square(apart)))
-        own = near + offset
-        mean = over_groups(own)
-        variance = over_groups(square - jnp.square(offset) + jnp.square(own - mean))
-        return mean, jax.lax.rsqrt(jnp.maximum(variance, 0) + epsilon)
+    half = x.dtype.itemsize < 4
     x = x.astype(jnp.float32)
-    mean = over_groups(x.mean((1, 2)))
-    variance = over_groups(jnp.square(x - mean).mean((1, 2)))
+    own = over_pixels(x)
+    mean = over_groups(own)
+    if half:
+        own_variance = jnp.maximum(over_pixels(jnp.square(x)) - jnp.square(own), 0)
+        variance = over_groups(own_variance + jnp.square(own - mean))
+    else:
+        variance = over_groups(over_pixels(jnp.square(x - mean)))
     return mean, jax.lax.rsqrt(variance + epsilon)
 
 

@@ -2,9 +2,10 @@
 """Blocks of MoVQ: residual and attention blocks whose norms may be modulated by the latents.
 
 At 1024x1024 one activation of the decoder is a gigabyte. Maps beyond STRIP_PIXELS are therefore
-convolved strip by strip (`convolve`): what goes into a convolution (upsampled or normalised maps)
-only ever exists for the rows at hand. The result is the same; only the statistics of the norms need
-the whole map. On a TPU the decoder's maps are laid out in strips instead (k3jax/movq_strips.py).
+convolved strip by strip (`convolve_rows`): what goes into a convolution (upsampled or normalised
+maps) only ever exists for the rows at hand. The result is the same; only the statistics of the
+norms need the whole map. On a TPU the decoder's maps are laid out in strips instead
+(k3jax/movq_strips.py).
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from einops import rearrange
 from flax import nnx
 
 from k3jax.attention import attention
-from k3jax.layers import GroupNorm, conv, linear
+from k3jax.layers import GroupNorm, conv, convolve, linear
 from k3jax.movq_strips import (
     convolve_enlarged_strips,
     convolve_strips,
@@ -34,7 +35,7 @@ STRIP_PIXELS = 2**17
 Rows = Callable[[jax.Array | None], jax.Array]
 
 
-def convolve(layer: nnx.Conv, rows: Rows, height: int, width: int) -> jax.Array:
+def convolve_rows(layer: nnx.Conv, rows: Rows, height: int, width: int) -> jax.Array:
     """A 3x3 convolution (padding 1) of the map `rows` of height x width pixels."""
     strip = _strip(height, width)
     if strip == height:
@@ -44,13 +45,8 @@ def convolve(layer: nnx.Conv, rows: Rows, height: int, width: int) -> jax.Array:
         index = first - 1 + jnp.arange(strip + 2)
         inside = (index >= 0) & (index < height)
         x = jnp.where(inside[:, None, None], rows(jnp.clip(index, 0, height - 1)), 0)
-        y = jax.lax.conv_general_dilated(
-            x.astype(layer.dtype),
-            layer.kernel[...].astype(layer.dtype),
-            window_strides=(1, 1),
-            padding=((0, 0), (1, 1)),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        kernel = layer.kernel[...].astype(layer.dtype)
+        y = convolve(x.astype(layer.dtype), kernel, ((0, 0), (1, 1)))
         y = y + layer.bias[...].astype(layer.dtype)
         return jax.lax.dynamic_update_slice_in_dim(out, y, first, axis=1), None
 
@@ -77,13 +73,8 @@ def convolve_upsampled(layer: nnx.Conv, x: jax.Array, strips: int = 1) -> jax.Ar
         """(b, strip + 2, w, c) with a row of context on either side -> (b, 2 strip, 2 w, out)."""
 
         def at(down, right):
-            y = jax.lax.conv_general_dilated(
-                x[:, down : down + strip + 1].astype(layer.dtype),
-                kernels[down, right],
-                window_strides=(1, 1),
-                padding=((0, 0), (1 - right, right)),
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )
+            rows = x[:, down : down + strip + 1].astype(layer.dtype)
+            y = convolve(rows, kernels[down, right], ((0, 0), (1 - right, right)))
             return y + layer.bias[...].astype(layer.dtype)
 
         y = jnp.stack([jnp.stack([at(down, right) for right in (0, 1)], 3) for down in (0, 1)], 2)
@@ -233,4 +224,4 @@ def norm_silu_conv(
     if strips > 1:
         return convolve_strips(layer, norm.silu_of(x, latents, strips), strips)
     rows = norm.rows_of(x, latents)
-    return convolve(layer, lambda index: jax.nn.silu(rows(index)), *x.shape[1:3])
+    return convolve_rows(layer, lambda index: jax.nn.silu(rows(index)), *x.shape[1:3])

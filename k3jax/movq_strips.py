@@ -22,6 +22,7 @@ from einops import rearrange
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from k3jax.layers import convolve
 from k3jax.sharding import BATCH, MESH_AXES
 
 
@@ -70,15 +71,15 @@ def convolve_strips(layer: nnx.Conv, x: jax.Array, strips: int) -> jax.Array:
     kernel, bias = layer.kernel[...].astype(layer.dtype), layer.bias[...].astype(layer.dtype)
     x = x.astype(layer.dtype)
 
-    def convolve(x, rows, columns):
-        return bias + _convolve(x, kernel, ((rows, rows), (columns, columns)))
+    def padded(x, rows, columns):
+        return bias + convolve(x, kernel, ((rows, rows), (columns, columns)))
 
     if kernel.shape[0] == 1:
-        return convolve(x, 0, 0)
+        return padded(x, 0, 0)
     above, below = _beside(x, strips)
-    first = convolve(jnp.concatenate([above, x[:, :2]], axis=1), 0, 1)
-    last = convolve(jnp.concatenate([x[:, -2:], below], axis=1), 0, 1)
-    out = jax.lax.dynamic_update_slice_in_dim(convolve(x, 1, 1), first, 0, axis=1)
+    first = padded(jnp.concatenate([above, x[:, :2]], axis=1), 0, 1)
+    last = padded(jnp.concatenate([x[:, -2:], below], axis=1), 0, 1)
+    out = jax.lax.dynamic_update_slice_in_dim(padded(x, 1, 1), first, 0, axis=1)
     return jax.lax.dynamic_update_slice_in_dim(out, last, x.shape[1] - 1, axis=1)
 
 
@@ -93,7 +94,7 @@ def convolve_enlarged_strips(layer: nnx.Conv, x: jax.Array, strips: int) -> jax.
     above, below = _beside(x, strips)
     x = jnp.concatenate([above, x, below], axis=1).astype(layer.dtype)
     bias = layer.bias[...].astype(layer.dtype)
-    return bias + _convolve(x, kernel, ((0, 0), (2, 2)), lhs_dilation=(2, 2))
+    return bias + convolve(x, kernel, ((0, 0), (2, 2)), lhs_dilation=(2, 2))
 
 
 def enlarge_and_apply(
@@ -151,9 +152,3 @@ def _beside(x: jax.Array, strips: int) -> tuple[jax.Array, jax.Array]:
     above = jnp.concatenate([outside, x[:, :-1, -1:]], axis=1)
     below = jnp.concatenate([x[:, 1:, :1], outside], axis=1)
     return above.reshape(b, 1, w, c), below.reshape(b, 1, w, c)
-
-
-def _convolve(x: jax.Array, kernel: jax.Array, padding, **kwargs) -> jax.Array:
-    return jax.lax.conv_general_dilated(
-        x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), **kwargs
-    )

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from k3jax import movq_blocks
-from k3jax.layers import Upsample2x, conv, dense, linear
+from k3jax import layers, movq_blocks
+from k3jax.layers import Upsample2x, conv, dense, group_statistics, linear
 
 
 FLOAT32 = dict(dtype=jnp.float32, param_dtype=jnp.float32)
@@ -88,3 +88,38 @@ def test_convolving_an_enlarged_map_without_enlarging_it(monkeypatch, strip_pixe
     expected = layer(movq_blocks.take_rows(x, None, 2))
     assert ours.shape == (2, 12, 8, 7)
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_forms_for_tpus_have_the_same_values():
+    x, kernel = draw(2, 4, 3, 5), draw(5, 7)
+    np.testing.assert_allclose(
+        layers._pointwise_on_tpu(x, kernel), dense(x, kernel), rtol=1e-5, atol=1e-5
+    )
+    kernel = draw(2, 2, 5, 7)
+    np.testing.assert_allclose(
+        layers._upsample_on_tpu(x, kernel),
+        layers._upsample_by_product(x, kernel),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("strips", [1, 3])
+@pytest.mark.parametrize(
+    "dtype, mean, tolerance", [(jnp.float32, 1000, 1e-4), (jnp.bfloat16, 10, 1e-4)]
+)
+def test_statistics_of_groups(dtype, mean, tolerance, strips):
+    """Also where the means are large beside what varies, as float32 and bfloat16 can hold it."""
+    x = (draw(2 * strips, 8, 16, 6) + mean * jnp.arange(1, 7)).astype(dtype)
+    got = group_statistics(x, 6, 0.0, strips)
+    images = np.asarray(x.astype(jnp.float32), np.float64).reshape(2, -1, 6)
+    expected = images.mean(1), 1 / images.std(1)
+    for ours, theirs in zip(got, expected, strict=True):
+        ours = np.asarray(ours).reshape(2, strips, 6)
+        np.testing.assert_allclose(ours, np.repeat(theirs[:, None], strips, 1), rtol=tolerance)
+    # A group of channels whose means differ.
+    mean, inverse_std = group_statistics(x, 2, 0.0, strips)
+    grouped = images.reshape(2, -1, 2, 3)
+    expected = 1 / grouped.std((1, 3))
+    ours = np.asarray(inverse_std).reshape(2, strips, 2, 3)[:, 0, :, 0]
+    np.testing.assert_allclose(ours, expected, rtol=tolerance)
