@@ -29,13 +29,12 @@ import torch_checkpoints
 
 LAYERS = int(os.environ.get("K3JAX_FULLSIZE_LAYERS", "32"))
 MEMORY_LIMIT = 1.5e9  # bytes that a conversion may add to the process
+INT8_MEMORY_LIMIT = 4e9  # bytes beside the weights themselves while these become int8
 SHARD_BYTES = 5_000_000_000
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
-CONVERT = """
+WATCHED = """
 import json, os, pathlib, sys, threading, time
-import torch
-from k3jax.convert.from_torch import convert
 
 def anonymous():
     status = pathlib.Path("/proc/self/status").read_text()
@@ -46,23 +45,52 @@ def watch():
     while not done.wait(0.01):
         peak = max(peak, anonymous())
 
-source, destination = sys.argv[1:]
+source, ours = sys.argv[1:]
+{imports}
 base = peak = anonymous()
 done = threading.Event()
 thread = threading.Thread(target=watch)
 thread.start()
 start = time.perf_counter()
-convert(source, destination, progress=False)
-for path in pathlib.Path(destination).rglob("*"):
+{work}
+seconds = time.perf_counter() - start
+done.set()
+thread.join()
+print(json.dumps({{"seconds": seconds, "added": peak - base, "weights": weights}}))
+"""
+
+CONVERT = WATCHED.format(
+    imports="import torch\nfrom k3jax.convert.from_torch import convert",
+    work="""
+convert(source, ours, progress=False)
+for path in pathlib.Path(ours).rglob("*"):
     if path.is_file():
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-seconds = time.perf_counter() - start
-done.set()
-thread.join()
-print(json.dumps({"seconds": seconds, "added": peak - base}))
-"""
+weights = 0
+""",
+)
+
+LOAD_INT8 = WATCHED.format(
+    imports="import jax\nfrom k3jax.checkpoint import restore",
+    work="""
+module = restore(ours, "text_encoder", dtype="bfloat16", param_dtype="bfloat16", int8=True)
+weights = sum(leaf.nbytes for leaf in jax.block_until_ready(jax.tree.leaves(module)))
+""",
+)
+
+
+def run_watched(script: str, *paths: Path) -> dict[str, float]:
+    """Seconds and bytes of a script in a process of its own."""
+    run = subprocess.run(
+        [sys.executable, "-c", script, *map(str, paths)],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+    )
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 def write_encoder(folder: Path, config: TextEncoderConfig) -> None:
@@ -136,14 +164,7 @@ def test_full_size_encoder(tmp_path, capsys):
         os.sync()
         size = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
         before = copy_seconds(source, tmp_path / "copy")
-        run = subprocess.run(
-            [sys.executable, "-c", CONVERT, str(source), str(ours)],
-            check=True,
-            capture_output=True,
-            text=True,
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
-        )
-        found = json.loads(run.stdout.splitlines()[-1])
+        found = run_watched(CONVERT, source, ours)
         theirs = open_weights(sorted((source / "text_encoder").glob("*.safetensors")))
         table = text_encoder.table()
         for name, array in itertools.islice(iterate_leaves(ours, "text_encoder"), 9):
@@ -152,15 +173,20 @@ def test_full_size_encoder(tmp_path, capsys):
             assert np.array_equal(
                 back.view(np.uint16), theirs[torch_name].read().view(np.uint16)
             ), name
+        loaded = run_watched(LOAD_INT8, source, ours)
         shutil.rmtree(ours)
         after = copy_seconds(source, tmp_path / "copy")
     finally:
         shutil.rmtree(tmp_path, ignore_errors=True)  # tens of gigabytes
     copied = (before + after) / 2
+    beside = loaded["added"] - loaded["weights"]
     with capsys.disabled():
         print(
             f"\n{size / 1e9:.1f} GB: converted in {found['seconds']:.1f} s, copied in "
             f"{before:.1f} and {after:.1f} s, ratio {found['seconds'] / copied:.2f}; "
-            f"{found['added'] / 1e9:.2f} GB of memory added"
+            f"{found['added'] / 1e9:.2f} GB of memory added\n"
+            f"loaded as {loaded['weights'] / 1e9:.1f} GB in int8, {beside / 1e9:.2f} GB beside them"
         )
     assert found["added"] <= MEMORY_LIMIT
+    assert loaded["weights"] < 0.6 * size
+    assert beside < INT8_MEMORY_LIMIT
