@@ -45,7 +45,10 @@ LONGEST = ("training/test_resume.py", "training/test_train.py", "test_pipeline.p
 
 
 def pytest_collection_modifyitems(items):
-    """What takes longest comes first, so that no worker is left alone with it at the end."""
+    """What takes longest comes first, so that no worker is left alone with it at the end.
+
+    xdist would put the files with most tests first, but for --no-loadscope-reorder.
+    """
     items.sort(key=lambda item: not item.nodeid.split("::")[0].endswith(LONGEST))
 
 
