@@ -8,7 +8,9 @@ is one cycle; its depth in loops is the number of `>`:
     0x3   : > > { ... }
     0x1f  : > { %p10 = scmp.ge.s32.totalorder %s13, 4 /* loop exit test */ }
 
-Regions under a condition count as taken, and waits for memory are not in it. Loops that are
+Regions under a condition count as taken on every trip, and waits for memory are not in it. Where a
+kernel is one long loop with large such regions, this is far too much: a convolution of 192 channels
+of a batch of 16 maps came to 23.8 million cycles, where the same in a loop nest has 1.7. Loops that are
 software-pipelined run as often as their exit test says less the stages before the last.
 """
 
