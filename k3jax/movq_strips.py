@@ -71,15 +71,15 @@ def convolve_strips(layer: nnx.Conv, x: jax.Array, strips: int) -> jax.Array:
     kernel, bias = layer.kernel[...].astype(layer.dtype), layer.bias[...].astype(layer.dtype)
     x = x.astype(layer.dtype)
 
-    def padded(x, rows, columns):
+    def convolved(x, rows, columns):
         return bias + convolve(x, kernel, ((rows, rows), (columns, columns)))
 
     if kernel.shape[0] == 1:
-        return padded(x, 0, 0)
+        return convolved(x, 0, 0)
     above, below = _beside(x, strips)
-    first = padded(jnp.concatenate([above, x[:, :2]], axis=1), 0, 1)
-    last = padded(jnp.concatenate([x[:, -2:], below], axis=1), 0, 1)
-    out = jax.lax.dynamic_update_slice_in_dim(padded(x, 1, 1), first, 0, axis=1)
+    first = convolved(jnp.concatenate([above, x[:, :2]], axis=1), 0, 1)
+    last = convolved(jnp.concatenate([x[:, -2:], below], axis=1), 0, 1)
+    out = jax.lax.dynamic_update_slice_in_dim(convolved(x, 1, 1), first, 0, axis=1)
     return jax.lax.dynamic_update_slice_in_dim(out, last, x.shape[1] - 1, axis=1)
 
 

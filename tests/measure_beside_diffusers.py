@@ -4,7 +4,7 @@
   python tests/measure_beside_diffusers.py
 
 float32, as users have either: no flag of XLA or PyTorch is set. The U-Net is Kandinsky 3's at half
-its width (0.7 B parameters), one guided step of one prompt of 128 tokens; MoVQ is Kandinsky 3's.
+its width (0.76 B parameters), one guided step of one prompt of 128 tokens; MoVQ is Kandinsky 3's.
 Calls take turns, and the ratio is that of the medians.
 """
 

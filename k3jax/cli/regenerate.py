@@ -9,17 +9,13 @@ software and kind of chip; elsewhere a few pixels may differ by 1/255 before the
 """
 
 import argparse
+import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from k3jax.cli.extras import require
 from k3jax.cli.generate import add_streaming
-
-
-if TYPE_CHECKING:
-    from k3jax.synthesis.loading import Devices
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,24 +24,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("ids", metavar="ID", nargs="+", help="ids of samples")
     add("-o", "--output", metavar="DIR", default=".", help="folder of the images (.)")
     add("--overwrite", action="store_true", help="replace files that exist")
+    add_remaking(add)
+
+
+def add_remaking(add: Callable) -> None:
+    """Where a data set's sources are now, and on what it is made again."""
     add("--checkpoint", metavar="DIR", help="where the weights are now")
     add("--lora", metavar="DIR", help="where the LoRA is now")
     add("--prompts", metavar="FILE", nargs="+", default=[], help="where the prompts are now")
-    add_devices(add)
-
-
-def add_devices(add: Callable) -> None:
     add("--mesh", help="this host's devices (as the data set was made)")
     add("--batch-size", type=int, metavar="N", help="images at a time (as the data set was made)")
     add_streaming(add)
 
 
-def devices_by(args: argparse.Namespace) -> Callable[[Mapping[str, Any]], "Devices"]:
+def devices_by(args: argparse.Namespace) -> Callable:
     """What a shard was made on -> this host's devices, used alike unless a flag says otherwise."""
     from k3jax.synthesis.remake import devices_as_recorded
 
-    how = args.mesh, args.batch_size, bool(args.stream_text_encoder)
-    return lambda made_on: devices_as_recorded(made_on, *how)
+    return functools.partial(
+        devices_as_recorded,
+        mesh=args.mesh,
+        batch_size=args.batch_size,
+        stream_text_encoder=bool(args.stream_text_encoder),
+    )
 
 
 def run(args: argparse.Namespace) -> int:

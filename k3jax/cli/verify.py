@@ -14,7 +14,7 @@ import dataclasses
 import json
 
 from k3jax.cli.extras import require
-from k3jax.cli.regenerate import add_devices, devices_by
+from k3jax.cli.regenerate import add_remaking, devices_by
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,10 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--quick", action="store_true", help="compare checksums, decode no images")
     add("--json", action="store_true", help="as JSON")
-    add("--checkpoint", metavar="DIR", help="where the weights are now")
-    add("--lora", metavar="DIR", help="where the LoRA is now")
-    add("--prompts", metavar="FILE", nargs="+", default=[], help="where the prompts are now")
-    add_devices(add)
+    add_remaking(add)
 
 
 def run(args: argparse.Namespace) -> int:

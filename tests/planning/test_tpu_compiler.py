@@ -2,8 +2,7 @@
 """Programs compiled by the real TPU compiler for slices that are not there.
 
 pip install 'k3jax[tpu]' (Linux, no TPU needed); .ci/run does so. All are of the small model but for
-the gates, which are of K3JAX_GATE_MODEL: "kandinsky3" by default, a quarter of an hour for each on
-two cores.
+the gates, which are of K3JAX_GATE_MODEL: "kandinsky3" by default, three minutes and more for each.
 """
 
 import json
@@ -28,7 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tpu_compiler")]
 GATE_MODEL = os.environ.get("K3JAX_GATE_MODEL", "kandinsky3")
 
 
-def compile_tiny(program, topology, mesh, batch=1, size=64, model="tiny"):
+def compile_for(program, topology, mesh, batch=1, size=64, model="tiny"):
     where = parse_slice(topology)
     work = Work(model_of(model), mesh_sizes(mesh, where.count), batch, size, size)
     return work, compile_in_child(program, work, where)
@@ -41,7 +40,7 @@ def test_gates_of_the_denoising_step(topology, batch, capsys):
     """Data parallel on any slice: it fits, and says nothing to other chips."""
     full = GATE_MODEL != "tiny"
     size = 1024 if full else 64
-    work, compiled = compile_tiny("denoise", topology, "data=-1", batch, size, GATE_MODEL)
+    work, compiled = compile_for("denoise", topology, "data=-1", batch, size, GATE_MODEL)
     where, cost, memory = parse_slice(topology), compiled.cost, compiled.memory
     assert work.images == batch * where.count
     assert cost.collectives == ()
@@ -62,7 +61,7 @@ def test_gates_of_the_denoising_step(topology, batch, capsys):
 
 
 def test_what_is_said_of_a_program():
-    work, compiled = compile_tiny("denoise", "v5e:2x4", "data=-1")
+    work, compiled = compile_for("denoise", "v5e:2x4", "data=-1")
     assert compiled.cost.figure == "schedule" and compiled.cost.scheduled > 0.9
     assert compiled.cost.seconds > compiled.cost.floor > 0
     assert compiled.cost.unknown_loops == 0 and compiled.cost.flops > 1e8
@@ -71,10 +70,10 @@ def test_what_is_said_of_a_program():
 
 
 def test_collectives_of_a_split_encoder():
-    _, split = compile_tiny("encode", "v5e:2x2", "fsdp=2,tensor=2")
+    _, split = compile_for("encode", "v5e:2x2", "fsdp=2,tensor=2")
     kinds = {collective.kind for collective in split.cost.collectives}
     assert {"all-gather", "all-reduce"} <= kinds
-    _, copied = compile_tiny("encode", "v5e:2x2", "data=4")
+    _, copied = compile_for("encode", "v5e:2x2", "data=4")
     assert copied.cost.collectives == ()
     assert split.memory.arguments < copied.memory.arguments
     # Four layers in a loop: each counts.
@@ -86,7 +85,7 @@ def test_usable_memory_is_what_the_compiler_says():
     for chip in CHIPS.values():
         topology = f"{chip.name}:" + "x".join(["2", "2", "1"][: chip.dimensions])
         with pytest.raises(OutOfMemory) as caught:
-            compile_tiny("encode", topology, "data=-1", batch=2**24)
+            compile_for("encode", topology, "data=-1", batch=2**24)
         assert f"{chip.usable / 2**30:.2f}G" in str(caught.value)
 
 
