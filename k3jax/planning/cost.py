@@ -11,48 +11,39 @@ How far to trust it. The schedule figure came to 113 to 120 ms for a step of SDX
 pair, 13.91 TFLOP) on a v5e, against 107 to 109 ms published, and to 97.7 ms on a v4 against about
 103: it is quoted with +-15 %. The v6e has no valid calibration (53 ms against about 34 of another
 program and other flags), and collectives have none on any chip. XLA's own `estimated_cycles` say
-about twice as much as such steps take, so they are used for nothing here. Starting a kernel is free
-here, so programs of very small kernels look faster than they are.
+about twice as much as such steps take, so they are used only where a schedule is misread
+(`MISREAD`). Starting a kernel is free here, so programs of very small kernels look faster than
+they are.
 """
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from k3jax.planning.chips import Chip
+from k3jax.planning.collectives import (
+    RING,
+    Collective,
+    collective_kind,
+    payload,
+    ring_passes,
+)
 from k3jax.planning.hlo import BYTES, Computation, Instruction, Module, parse_arrays
 from k3jax.planning.kinds import kind_of
 
 
 Figure = Literal["schedule", "floor"]
 
-COLLECTIVE = re.compile(
-    r"(all-gather|all-reduce|reduce-scatter|(ragged-)?all-to-all|collective-(permute|broadcast))$"
-)
 FREE = set(
     "parameter get-tuple-element tuple bitcast constant after-all partition-id replica-id "
     "opt-barrier iota domain add-dependency".split()
 )
 """Instructions that are no work."""
 
-RING = 2
-"""Links of a chip in a ring over one axis of the slice: one to each neighbour."""
-
-
-@dataclass(frozen=True)
-class Collective:
-    """Collectives of one kind in one run of a program.
-
-    Attributes:
-        count: how often.
-        bytes: of the larger of what goes in and what comes out, on each chip, summed over them.
-    """
-
-    kind: str
-    count: int
-    bytes: float
+MISREAD = 4
+"""A schedule of more than this times XLA's own estimate is of the form that cannot be read (see
+bundles.py), and the estimate counts instead."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +56,8 @@ class Cost:
         floor: the lower bound in any case.
         flops: of matrix products and convolutions, those that land on data.
         hbm_bytes: read and written by kernels and prefetches.
-        scheduled: share of the kernels' time whose kernels have a schedule.
+        scheduled: share of the kernels' time that is by schedules, and not by XLA's estimates or
+            the lower bound.
         stalls: seconds that kernels wait for prefetches and collectives.
         kernels: how many run.
         unknown_loops: loops whose trips cannot be told; they count once.
@@ -164,7 +156,7 @@ class _Walk:
         base, _, phase = (
             i.op.rpartition("-") if i.op.endswith(("-start", "-done")) else (i.op, "", "")
         )
-        kind = self.collective_kind(i, base)
+        kind = collective_kind(self.module, i, base)
         if i.op in FREE or i.op.endswith("-update"):
             return
         if phase == "done":
@@ -200,8 +192,11 @@ class _Walk:
         seconds = max(flops / self.chip.peak, hbm / self.chip.bandwidth)
         cycles = self.cycles_of(i, inside)
         if cycles is not None:
-            seconds = max(seconds, cycles / self.chip.clock)
-            self.total["scheduled"] += times * seconds
+            estimated = int(i.attribute(r'"estimated_cycles":"(\d+)"') or 0)
+            misread = 0 < MISREAD * estimated < cycles
+            seconds = max(seconds, (estimated if misread else cycles) / self.chip.clock)
+            if not misread:
+                self.total["scheduled"] += times * seconds
         self.kinds[kind_of(self.module, i, flops)] += times * seconds
         self.total.update(
             count=times, flops=times * flops, hbm=times * hbm, kernels=times * seconds
@@ -209,22 +204,9 @@ class _Walk:
         return seconds
 
     def collective(self, i: Instruction, kind: str, inside: Computation, times: int) -> float:
-        size = _payload(i, inside)
+        size = payload(i, inside)
         self.collectives[kind].update(count=times, bytes=times * size)
-        others = 1 - 1 / _group_size(i)
-        passes = {"all-reduce": 2 * others, "collective-permute": 1.0}.get(kind, others)
-        return passes * size / (RING * self.chip.link)
-
-    def collective_kind(self, i: Instruction, base: str) -> str | None:
-        if COLLECTIVE.match(base):
-            return base
-        if base not in ("fusion", "async") or not i.called:
-            return None
-        # A reduce-scatter is a fusion around an all-reduce.
-        if i.called[0].startswith("all-reduce-scatter"):
-            return "reduce-scatter"
-        operations = sorted(self.module.operations(i.called[0]))
-        return next((op for op in operations if COLLECTIVE.match(op)), None)
+        return ring_passes(i, kind) * size / (RING * self.chip.link)
 
     def prefetched(self, i: Instruction) -> float:
         """Bytes that a transfer between HBM and VMEM moves: what lies in VMEM, maybe a part."""
@@ -277,30 +259,3 @@ def _matcher(module: Module, cycles: Mapping[str, int]):
         return similar.get(alike(i, inside)) if own is None else own
 
     return find
-
-
-def _payload(i: Instruction, inside: Computation) -> float:
-    """Bytes on a chip: of what goes in or what comes out, whichever is larger."""
-    given = [inside.by_name[name] for name in i.operands if name in inside.by_name]
-    size_in = sum(array.bytes for operand in given for array in operand.arrays)
-    if i.op.endswith("-start"):  # its result holds the operands too
-        size_out = max((array.bytes for array in i.arrays), default=0.0)
-    else:
-        size_out = sum(array.bytes for array in i.arrays)
-    return max(size_in, size_out)
-
-
-def _group_size(i: Instruction) -> int:
-    """Chips that take part together; 2 where it cannot be told."""
-    if groups := i.attribute(r"replica_groups=\{\{([\d,]+)\}"):
-        return max(groups.count(",") + 1, 1)
-    if size := i.attribute(r"replica_groups=\[\d+,(\d+)\]"):
-        return int(size)
-    sizes = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", i.attributes)
-    if not sizes:
-        return 2
-    axes = dict(re.findall(r"'(\w+)'=(\d+)", sizes[1]))
-    group = 1
-    for axis in re.findall(r"'(\w+)'", sizes[2]):
-        group *= int(axes[axis])
-    return group

@@ -9,8 +9,9 @@ import pytest
 
 from k3jax.planning.bundles import kernel_cycles, read_schedules
 from k3jax.planning.chips import CHIPS
+from k3jax.planning.collectives import Collective
 from k3jax.planning.convolutions import taps
-from k3jax.planning.cost import Collective, Cost, estimate
+from k3jax.planning.cost import Cost, estimate
 from k3jax.planning.hlo import parse_arrays, parse_hlo
 
 
@@ -153,6 +154,27 @@ ENTRY %main (x: f32[8,128]) -> f32[8,128] {{
 """
     cost = estimate(parse_hlo(text), V5E, {"a": 1500})
     assert cost.scheduled == 1 and np.isclose(cost.seconds, 3 * 1500 / V5E.clock)
+
+
+def test_a_schedule_far_above_the_estimate_is_not_believed():
+    text = """HloModule m
+
+%f (p: f32[8,128]) -> f32[8,128] {
+  %p = f32[8,128]{1,0} parameter(0)
+  ROOT %e = f32[8,128]{1,0} exponential(%p)
+}
+
+ENTRY %main (x: f32[8,128]) -> f32[8,128] {
+  %x = f32[8,128]{1,0} parameter(0)
+  ROOT %a = f32[8,128]{1,0} fusion(%x), kind=kLoop, calls=%f, \
+backend_config={"window_config":{"estimated_cycles":"1000"}}
+}
+"""
+    module = parse_hlo(text)
+    believed = estimate(module, V5E, {"a": 4000})
+    assert believed.scheduled == 1 and np.isclose(believed.seconds, 4000 / V5E.clock)
+    misread = estimate(module, V5E, {"a": 4001})
+    assert misread.scheduled == 0 and np.isclose(misread.seconds, 1000 / V5E.clock)
 
 
 def test_time_by_kind():

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What chips say to each other in a compiled program: which instructions do, and how much."""
+
+import re
+from dataclasses import dataclass
+
+from k3jax.planning.hlo import Computation, Instruction, Module
+
+
+COLLECTIVE = re.compile(
+    r"(all-gather|all-reduce|reduce-scatter|(ragged-)?all-to-all|collective-(permute|broadcast))$"
+)
+
+RING = 2
+"""Links of a chip in a ring over one axis of the slice: one to each neighbour."""
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Collectives of one kind in one run of a program.
+
+    Attributes:
+        count: how often.
+        bytes: of the larger of what goes in and what comes out, on each chip, summed over them.
+    """
+
+    kind: str
+    count: int
+    bytes: float
+
+
+def collective_kind(module: Module, i: Instruction, base: str) -> str | None:
+    """What an instruction says to other chips, if anything; `base`: its operation, of two halves."""
+    if COLLECTIVE.match(base):
+        return base
+    if base not in ("fusion", "async") or not i.called:
+        return None
+    # A reduce-scatter is a fusion around an all-reduce.
+    if i.called[0].startswith("all-reduce-scatter"):
+        return "reduce-scatter"
+    operations = sorted(module.operations(i.called[0]))
+    return next((op for op in operations if COLLECTIVE.match(op)), None)
+
+
+def ring_passes(i: Instruction, kind: str) -> float:
+    """How often what is on a chip crosses a link of the ring."""
+    others = 1 - 1 / group_size(i)
+    return {"all-reduce": 2 * others, "collective-permute": 1.0}.get(kind, others)
+
+
+def payload(i: Instruction, inside: Computation) -> float:
+    """Bytes on a chip: of what goes in or what comes out, whichever is larger."""
+    given = [inside.by_name[name] for name in i.operands if name in inside.by_name]
+    size_in = sum(array.bytes for operand in given for array in operand.arrays)
+    if i.op.endswith("-start"):  # its result holds the operands too
+        size_out = max((array.bytes for array in i.arrays), default=0.0)
+    else:
+        size_out = sum(array.bytes for array in i.arrays)
+    return max(size_in, size_out)
+
+
+def group_size(i: Instruction) -> int:
+    """Chips that take part together; 2 where it cannot be told."""
+    if groups := i.attribute(r"replica_groups=\{\{([\d,]+)\}"):
+        return max(groups.count(",") + 1, 1)
+    if size := i.attribute(r"replica_groups=\[\d+,(\d+)\]"):
+        return int(size)
+    sizes = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", i.attributes)
+    if not sizes:
+        return 2
+    axes = dict(re.findall(r"'(\w+)'=(\d+)", sizes[1]))
+    group = 1
+    for axis in re.findall(r"'(\w+)'", sizes[2]):
+        group *= int(axes[axis])
+    return group
