@@ -23,6 +23,7 @@ class Call:
         num_inputs: how many prompts, or pairs of prompt and image, there are.
         count: how many images it makes: `num_images_per_prompt` of each.
         sampler: all of its steps.
+        guided: whether any of its images is.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Call:
         self.num_images_per_prompt = num_images_per_prompt
         self.count = len(self._prompt_of)
         self._scales = request.guidance_scales(guidance_scale, self.count)
+        self.guided = self.sampler.guided and bool((self._scales > 0).any())
         self._keys = sample_keys(request.image_seeds(seed, self.count))
 
     def image_of(self, count: int, num_images_per_prompt: int | None = None) -> np.ndarray:

@@ -27,6 +27,7 @@ from k3jax.image_task import (
     work_sizes,
 )
 from k3jax.request import OutputType
+from k3jax.room import check_room
 from k3jax.text_projection import PromptEmbeds
 
 
@@ -118,6 +119,7 @@ class Kandinsky3Img2ImgPipeline(BasePipeline):
         sizes = [sizes[0]] * call.num_inputs if number == 1 else sizes
         steps = step_counts(call.sampler, strengths(strength, call.num_inputs))
         check_given_noise(call, latents, step_noise, sizes, steps, self.config)
+        check_room(self, [s for s, n in zip(sizes, steps, strict=True) if n], call.guided)
 
         # Everything is checked; from here on it takes time.
         everything = call.images(self, latents, step_noise) if any(steps) else None

@@ -34,6 +34,7 @@ from k3jax.image_task import (
 )
 from k3jax.inpaint_images import Pair, pairs, prepare
 from k3jax.request import Group, OutputType
+from k3jax.room import check_room
 from k3jax.text_projection import PromptEmbeds
 
 
@@ -141,6 +142,7 @@ class Kandinsky3InpaintPipeline(BasePipeline):
         if 0 in steps:
             raise ValueError("strength is 0, which repaints nothing: give more.")
         check_given_noise(call, latents, step_noise, sizes, steps, self.config)
+        check_room(self, sizes, call.guided)
 
         # Everything is checked; from here on it takes time.
         everything = call.images(self, latents, step_noise)

@@ -11,6 +11,7 @@ from k3jax.calls import Call
 from k3jax.config import ModelConfig, SamplerName
 from k3jax.generation import Callback, Loop, make_images
 from k3jax.request import OutputType
+from k3jax.room import check_room
 from k3jax.text_projection import PromptEmbeds
 
 
@@ -94,6 +95,7 @@ class Kandinsky3Pipeline(BasePipeline):
         factor = self.config.movq.scale_factor
         shape = (height // factor, width // factor, self.config.movq.latent_channels)
         request.check_noise(latents, step_noise, shape, call.count, call.sampler.num_steps)
+        check_room(self, [(width, height)], call.guided)
 
         # Everything is checked; from here on it takes time.
         images = call.images(self, latents, step_noise)

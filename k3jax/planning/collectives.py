@@ -30,7 +30,11 @@ class Collective:
 
 
 def collective_kind(module: Module, i: Instruction, base: str) -> str | None:
-    """What an instruction says to other chips, if anything; `base`: its operation, of two halves."""
+    """What an instruction says to other chips, if anything.
+
+    Args:
+        base: its operation, without the -start or -done of its halves.
+    """
     if COLLECTIVE.match(base):
         return base
     if base not in ("fusion", "async") or not i.called:
