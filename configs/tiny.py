@@ -4,7 +4,7 @@
     k3jax generate "a red circle above a blue square"
     k3jax train --config tiny
 
-The second command makes the weights again, in five stages that end in train/tiny; it takes hours on
+The second command makes the weights again, in six stages that end in train/tiny; it takes hours on
 two CPU cores and goes on where it stopped. Captions it knows: `k3jax.scenes.caption`.
 """
 
@@ -30,8 +30,10 @@ def get_config():
     config.model.text_projection.null_embedding = False
 
     unet = config.model.unet
-    unet.init_channels = 24  # half of the first level, as diffusers has it
-    unet.block_out_channels = (48, 64, 80, 96)
+    unet.init_channels = 32  # half of the first level, as diffusers has it
+    unet.block_out_channels = (64, 96, 96)
+    unet.add_cross_attention = (False, True, True)
+    unet.add_self_attention = (False, True, True)
     unet.layers_per_block = 2
     unet.time_embedding_dim = 96
     unet.cross_attention_dim = 96
@@ -52,8 +54,9 @@ def get_config():
     config.train.stages = (
         "tiny_text_encoder",
         "tiny_movq",
+        "tiny_places",
         "tiny_unet",
-        "tiny_layout",
+        "tiny_details",
         "tiny_inpainting",
     )
     return config

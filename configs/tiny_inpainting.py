@@ -4,12 +4,12 @@
 k3jax train --config tiny_inpainting
 """
 
-from k3jax.configs.tiny_layout import get_config as tiny_layout
+from k3jax.configs.tiny_details import get_config as tiny_details
 
 
 def get_config():
-    config = tiny_layout()
-    config.checkpoint = "train/tiny/layout/checkpoint"
+    config = tiny_details()
+    config.checkpoint = "train/tiny/details/checkpoint"
     config.train.task = "inpainting"
     config.train.output = "train/tiny/inpainting"
     config.train.components = ("unet",)  # the text projection stays that of the base

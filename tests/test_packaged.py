@@ -58,10 +58,12 @@ def test_the_numbers_of_the_readme(pipe):
     print(f"\n{told}")
     assert told["color_on_shape"] >= 0.42
     assert told["objects"] >= 0.2
+    assert told["position"] >= 0.75
+    assert told["relation"] >= 0.15
     assert told["background"] >= 0.97
     untold = shares(list(judge(pipe, 100, without_text=True)))
     print(f"empty prompts: {untold}")
-    for question in ("color_on_shape", "objects", "background"):
+    for question in ("color_on_shape", "objects", "background", "position", "relation"):
         assert untold[question] < told[question]
     assert reconstruction_psnr(pipe) >= 29
 
