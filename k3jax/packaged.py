@@ -5,12 +5,15 @@ from pathlib import Path
 
 
 WEIGHTS = Path(__file__).parent / "weights"
-PACKAGED = {"tiny": "text to image"}
+PACKAGED = {"tiny": "text to image", "tiny-inpainting": "inpainting"}
 """Name -> what it does. The weights are in `weights/NAME`."""
 
 
 DEFAULT = WEIGHTS / "tiny"
 """What commands use that are given no checkpoint."""
+
+INPAINTING = WEIGHTS / "tiny-inpainting"
+"""The same for those that paint a part of an image."""
 
 
 def packaged_path(path) -> Path | None:

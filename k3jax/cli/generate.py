@@ -22,6 +22,7 @@ from k3jax.cli.joining import add_distributed, join
 from k3jax.cli.output import check_folder, plan
 from k3jax.cli.prompts import check_prompts, read_prompts
 from k3jax.config import SamplerName
+from k3jax.packaged import DEFAULT
 from k3jax.run_config import RunConfig, architecture_differences, build, collect
 
 
@@ -162,14 +163,13 @@ def run(args: argparse.Namespace) -> None:
     make_images(checkpoint, config, mesh, call, images, args.progress)
 
 
-def asked_checkpoint(values, named_by_config: bool):
+def asked_checkpoint(values, named_by_config: bool, default=DEFAULT):
     """The checkpoint that is asked for, its weights not read."""
     from k3jax.checkpoint_format import as_path, read_checkpoint
-    from k3jax.packaged import DEFAULT
 
     path = values.get("checkpoint")
     if path is None:
-        return read_checkpoint(DEFAULT)
+        return read_checkpoint(default)
     if named_by_config and not as_path(path).exists():
         raise ValueError(
             f"the config's checkpoint {path} does not exist: make it with `k3jax convert`, or give "

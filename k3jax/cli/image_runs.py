@@ -28,6 +28,7 @@ from k3jax.image_input import read_image, read_mask
 from k3jax.image_task import step_counts, work_sizes
 from k3jax.images import ContactSheet, write_png
 from k3jax.inpaint_images import Pair, pairs
+from k3jax.packaged import DEFAULT
 from k3jax.run_config import RunConfig, build, collect
 
 
@@ -38,12 +39,17 @@ HIDDEN = 0.65  # share of grey over what is to be painted, in the contact sheet
 
 @dataclass(frozen=True)
 class Task:
-    """A command: its pipeline, and what comes beside the images."""
+    """A command: its pipeline, and what comes beside the images.
+
+    Attributes:
+        checkpoint: where none is asked for.
+    """
 
     name: str
     pipeline: type[BasePipeline]
     masks: Sequence[str] = ()
     sides: dict[str, int] = field(default_factory=dict)
+    checkpoint: Path = DEFAULT
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ def run_images(args: argparse.Namespace, task: Task) -> None:
     prompts = read_prompts(args.prompts, args.prompts_file)
     if not args.image:
         raise ValueError("give at least one image with --image FILE.")
-    checkpoint = asked_checkpoint(values, named_by_config=args.checkpoint is None)
+    checkpoint = asked_checkpoint(values, args.checkpoint is None, task.checkpoint)
     config = build(values, checkpoint.config)
     if values.get("model"):
         check_architecture(checkpoint, config)

@@ -6,6 +6,9 @@ goes with all. The rest of an image stays exactly as it is, but for a feather ar
 
   k3jax inpaint "a red star" --image scene.png --mask mask.png --checkpoint weights/inpainting
 
+Without --checkpoint (and without a config that names one) the small inpainting model that comes
+with k3jax is used. It paints coloured shapes and knows nothing else.
+
 A checkpoint with 9 input channels was trained for this; with any other the known part is blended in
 at every step, and a note says so. Writes one PNG per image in the image's own size, and a contact
 sheet of before and after.
@@ -28,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from k3jax.cli.image_runs import Task, run_images
     from k3jax.inpaint import Kandinsky3InpaintPipeline
+    from k3jax.packaged import INPAINTING
 
     if not args.mask:
         raise ValueError("give at least one mask with --mask FILE.")
-    run_images(args, Task("inpaint", Kandinsky3InpaintPipeline, masks=args.mask))
+    pipeline = Kandinsky3InpaintPipeline
+    run_images(args, Task("inpaint", pipeline, masks=args.mask, checkpoint=INPAINTING))

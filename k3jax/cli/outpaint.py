@@ -25,6 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from k3jax.cli.image_runs import Task, run_images
     from k3jax.inpaint import Kandinsky3InpaintPipeline
+    from k3jax.packaged import INPAINTING
 
     sides = {side: getattr(args, side) for side in SIDES}
-    run_images(args, Task("outpaint", Kandinsky3InpaintPipeline, sides=sides))
+    pipeline = Kandinsky3InpaintPipeline
+    run_images(args, Task("outpaint", pipeline, sides=sides, checkpoint=INPAINTING))

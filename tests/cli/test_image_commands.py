@@ -6,6 +6,8 @@ import pytest
 from PIL import Image
 
 from k3jax import Kandinsky3Img2ImgPipeline, Kandinsky3InpaintPipeline, extend_canvas
+from k3jax.checkpoint_format import read_checkpoint
+from k3jax.cli.generate import NOTE
 from k3jax.images import read_settings
 
 
@@ -86,6 +88,15 @@ def test_outpaint(run, demo, files, tmp_path):
     canvas, _ = extend_canvas(image, right=64)
     assert (made[:, 64:] != np.asarray(canvas)[:, 64:]).any()
     assert read_settings(paths[0])["extend_canvas"]["right"] == 64
+
+
+def test_inpaint_by_the_small_model(run, files, tmp_path):
+    args = ["inpaint", "a red star", "--image", files / "a.png", "--mask", files / "mask.png"]
+    code, paths, err = run(*args, "-o", tmp_path / "one.png", *SMALL)
+    assert code == 0 and err == [NOTE]
+    settings = read_settings(paths[0])
+    assert settings["method"] == "model"
+    assert settings["checkpoint"]["fingerprint"] == read_checkpoint("tiny-inpainting").fingerprint
 
 
 @pytest.mark.parametrize(
