@@ -20,6 +20,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import gc
+import importlib.util
 import pathlib
 import shutil
 
@@ -91,3 +92,10 @@ def browser(tmp_path_factory):
     with webdriver.Chrome(options=options, service=service) as opened:
         opened.set_page_load_timeout(60)
         yield opened
+
+
+@pytest.fixture
+def tpu_compiler():
+    """Fails where libtpu is not installed: a test that was asked for and cannot run is no pass."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.fail("this test needs libtpu: pip install 'k3jax[tpu]'")

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stored programs, and plans whose compiler is a table."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -40,10 +39,3 @@ def question():
         )
 
     return make
-
-
-@pytest.fixture
-def tpu_compiler():
-    """Fails where libtpu is not installed: a test that was asked for and cannot run is no pass."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.fail("this test needs libtpu: pip install 'k3jax[tpu]'")

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training steps compiled by the real TPU compiler for slices that are not there: they fit.
+
+    K3JAX_GATE_MODEL=kandinsky3 pytest -n 0 -s -m slow tests/training/test_tpu_step.py
+
+Of K3JAX_GATE_MODEL, "kandinsky3" by default; that takes many minutes for each.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from k3jax.planning.chips import parse_slice
+from k3jax.planning.compiler import ENVIRONMENT
+
+
+GATE_MODEL = os.environ.get("K3JAX_GATE_MODEL", "kandinsky3")
+SIZE = 64 if GATE_MODEL == "tiny" else 1024
+
+# libtpu takes gigabytes, and the devices of this process are others.
+COMPILE = """
+import dataclasses, json, sys, time
+
+from k3jax.planning.chips import parse_slice
+from k3jax.run_config import build, collect
+from k3jax.sharding import make_mesh
+from k3jax.training.ahead import lower_step, step_memory
+
+name, model, topology, mesh, batch, size = sys.argv[1:]
+config = dataclasses.replace(build(collect(name)).train, batch_size=int(batch))
+devices = parse_slice(topology).devices()
+start = time.monotonic()
+lowered = lower_step(
+    config, build(collect(model)).model, make_mesh(mesh, devices), size=int(size)
+)
+memory = step_memory(lowered.compile())
+print(json.dumps({**dataclasses.asdict(memory), "seconds": time.monotonic() - start}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("tpu_compiler")
+@pytest.mark.parametrize(
+    "config, topology, mesh, batch",
+    [
+        ("finetune", "v5p:2x4x4", "fsdp=-1", 32),
+        ("finetune", "v5e:8x8", "fsdp=-1", 64),
+        ("lora", "v5e:2x4", "data=-1", 8),
+    ],
+)
+def test_it_fits(config, topology, mesh, batch, capsys):
+    """One image a chip at 1024x1024, in bfloat16, with weights and moments in float32."""
+    words = [config, GATE_MODEL, topology, mesh, str(batch), str(SIZE)]
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILE, *words],
+        env={**os.environ, **ENVIRONMENT},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    memory = json.loads(run.stdout.splitlines()[-1])
+    total = memory["state"] + memory["temporaries"]
+    with capsys.disabled():
+        print(
+            f"\n{config}, {topology}, batch {batch}: {memory['state'] / 1e9:.2f} GB of state and "
+            f"{memory['temporaries'] / 1e9:.2f} GB of temporaries a chip, compiled in "
+            f"{memory['seconds']:.0f} s"
+        )
+    assert 0 < total < parse_slice(topology).chip.usable
