@@ -32,8 +32,6 @@ def get_config():
     unet = config.model.unet
     unet.init_channels = 32  # half of the first level, as diffusers has it
     unet.block_out_channels = (64, 96, 96)
-    unet.add_cross_attention = (False, True, True)
-    unet.add_self_attention = (False, True, True)
     unet.layers_per_block = 2
     unet.time_embedding_dim = 96
     unet.cross_attention_dim = 96
