@@ -46,8 +46,6 @@ print(json.dumps({**dataclasses.asdict(memory), "seconds": time.monotonic() - st
 @pytest.mark.parametrize(
     "config, topology, mesh, batch",
     [
-        ("finetune", "v5p:2x4x4", "fsdp=-1", 32),
-        ("finetune", "v5e:8x8", "fsdp=-1", 64),
         ("lora", "v5e:2x4", "data=-1", 8),
     ],
 )
