@@ -28,10 +28,10 @@ def check_room(pipe: BasePipeline, sizes: Sequence[tuple[int, int]], guided: boo
     Raises:
         ValueError: with the largest batch size that can fit.
     """
-    devices = pipe.mesh.local_devices
-    free = min(map(free_memory, devices), default=None, key=_or_endless)
-    if free is None or pipe.unet is None or not sizes:
+    told = [free for d in pipe.mesh.local_devices if (free := free_memory(d)) is not None]
+    if not told or pipe.unet is None or not sizes:
         return
+    free = min(told)
     width, height = max(sizes, key=lambda size: size[0] * size[1])
     shape = pipe.mesh.shape
     parts = shape["data"] * shape["fsdp"]
@@ -63,7 +63,3 @@ def free_memory(device: jax.Device) -> int | None:
     if "bytes_limit" not in stats:
         return None
     return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-
-
-def _or_endless(free: int | None) -> float:
-    return float("inf") if free is None else free

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training steps compiled by the real TPU compiler for slices that are not there: they fit.
+"""Training steps compiled by the real TPU compiler for slices that are not there.
 
     K3JAX_GATE_MODEL=kandinsky3 pytest -n 0 -s -m slow tests/training/test_tpu_step.py
 
@@ -45,12 +45,10 @@ print(json.dumps({**dataclasses.asdict(memory), "seconds": time.monotonic() - st
 @pytest.mark.usefixtures("tpu_compiler")
 @pytest.mark.parametrize(
     "config, topology, mesh, batch",
-    [
-        ("lora", "v5e:2x4", "data=-1", 8),
-    ],
+    [("lora", "v5e:2x4", "data=-1", 8)],
 )
 def test_it_fits(config, topology, mesh, batch, capsys):
-    """One image a chip at 1024x1024, in bfloat16, with weights and moments in float32."""
+    """One image a chip, in bfloat16; what is trained, and its moments, in float32."""
     words = [config, GATE_MODEL, topology, mesh, str(batch), str(SIZE)]
     run = subprocess.run(
         [sys.executable, "-c", COMPILE, *words],
