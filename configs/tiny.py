@@ -4,8 +4,8 @@
     k3jax generate "a red circle above a blue square"
     k3jax train --config tiny
 
-The second command makes the weights again, in six stages that end in train/tiny; it takes hours on
-two CPU cores and goes on where it stopped. Captions it knows: `k3jax.scenes.caption`.
+The second command makes the weights again, in seven stages that end in train/tiny; it takes hours
+on two CPU cores and goes on where it stopped. Captions it knows: `k3jax.scenes.caption`.
 """
 
 from ml_collections import ConfigDict
@@ -52,6 +52,7 @@ def get_config():
     config.train.stages = (
         "tiny_text_encoder",
         "tiny_movq",
+        "tiny_decoder",
         "tiny_places",
         "tiny_unet",
         "tiny_details",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fifth stage of `tiny`: the U-Net goes on with all noise levels weighing nearly the same.
+"""Sixth stage of `tiny`: the U-Net goes on with all noise levels weighing nearly the same.
 
 What lies where is learned by now; the edges of shapes and their textures are decided at low noise,
 that the stages before have trained least.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Third stage of `tiny`: text projection and U-Net learn what lies where, and nothing else.
+"""Fourth stage of `tiny`: text projection and U-Net learn what lies where, and nothing else.
 
 Only scenes whose caption says where something is, at the noise levels at which that is decided. A
 U-Net that learns all at once reads colours and shapes and takes positions for noise.
@@ -12,7 +12,7 @@ from k3jax.configs.tiny_unet import get_config as tiny_unet
 
 def get_config():
     config = tiny_unet()
-    config.checkpoint = "train/tiny/movq/checkpoint"
+    config.checkpoint = "train/tiny/decoder/checkpoint"
     config.train.output = "train/tiny/places"
     config.train.from_scratch = True
     config.train.steps = 1400

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fourth stage of `tiny`: the U-Net at all noise levels, on latents computed once.
+"""Fifth stage of `tiny`: the U-Net at all noise levels, on latents computed once.
 
 Errors at high noise weigh more, so that what the stages before have learned stays.
 

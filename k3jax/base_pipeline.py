@@ -309,6 +309,13 @@ class BasePipeline:
         with self.computing(self.movq):
             return decode_latents(self.movq, latents, splits=splits, as_uint8=output_type == "pil")
 
+    def compile_decoder(self, shape: tuple[int, int, int], output_type: OutputType) -> None:
+        """Compiles what `decode_batch` runs for latents (h, w, c) of each image."""
+        latents = self.put(np.zeros((self.batch_size, *shape), np.float32))
+        with self.computing(self.movq):
+            splits, as_uint8 = image_splits(self.mesh, self.batch_size), output_type == "pil"
+            decode_latents.lower(self.movq, latents, splits=splits, as_uint8=as_uint8).compile()
+
     def batches(self, count: int) -> Iterator[tuple[np.ndarray, int]]:
         """(rows of a compiled batch, how many of them count); the last batch repeats its last."""
         for first in range(0, count, self.batch_size):

@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,13 +58,23 @@ def make_images(
     made: dict[int, np.ndarray] = {}
     size = pipe.batch_size
     total = sum(-(-len(group.index) // size) * group.sampler.num_steps for group in groups)
-    with tqdm(total=total, unit="step", disable=not loop.progress_bar, leave=False) as bar:
+    decoded = output_type != "latent"
+    shapes = {group.shape for group in groups} if decoded else ()
+    # The decoder takes nearly as long to compile as the loop: both at once.
+    with (
+        ThreadPoolExecutor(1) as beside,
+        tqdm(total=total, unit="step", disable=not loop.progress_bar, leave=False) as bar,
+    ):
+        compiled = {
+            shape: beside.submit(pipe.compile_decoder, shape, output_type) for shape in shapes
+        }
         for group in groups:
             for index, kept in pipe.batches(len(group.index)):
                 images = group.images.rows(index)
                 numbers = group.index[index][:kept]
                 latents = _sample(pipe, images, group, loop, numbers, bar)
-                if output_type != "latent":
+                if decoded:
+                    compiled[group.shape].result()
                     latents = pipe.decode_batch(latents, output_type)
                 made |= zip(numbers.tolist(), fetch(latents), strict=False)
     return made

@@ -348,6 +348,16 @@ def test_the_encoder_has_a_mesh_of_its_own(tmp_path):
         )
 
 
+def test_the_decoder_is_compiled_beside_the_loop(ours, caplog):
+    jax.config.update("jax_log_compiles", True)
+    try:
+        ours("a cat", height=SIZE, width=2 * SIZE, num_inference_steps=1, progress_bar=False)
+    finally:
+        jax.config.update("jax_log_compiles", False)
+    compiled = [r for r in caplog.records if "XLA compilation of jit(decode_lat" in r.getMessage()]
+    assert len(compiled) == 1 and compiled[0].threadName != "MainThread"
+
+
 def test_remainders_do_not_compile_again(components, tokenizer_folder):
     pipe = build(components, tokenizer_folder, batch_size=2)
     run_ours(pipe, "a cat", num_images_per_prompt=2)

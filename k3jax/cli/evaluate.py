@@ -5,7 +5,8 @@
   k3jax evaluate --checkpoint train/tiny/unet/checkpoint --guidance-scale 0
 
 Makes an image of each of 500 captions that were kept out of training, reads the pixels, and prints
-the share of images that show what the caption says. With --output, the images are kept as a
+the share of images that show what the caption says, and beside it the share that is left of drawn
+scenes when the autoencoder alone has rebuilt them. With --output, the images are kept as a
 contact sheet, and the numbers as JSON. Only for models trained on `k3jax.scenes`, such as the one
 that comes with k3jax.
 """
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
 
     from k3jax.images import ContactSheet, write_png
     from k3jax.pipeline import Kandinsky3Pipeline
-    from k3jax.training.evaluate import judge, reconstruction_psnr, shares
+    from k3jax.training.evaluate import judge, reconstruction, shares
 
     pipe = Kandinsky3Pipeline.from_pretrained(
         args.checkpoint, dtype="float32", batch_size=args.batch_size
@@ -61,12 +62,15 @@ def run(args: argparse.Namespace) -> None:
         judge(pipe, args.count, without_text=args.without_text, progress=args.progress, **call)
     )
     result = shares(judged)
+    decibel, rebuilt = reconstruction(pipe)
+    print("    made  rebuilt  right")
     for name, meaning in QUESTIONS.items():
         if name in result:
             asked = sum(getattr(one.verdict, name) is not None for one in judged)
-            print(f"{100 * result[name]:6.1f} %  {meaning} ({name}, {asked} images)")
-    decibel = reconstruction_psnr(pipe)
-    print(f"{decibel:6.1f} dB PSNR of the autoencoder's reconstruction")
+            most = f"{100 * rebuilt[name]:5.1f} %" if name in rebuilt else ""
+            row = f"{100 * result[name]:6.1f} %  {most:7}  {meaning}"
+            print(f"{row} ({name}, {asked} images)")
+    print(f"The autoencoder rebuilds unseen scenes with a PSNR of {decibel:.1f} dB.")
     if args.output is not None:
         folder = Path(args.output)
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,6 +81,7 @@ def run(args: argparse.Namespace) -> None:
             sheet.add(Image.fromarray(one.image), f"{number} {one.caption}{fault}")
         write_png(sheet.image(), folder / "contact_sheet.png")
         numbers = {"checkpoint": args.checkpoint, "count": args.count, **call, **result}
-        numbers["without_text"], numbers["movq_psnr"] = args.without_text, decibel
+        numbers["without_text"] = args.without_text
+        numbers["movq"] = {"psnr": decibel, **rebuilt}
         (folder / "evaluation.json").write_text(json.dumps(numbers, indent=2) + "\n")
         print(folder / "contact_sheet.png")

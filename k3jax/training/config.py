@@ -111,6 +111,8 @@ class TrainConfig:
     """Random weights for the trained components instead of the checkpoint's."""
     components: tuple[str, ...] = ("text_projection", "unet")
     """What is trained; the rest is frozen. Names as in `k3jax.abstract.COMPONENTS`."""
+    decoder_only: bool = False
+    """Of `movq`: the encoder stays as it is, and with it every U-Net trained on its latents."""
     steps: int = 10_000
     batch_size: int = 32
     """Samples per update over the whole mesh, gradient accumulation included."""

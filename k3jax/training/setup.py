@@ -68,7 +68,7 @@ def prepare(config: TrainConfig, model: ModelConfig, base: Checkpoint | None, me
         placed = flattened(lora.lora_shardings(modules["unet"], first, mesh))
         return Start(config, model, base, task, shapes, placed, mesh)
     if config.task == "movq":
-        task = movq_task(modules)
+        task = movq_task(modules, decoder_only=config.decoder_only)
     elif config.task == "text_encoder":
         task = reading_task(modules)
     else:

@@ -67,7 +67,8 @@ def make_step(
             # A short memory at first, or the average would hold on to the random start.
             count = state.step.astype(jnp.float32)
             decay = jnp.minimum(ema_decay, (1 + count) / (10 + count))
-            ema = jax.tree.map(lambda old, new: old * decay + new * (1 - decay), ema, weights)
+            # In this form what does not change is exactly the same in the average.
+            ema = jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), ema, weights)
         metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), **metrics}
         return TrainState(state.step + 1, weights, ema, opt_state), metrics
 

@@ -121,11 +121,12 @@ def lora_task(
     return Task({}, frozen, loss)
 
 
-def movq_task(modules: Modules) -> Task:
-    """The autoencoder from scratch."""
+def movq_task(modules: Modules, *, decoder_only: bool) -> Task:
+    """The autoencoder, or of it only what comes behind the latents."""
 
     def loss(weights, given, batch, key):
-        return movq_loss(with_weights(modules["movq"], "movq", weights), batch["images"], key)
+        movq = with_weights(modules["movq"], "movq", weights)
+        return movq_loss(movq, batch["images"], key, decoder_only=decoder_only)
 
     return Task({"movq": modules["movq"]}, (), loss)
 

@@ -125,6 +125,20 @@ def test_text_encoder_and_movq_from_scratch(run, tmp_path, base):
     assert set(both.component_paths) == {"text_encoder", "movq"}
     assert losses(second, "mse")[-1] < losses(second, "mse")[0]
 
+    third = run(
+        task="movq",
+        decoder_only=True,
+        steps=3,
+        cached=False,
+        ema_decay=0.9,
+        optimizer={"name": "muon", "learning_rate": 2e-3},
+        output=str(tmp_path / "decoder"),
+    )
+    third = dataclasses.replace(third, checkpoint=str(both.path))
+    old, new = weights(both.path, "movq"), weights(train(third), "movq")
+    changed = {name for name in old if not np.array_equal(old[name], new[name])}
+    assert changed and all(name.startswith(("decoder.", "post_quant_conv.")) for name in changed)
+
 
 def test_prior_preservation_weighs_each_part_by_its_mean(run, tmp_path):
     (tmp_path / "class").mkdir()
