@@ -46,7 +46,7 @@ def test_a_folder_of_that_name_comes_first(tmp_path, monkeypatch):
 def test_it_draws_what_it_is_told(pipe):
     """As far as it is trained: a tenth of what `test_the_numbers_of_the_readme` looks at."""
     told = shares(list(judge(pipe, 48)))
-    assert told["color_on_shape"] >= 0.3, told
+    assert told["color_on_shape"] >= 0.4, told
     assert told["background"] >= 0.95, told
     untold = shares(list(judge(pipe, 48, without_text=True)))
     assert untold["color_on_shape"] <= 0.1, untold
@@ -54,20 +54,21 @@ def test_it_draws_what_it_is_told(pipe):
 
 @pytest.mark.slow
 def test_the_numbers_of_the_readme(pipe):
-    told = shares(list(judge(pipe, 200)))
+    told = shares(list(judge(pipe, 128)))
     print(f"\n{told}")
-    assert told["color_on_shape"] >= 0.42
-    assert told["objects"] >= 0.2
+    assert told["color_on_shape"] >= 0.5
+    assert told["objects"] >= 0.28
     assert told["position"] >= 0.75
-    assert told["relation"] >= 0.15
+    assert told["relation"] >= 0.25
     assert told["background"] >= 0.97
-    untold = shares(list(judge(pipe, 100, without_text=True)))
+    untold = shares(list(judge(pipe, 64, without_text=True)))
     print(f"empty prompts: {untold}")
     for question in ("color_on_shape", "objects", "background", "position", "relation"):
         assert untold[question] < told[question]
     decibel, rebuilt = reconstruction(pipe)
     print(f"rebuilt: {decibel:.1f} dB, {rebuilt}")
-    assert decibel >= 29
+    assert decibel >= 31
+    assert rebuilt["color_on_shape"] >= 0.88 and rebuilt["objects"] >= 0.88
 
 
 def test_the_same_picture_in_diffusers(pipe, tmp_path, monkeypatch):
