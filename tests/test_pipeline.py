@@ -410,6 +410,7 @@ def test_float32_means_float32(ours, monkeypatch):
             seen.append((name, jax.config.jax_default_matmul_precision))
             return program(*args, **kwargs)
 
+        call.lower = program.lower
         monkeypatch.setattr(module, name, call)
 
     spy(streaming, "encode_text")

@@ -115,8 +115,8 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, metavar="N", help="images at a time (one per device)")
 
 
-def add_dtypes(add: Callable) -> None:
-    add("--dtype", choices=("bfloat16", "float32"), help="of the computation (bfloat16)")
+def add_dtypes(add: Callable, default: str = "bfloat16; float32 without a checkpoint") -> None:
+    add("--dtype", choices=("bfloat16", "float32"), help=f"of the computation ({default})")
     add("--param-dtype", choices=("bfloat16", "float32"), help="of the weights (as --dtype)")
     add(
         "--int8-text-encoder",
@@ -164,11 +164,16 @@ def run(args: argparse.Namespace) -> None:
 
 
 def asked_checkpoint(values, named_by_config: bool, default=DEFAULT):
-    """The checkpoint that is asked for, its weights not read."""
+    """The checkpoint that is asked for, its weights not read.
+
+    Where none is, `values` get float32 as the default: small weights need no half precision, for
+    which XLA:CPU compiles twice as long.
+    """
     from k3jax.checkpoint_format import as_path, read_checkpoint
 
     path = values.get("checkpoint")
     if path is None:
+        values.setdefault("pipeline", {}).setdefault("dtype", "float32")
         return read_checkpoint(default)
     if named_by_config and not as_path(path).exists():
         raise ValueError(

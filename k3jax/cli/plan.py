@@ -63,7 +63,7 @@ def add_work(add) -> None:
     add("--mesh", help="chips, such as data=-1 (the default) or data=2,fsdp=4")
     add("--encoder-mesh", metavar="MESH", help="for the text encoder (as --mesh, if that fits it)")
     add("--programs", metavar="LIST", help="some of encode,denoise,decode (all)")
-    add_dtypes(add)
+    add_dtypes(add, "bfloat16")
 
 
 def run(args: argparse.Namespace) -> None:
