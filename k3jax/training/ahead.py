@@ -50,7 +50,7 @@ def lower_step(
         tokens: rows of the text embeddings.
     """
     start = prepare(config, model, None, mesh)
-    optimizer = make_optimizer(config.optimizer, config.steps)
+    optimizer = make_optimizer(config.optimizer, config.steps, start.task.fixed)
     where = state_shardings(
         start.shapes, start.placed, optimizer, mesh, config.ema_decay is not None
     )

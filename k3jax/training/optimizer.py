@@ -27,8 +27,13 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     )
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, steps: int, fixed: tuple[str, ...] = ()
+) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW, Adafactor or Muon, at the rate of `learning_rate`.
+
+    Args:
+        fixed: beginnings of the names of weights that stay as they are.
 
     Raises:
         ValueError: a warm-up that is longer than the run.
@@ -68,9 +73,17 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             weight_decay=config.weight_decay,
             mask=_decayed,
         )
-    if config.max_grad_norm is None:
-        return rule
-    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), rule)
+    parts = [rule]
+    if config.max_grad_norm is not None:
+        parts.insert(0, optax.clip_by_global_norm(config.max_grad_norm))
+    if fixed:  # Weight decay moves also what has no gradient.
+        parts.append(
+            optax.masked(
+                optax.set_to_zero(),
+                lambda weights: {name: name.startswith(fixed) for name in weights},
+            )
+        )
+    return parts[0] if len(parts) == 1 else optax.chain(*parts)
 
 
 def _matrices(weights):

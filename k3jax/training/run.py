@@ -106,7 +106,7 @@ def _train(run: RunConfig, stop: Stop, progress: bool) -> Path | None:
     tokenizer_folder = base.path / "tokenizer" if base is not None else None
     if config.task == "text_encoder":
         tokenizer_folder = own_tokenizer(folder, config.seed)
-    optimizer = make_optimizer(config.optimizer, config.steps)
+    optimizer = make_optimizer(config.optimizer, config.steps, start.task.fixed)
     placed = state_shardings(
         start.shapes, start.placed, optimizer, mesh, config.ema_decay is not None
     )

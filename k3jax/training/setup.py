@@ -163,6 +163,11 @@ def own_tokenizer(folder: Path, seed: int) -> Path:
 
 
 def _components(config: TrainConfig) -> tuple[str, ...]:
+    if config.decoder_only and (config.task != "movq" or config.from_scratch):
+        raise ValueError(
+            "train.decoder_only goes on with the decoder of a checkpoint's autoencoder: it needs "
+            "train.task movq, and train.from_scratch false."
+        )
     if config.task in ("movq", "text_encoder"):
         return (config.task,)
     allowed = ("text_encoder", "text_projection", "unet")

@@ -41,11 +41,13 @@ class Task:
     trained: abstract modules of the trained components, in the dtype of the computation.
     frozen: names of the components that the loss needs besides.
     loss: (weights, frozen modules, batch, key) -> (scalar, metrics).
+    fixed: beginnings of the names of trained components' weights that stay as they are.
     """
 
     trained: dict[str, nnx.Module]
     frozen: tuple[str, ...]
     loss: Callable[[Weights, Modules, Batch, jax.Array], tuple[jax.Array, dict]]
+    fixed: tuple[str, ...] = ()
 
 
 def encode_images(movq: MoVQ, images: jax.Array) -> jax.Array:
@@ -128,7 +130,8 @@ def movq_task(modules: Modules, *, decoder_only: bool) -> Task:
         movq = with_weights(modules["movq"], "movq", weights)
         return movq_loss(movq, batch["images"], key, decoder_only=decoder_only)
 
-    return Task({"movq": modules["movq"]}, (), loss)
+    fixed = ("movq.encoder.", "movq.quant_conv.") if decoder_only else ()
+    return Task({"movq": modules["movq"]}, (), loss, fixed)
 
 
 def reading_task(modules: Modules) -> Task:

@@ -186,6 +186,7 @@ def test_metrics_and_pictures_are_written(run, tmp_path):
         ({"data": {"kind": "folder", "path": "nowhere"}}, "nowhere"),
         ({"optimizer": {"schedule": "cosine", "warmup_steps": 9}}, "warm-up"),
         ({"loss": {"timesteps": (600, 1001)}}, "behind the last"),
+        ({"decoder_only": True}, "needs train.task movq"),
     ],
 )
 def test_refusals_come_before_training(run, change, message):
