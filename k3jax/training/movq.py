@@ -19,14 +19,11 @@ RANGE_WEIGHT = 10.0
 EDGE_WEIGHT = 1.0
 
 
-def movq_loss(
-    movq: MoVQ, images: jax.Array, key: jax.Array, *, decoder_only: bool = False
-) -> tuple[jax.Array, dict]:
+def movq_loss(movq: MoVQ, images: jax.Array, key: jax.Array) -> tuple[jax.Array, dict]:
     """The loss of a batch.
 
     Args:
         images: uint8 (b, h, w, 3).
-        decoder_only: the encoder gets no gradient.
 
     Returns:
         Scalar loss; metrics `mse` (of pixels in [-1, 1]), `latent_std`, `latent_outside` (share of
@@ -34,8 +31,6 @@ def movq_loss(
     """
     target = normalize(images)
     latents = movq.encode(target)
-    if decoder_only:
-        latents = jax.lax.stop_gradient(latents)
     noise = LATENT_NOISE * jax.random.normal(key, latents.shape)
     output = movq.decode(latents + noise)
     error = output - target

@@ -125,12 +125,15 @@ def lora_task(
 
 def movq_task(modules: Modules, *, decoder_only: bool) -> Task:
     """The autoencoder, or of it only what comes behind the latents."""
+    fixed = ("movq.encoder.", "movq.quant_conv.") if decoder_only else ()
 
     def loss(weights, given, batch, key):
-        movq = with_weights(modules["movq"], "movq", weights)
-        return movq_loss(movq, batch["images"], key, decoder_only=decoder_only)
+        weights = {
+            name: jax.lax.stop_gradient(value) if name.startswith(fixed) else value
+            for name, value in weights.items()
+        }
+        return movq_loss(with_weights(modules["movq"], "movq", weights), batch["images"], key)
 
-    fixed = ("movq.encoder.", "movq.quant_conv.") if decoder_only else ()
     return Task({"movq": modules["movq"]}, (), loss, fixed)
 
 
