@@ -62,6 +62,14 @@ def few_memory_maps():
         gc.collect()
 
 
+@pytest.fixture
+def one_device(monkeypatch):
+    """As on most machines: programs for 8 devices take three times as long to compile."""
+    one = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *args, **kwargs: one)
+    monkeypatch.setattr(jax, "local_devices", lambda *args, **kwargs: one)
+
+
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     """A headless Chromium."""

@@ -31,7 +31,7 @@ MODEL = ModelConfig(
     TextProjectionConfig(d_model=64, cross_attention_dim=64),
     UNetConfig(
         init_channels=32,
-        block_out_channels=(32, 64, 64, 128),
+        block_out_channels=(32, 64),
         layers_per_block=2,
         time_embedding_dim=128,
         cross_attention_dim=64,

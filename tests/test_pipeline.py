@@ -52,7 +52,7 @@ def theirs(tokenizer_folder):
     pipe = TorchPipeline(
         AutoTokenizer.from_pretrained(tokenizer_folder),
         tiny.torch_text_encoder(),
-        tiny.torch_unet(),
+        tiny.torch_unet(tiny.SHALLOW_UNET),
         DDPMScheduler(**SCHEDULER_CONFIG),
         tiny.torch_movq(),
     )
@@ -70,7 +70,7 @@ def components(theirs):
         "unet": unet,
         "movq": theirs.movq.state_dict(),
     }
-    return {name: tiny.ours(name, tiny.CONFIG, state) for name, state in states.items()}
+    return {name: tiny.ours(name, tiny.SHALLOW, state) for name, state in states.items()}
 
 
 def build(components, tokenizer_folder, mesh="data=1", devices=1, batch_size=None):
@@ -80,7 +80,7 @@ def build(components, tokenizer_folder, mesh="data=1", devices=1, batch_size=Non
         for name, module in components.items()
     }
     tokenizer = Tokenizer(tokenizer_folder)
-    return Kandinsky3Pipeline(tiny.CONFIG, tokenizer, placed, mesh, batch_size)
+    return Kandinsky3Pipeline(tiny.SHALLOW, tokenizer, placed, mesh, batch_size)
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +262,7 @@ def test_a_size_that_cannot_be_is_refused(ours, theirs, monkeypatch):
     theirs.scheduler = DDPMScheduler(**SCHEDULER_CONFIG)
     larger = theirs("a cat", height=70, **kwargs).images
     assert larger.shape == (1, 128, 64, 3)
-    with pytest.raises(ValueError, match=r"height is 70; .* multiple of 64 \(the nearest is 64\)"):
+    with pytest.raises(ValueError, match=r"height is 70; .* multiple of 16 \(the nearest is 64\)"):
         ours("a cat", height=70, **kwargs)
 
 
@@ -429,7 +429,7 @@ def test_float32_means_float32(ours, monkeypatch):
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        (dict(prompt="a", height=100), "height is 100; it must be a positive multiple of 64"),
+        (dict(prompt="a", height=100), "height is 100; it must be a positive multiple of 16"),
         (dict(prompt="a", width=0), "width is 0; it must be a positive multiple"),
         (dict(prompt=[]), "prompt is an empty list"),
         (dict(prompt=7), "prompt must be a string or a list"),
@@ -478,8 +478,8 @@ def test_a_long_prompt_is_truncated_with_a_warning(ours, theirs):
 
 
 def test_an_inpainting_checkpoint_is_refused(ours):
-    unet = dataclasses.replace(tiny.UNET, in_channels=9)
-    config = dataclasses.replace(tiny.CONFIG, unet=unet)
+    unet = dataclasses.replace(tiny.SHALLOW_UNET, in_channels=9)
+    config = dataclasses.replace(tiny.SHALLOW, unet=unet)
     components = dict.fromkeys(("text_encoder", "text_projection", "unet", "movq"))
     with pytest.raises(ValueError, match=r"inpainting checkpoint .* 9 channels, not 4"):
         Kandinsky3Pipeline(config, ours.tokenizer, components, ours.mesh)

@@ -2,8 +2,8 @@
 """The README's blocks of commands, run from top to bottom with the small model.
 
 What a block takes for granted (weights, pictures, prompts, a bucket) is there, in small; commands
-that would take hours are given fewer steps or images, and plans are made of the small model (by the
-TPU compiler of `k3jax[tpu]`). Blocks of other programs (launch/, docker, kubectl) are run by
+that would take hours are given fewer steps or images, and plans are made up to the TPU compiler, of
+which tests/planning has the rest. Blocks of other programs (launch/, docker, kubectl) are run by
 tests/launch.
 """
 
@@ -14,7 +14,6 @@ import shlex
 import shutil
 from pathlib import Path
 
-import jax
 import pyarrow
 import pytest
 from PIL import Image
@@ -23,7 +22,9 @@ from pyarrow import parquet
 from k3jax.base_pipeline import BasePipeline
 from k3jax.cli.main import main
 from k3jax.packaged import DEFAULT
+from k3jax.planning import compiler
 
+from made_programs import compiled
 from torch_checkpoints import ARCHITECTURE, write_diffusers, write_original
 
 
@@ -64,7 +65,6 @@ HUB = {
 
 
 SMALL = "--config tiny --checkpoint weights/kandinsky3"
-FLASH = "--config.model.sampler.name=flash --config.model.sampler.num_inference_steps=4"
 
 
 def commands(block: str) -> list[list[str]]:
@@ -74,13 +74,7 @@ def commands(block: str) -> list[list[str]]:
 
 def in_small(line: str) -> str:
     """A command with what is here in the place of a bucket and of the full-size model."""
-    line = line.replace("gs://b/", "bucket/").replace("--config kandinsky3", SMALL)
-    if line.startswith("k3jax plan"):
-        line = line.replace("--config v5e_1", "--int8-text-encoder").replace(
-            "--config flash", FLASH
-        )
-        line += " --config tiny"
-    return line
+    return line.replace("gs://b/", "bucket/").replace("--config kandinsky3", SMALL)
 
 
 def furnish(block: str) -> None:
@@ -110,6 +104,7 @@ def furnish(block: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize("block", BLOCKS, ids=[b.splitlines()[0][:50] for b in BLOCKS])
 def test_the_commands_run(block, tmp_path, monkeypatch, capsys):
     init = BasePipeline.__init__
@@ -119,10 +114,8 @@ def test_the_commands_run(block, tmp_path, monkeypatch, capsys):
         init(self, dataclasses.replace(config, sampler=sampler), *args, **kwargs)
 
     monkeypatch.setattr(BasePipeline, "__init__", few_steps)
-    # One device, as on most machines: programs for 8 take three times as long to compile.
-    one = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda *args, **kwargs: one)
-    monkeypatch.setattr(jax, "local_devices", lambda *args, **kwargs: one)
+    monkeypatch.setattr(compiler, "check_libtpu", lambda: None)
+    monkeypatch.setattr(compiler, "compile_in_child", lambda *args: compiled())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "work" / "bucket").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "work")

@@ -134,6 +134,7 @@ def test_a_sampler_that_makes_other_steps_says_so(run, demo, asked, tmp_path):
     assert err == ["k3jax: warning: the sampler flash makes 4 steps where 25 were asked for."]
 
 
+@pytest.mark.usefixtures("one_device")
 def test_what_is_cut_off_long_prompts_is_said_once(run, demo, tmp_path):
     """A prompt's number is that of the command line, whatever batch it is made in."""
     code, paths, err = run(
@@ -157,9 +158,9 @@ def test_what_is_cut_off_long_prompts_is_said_once(run, demo, tmp_path):
         (["--prompts-file", "{tmp}/latin.txt"], "latin.txt, line 2: byte 4 is not UTF-8"),
         (["bad \x07 prompt"], "prompt 0 has the control character U+0007 at position 4"),
         (["a", "--negative-prompt", "\x1b"], "the negative prompt: has the control character"),
-        (["a", "--height", "100"], "height is 100; it must be a positive multiple of 64"),
-        (["a", "--height", "0"], "height is 0; it must be a positive multiple of 64"),
-        (["a", "--width", "-64"], "width is -64; it must be a positive multiple of 64"),
+        (["a", "--height", "100"], "height is 100; it must be a positive multiple of 16"),
+        (["a", "--height", "0"], "height is 0; it must be a positive multiple of 16"),
+        (["a", "--width", "-64"], "width is -64; it must be a positive multiple of 16"),
         (["a", "--steps", "0"], "num_inference_steps is 0; it must be between 1 and 1000"),
         (["a", "--eta", "2"], "eta is 2.0; it must be between 0 and 1"),
         (["a", "--guidance-scale", "-1"], "guidance_scale is -1.0; it must be 0 or more"),
@@ -215,6 +216,7 @@ def test_inpainting_checkpoints_cannot_make_images_of_prompts(refuses, demo, mon
     assert "this is an inpainting checkpoint (its U-Net takes 9 channels" in message
 
 
+@pytest.mark.usefixtures("one_device")
 def test_with_a_lora(run, refuses, demo, tmp_path):
     checkpoint = read_checkpoint(demo)
     config = LoraConfig(rank=2)

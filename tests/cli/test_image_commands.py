@@ -11,11 +11,13 @@ from k3jax.cli.generate import NOTE
 from k3jax.images import read_settings
 
 
-SMALL = ["--steps", "2", "--dtype", "float32", "--mesh", "data=8"]
+SMALL = ["--steps", "2", "--dtype", "float32", "--mesh", "data=1"]
 BLEND = [
     "k3jax: note: this checkpoint was not trained to inpaint: the known part is blended in at "
     "every step (method blend)."
 ]
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,7 @@ def test_img2img(run, demo, files, tmp_path):
 
     settings = read_settings(paths[3])
     assert settings["task"] == "img2img" and settings["call"]["strength"] == 0.5
-    pipe = Kandinsky3Img2ImgPipeline.from_pretrained(demo, mesh="data=8", dtype="float32")
+    pipe = Kandinsky3Img2ImgPipeline.from_pretrained(demo, mesh="data=1", dtype="float32")
     (again,) = pipe(**settings["call"], progress_bar=False).images
     assert np.array_equal(np.asarray(again), pixels(paths[3]))
 
@@ -71,7 +73,7 @@ def test_inpaint(run, demo, files, tmp_path):
     assert np.array_equal(made[:12], image[:12]) and np.array_equal(made[:, :20], image[:, :20])
     settings = read_settings(out)
     assert (settings["task"], settings["method"]) == ("inpaint", "blend")
-    pipe = Kandinsky3InpaintPipeline.from_pretrained(demo, mesh="data=8", dtype="float32")
+    pipe = Kandinsky3InpaintPipeline.from_pretrained(demo, mesh="data=1", dtype="float32")
     (again,) = pipe(**settings["call"], progress_bar=False).images
     assert np.array_equal(np.asarray(again), made)
     sheet = pixels(paths[1])

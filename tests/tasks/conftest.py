@@ -33,7 +33,7 @@ def theirs(tokenizer_folder):
     pipe = TorchImg2Img(
         AutoTokenizer.from_pretrained(tokenizer_folder),
         tiny.torch_text_encoder(),
-        tiny.torch_unet(),
+        tiny.torch_unet(tiny.SHALLOW_UNET),
         DDPMScheduler(**SCHEDULER),
         tiny.torch_movq(),
     )
@@ -52,10 +52,10 @@ def base(theirs, tokenizer_folder):
         "unet": unet,
         "movq": theirs.movq.state_dict(),
     }
-    modules = {name: tiny.ours(name, tiny.CONFIG, state) for name, state in states.items()}
+    modules = {name: tiny.ours(name, tiny.SHALLOW, state) for name, state in states.items()}
     mesh = make_mesh(devices=jax.devices()[:1])
     modules = jax.device_put(modules, jax.devices()[0])
-    return Kandinsky3Pipeline(tiny.CONFIG, Tokenizer(tokenizer_folder), modules, mesh)
+    return Kandinsky3Pipeline(tiny.SHALLOW, Tokenizer(tokenizer_folder), modules, mesh)
 
 
 @pytest.fixture(scope="session")

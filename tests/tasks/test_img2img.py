@@ -192,7 +192,7 @@ def test_float_image_and_path_are_the_image(img2img, tmp_path):
         (dict(image="none.png"), "image: there is no file none.png"),
         (dict(image=[]), "image is an empty list"),
         (dict(image=np.zeros((10, 10_000, 3), np.uint8)), "10000 x 10 pixels: too long and thin"),
-        (dict(max_area=100), "max_area is 100; it must be at least 64 x 64"),
+        (dict(max_area=100), "max_area is 100; it must be at least 16 x 16"),
         (dict(image_latents=np.zeros((1, 8, 8, 4))), "give image, or image_latents in its place"),
         (dict(latents=np.zeros((1, 4, 8, 8))), r"needs \(1, 8, 8, 4\)"),
         (dict(step_noise=np.zeros((6, 1, 8, 8, 4))), r"needs \(3, 1, 8, 8, 4\)"),

@@ -23,7 +23,7 @@ def model(base):
 
 def memory(model, spec: str, **changes):
     config = TrainConfig(batch_size=BATCH, data=DataConfig(cache="not read here"), **changes)
-    mesh = make_mesh(spec, jax.devices())
+    mesh = make_mesh(spec, jax.devices()[:2])
     return step_memory(lower_step(config, model, mesh, size=64, tokens=32).compile())
 
 
@@ -35,15 +35,13 @@ def trained(model):
 
 
 def test_what_lies_on_each_device(model, trained):
-    copied = memory(model, "data=8")
-    # Weights, their average and two moments; besides them a sample of the batch, which is small.
-    assert 4 * trained < copied.state < 4.1 * trained
-    split = memory(model, "fsdp=8")
-    assert split.state < 0.8 * copied.state  # biases and modulations are copied
+    whole = 4 * trained  # weights, their average and two moments
+    split = memory(model, "fsdp=2")
+    assert 0.5 * whole < split.state < 0.9 * whole  # biases and modulations are copied
     assert split.total == split.state + split.temporaries > split.state
 
 
 def test_a_lora_keeps_the_weights_once(model, trained):
-    lora = memory(model, "data=8", lora=LoraConfig(rank=2), ema_decay=None)
+    lora = memory(model, "data=2", lora=LoraConfig(rank=2), ema_decay=None)
     # The frozen weights in bfloat16, and a little for the updates and their moments.
     assert np.isclose(lora.state, trained / 2, rtol=0.3)

@@ -81,7 +81,10 @@ def test_lora_trains_nothing_else(run, base):
 
 def test_inpainting_from_text_to_image(run, tmp_path, base):
     wanted = run(
-        task="inpainting", components=("unet",), steps=2, data={"cache": str(tmp_path / "c")}
+        task="inpainting",
+        components=("unet",),
+        steps=2,
+        data={"cache": str(tmp_path / "c")},
     )
     checkpoint = read_checkpoint(train(wanted))
     assert checkpoint.config.unet.in_channels == 9
@@ -115,6 +118,7 @@ def test_text_encoder_and_movq_from_scratch(run, tmp_path, base):
         task="movq",
         from_scratch=True,
         steps=3,
+        sample_every=3,
         cached=False,
         data={"crop": 64, "resolution": 128},
         optimizer={"learning_rate": 2e-3},
@@ -124,6 +128,8 @@ def test_text_encoder_and_movq_from_scratch(run, tmp_path, base):
     both = read_checkpoint(train(second))
     assert set(both.component_paths) == {"text_encoder", "movq"}
     assert losses(second, "mse")[-1] < losses(second, "mse")[0]
+    size = Image.open(tmp_path / "movq" / "samples" / "step_00000003.png").size
+    assert size == (8 * 64, 2 * 64)  # 8 pairs of scene and reconstruction
 
     third = run(
         task="movq",
@@ -199,14 +205,9 @@ def test_a_base_is_needed(run):
         train(RunConfig(train=run().train))
 
 
-def test_pictures_of_inpainting_and_of_movq(run, tmp_path):
-    shown = {"steps": 1, "sample_every": 1, "cached": False}
+def test_pictures_of_inpainting(run, tmp_path):
     prompts = ("a red circle", "a blue square")
-    inpainting = run(task="inpainting", components=("unet",), sample_prompts=prompts, **shown)
-    train(inpainting)
+    shown = {"steps": 1, "sample_every": 1, "sample_prompts": prompts, "cached": False}
+    train(run(task="inpainting", components=("unet",), **shown))
     size = Image.open(tmp_path / "run" / "samples" / "step_00000001.png").size
     assert size == (3 * 64, 2 * 64)  # given, made, there: a row for each prompt
-    movq = run(task="movq", output=str(tmp_path / "movq"), **shown)
-    train(movq)
-    size = Image.open(tmp_path / "movq" / "samples" / "step_00000001.png").size
-    assert size == (8 * 64, 2 * 64)  # 8 pairs of scene and reconstruction
