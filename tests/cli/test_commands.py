@@ -16,13 +16,13 @@ def test_info(run, refuses, demo):
     assert code == 0 and err == []
     assert lines[0] == str(demo)
     text = "\n".join(lines)
-    for words in ("random weights", "kandinsky, 25 steps", "128 x 128", "float32", "6,969,571"):
+    for words in ("random weights", "kandinsky, 25 steps", "128 x 128", "float32", "2,603,555"):
         assert words in text
     code, lines, _ = run("info", demo, "--json")
     values = json.loads("\n".join(lines))
     assert code == 0 and values["config"]["unet"]["groups"] == 16
-    assert values["components"]["unet"]["parameters"] == 5_776_660
-    assert values["components"]["unet"]["dtypes"] == {"float32": 5_776_660}
+    assert values["components"]["unet"]["parameters"] == 1_410_644
+    assert values["components"]["unet"]["dtypes"] == {"float32": 1_410_644}
     assert run("info", DEFAULT, "--config", "tiny")[0] == 0
     assert "another architecture" in refuses("info", demo, "--config", "flash")
 
