@@ -42,7 +42,12 @@ MAPS = pathlib.Path("/proc/self/maps")
 MOST_MAPS = 20_000  # one file of tests adds up to 30,000
 
 
-LONGEST = ("training/test_resume.py", "training/test_train.py", "test_pipeline.py")
+LONGEST = (
+    "training/test_resume.py",
+    "training/test_train.py",
+    "test_pipeline.py",
+    "test_readme_commands.py",
+)
 
 
 def pytest_collection_modifyitems(items):
