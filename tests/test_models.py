@@ -152,8 +152,7 @@ def test_a_prompt_does_not_depend_on_its_neighbours(unets):
 
 def test_unet_with_two_levels_has_the_flags_of_the_reference():
     """Below four levels the references misalign the attention flags of the up path."""
-    config = tiny.SHALLOW_UNET
-    theirs = tiny.torch_unet(config)
+    theirs = tiny.torch_unet(tiny.SHALLOW_UNET)
     unet, projection = build_unet(tiny.SHALLOW, theirs)
     assert unet.up_blocks[1].self_attention is not None
     assert unet.down_blocks[0].self_attention is None

@@ -248,6 +248,9 @@ def test_the_mesh_does_not_matter(nine):
     assert wide.batch_size == 2
     got, alone = (run(p, "3 4", images, masks, seed=3, sampler="ddpm") for p in (wide, nine))
     assert np.array_equal(got, alone)
+    # On CPUs this sampler is rounded in another way when the batch is split.
+    got, alone = (run(p, "3 4", images, masks, seed=3) for p in (wide, nine))
+    assert np.abs(got - alone).max() <= 1 / 255
 
 
 def test_a_1_x_1_image(nine):

@@ -35,9 +35,11 @@ def trained(model):
 
 
 def test_what_lies_on_each_device(model, trained):
-    whole = 4 * trained  # weights, their average and two moments
+    copied = memory(model, "data=2")
+    # Weights, their average and two moments; besides them a sample of the batch, which is small.
+    assert 4 * trained < copied.state < 4.1 * trained
     split = memory(model, "fsdp=2")
-    assert 0.5 * whole < split.state < 0.9 * whole  # biases and modulations are copied
+    assert split.state < 0.8 * copied.state  # biases and modulations are copied
     assert split.total == split.state + split.temporaries > split.state
 
 

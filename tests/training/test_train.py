@@ -81,10 +81,7 @@ def test_lora_trains_nothing_else(run, base):
 
 def test_inpainting_from_text_to_image(run, tmp_path, base):
     wanted = run(
-        task="inpainting",
-        components=("unet",),
-        steps=2,
-        data={"cache": str(tmp_path / "c")},
+        task="inpainting", components=("unet",), steps=2, data={"cache": str(tmp_path / "c")}
     )
     checkpoint = read_checkpoint(train(wanted))
     assert checkpoint.config.unet.in_channels == 9
