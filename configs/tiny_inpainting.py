@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Last stage of `tiny`: the U-Net with 9 input channels, from that with 4.
+"""Last stage of `tiny`: the U-Net with 9 input channels, from that with 4 of the sixth stage.
 
 k3jax train --config tiny_inpainting
 """

@@ -63,6 +63,15 @@ def test_a_mix_of_places_alone():
     assert {scene.relation for scene in scenes} == {None, *RELATIONS}
 
 
+def test_a_mix_of_pairs():
+    scenes = [scene_at(0, index, mix="pairs") for index in range(2_000)]
+    assert not any(unseen(scene) for scene in scenes)
+    two = [scene for scene in scenes if scene.kind in ("pair", "relation")]
+    assert all(len(scene.objects) == 2 for scene in two)
+    assert 0.7 < len(two) / len(scenes) < 0.8
+    assert {scene.kind for scene in scenes} == set(KINDS)
+
+
 @pytest.fixture(scope="module")
 def pictures(test):
     return [(scene, render(scene)) for scene in test[:400]]

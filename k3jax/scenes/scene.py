@@ -35,7 +35,11 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 TEXTURES = {"plain": 0.6, "striped": 0.2, "dotted": 0.2}
 SIZES = {"small": (11.0, 14.0), None: (17.0, 22.0), "large": (27.0, 34.0)}
 KINDS = {"single": 0.30, "count": 0.15, "pair": 0.20, "relation": 0.35}
-MIXES = {"all": (KINDS, 0.5), "places": ({"single": 0.4, "relation": 0.6}, 1.0)}
+MIXES = {
+    "all": (KINDS, 0.5),
+    "places": ({"single": 0.4, "relation": 0.6}, 1.0),
+    "pairs": ({"single": 0.15, "count": 0.1, "pair": 0.35, "relation": 0.4}, 0.5),
+}
 """Shares of the kinds, and of the single objects whose caption says where they are."""
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 """The direction from the second object to the first."""
@@ -121,7 +125,8 @@ def sample_scene(
     """A random scene: of "train" nothing in it is held out, of "test" something is.
 
     Args:
-        mix: "places": only scenes whose caption says where something is; see MIXES.
+        mix: "places": only scenes whose caption says where something is; "pairs": mostly two
+            objects; see MIXES.
     """
     wanted = SPLITS[split] == 1
     # The kind is drawn before anything is rejected, so both splits have the same kinds.

@@ -66,8 +66,9 @@ class DataConfig:
     shuffle: bool = True
     num_scenes: int = 100_000
     """Scenes drawn by `scenes`; of a finite number so that latents can be cached."""
-    scene_mix: Literal["all", "places"] = "all"
-    """`places`: of `scenes` only those whose caption says where something is."""
+    scene_mix: Literal["all", "places", "pairs"] = "all"
+    """Of `scenes`, `places`: only those whose caption says where something is; `pairs`: mostly
+    those of two objects."""
     crop: int | None = None
     """Side of the part around an object that `scenes` gives instead of the whole picture (MoVQ)."""
 
