@@ -15,6 +15,11 @@ from flax import nnx
 from k3jax.sharding import axes
 
 
+NO_INIT = nnx.initializers.zeros_init()
+"""Weights are loaded, or drawn leaf by leaf (k3jax/training/initialise.py). Of random initialisers
+nothing would remain but the time to trace them, which was half of that to load a small model."""
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def dense(x: jax.Array, kernel: jax.Array, precision: jax.lax.Precision | None = None) -> jax.Array:
     """(..., in) @ (in, out) -> (..., out), with a gradient that XLA:CPU computes twice as fast.
@@ -98,6 +103,7 @@ def linear(
         features_out,
         use_bias=use_bias,
         precision=precision,
+        kernel_init=NO_INIT,
         kernel_metadata=axes(*names),
         bias_metadata=axes(None),
         dtype=dtype,
@@ -126,6 +132,7 @@ def conv(
         (kernel_size, kernel_size),
         strides=strides,
         padding=((padding, padding),) * 2 if isinstance(padding, int) else padding,
+        kernel_init=NO_INIT,
         kernel_metadata=axes(None, None, "conv_in", "conv_out"),
         bias_metadata=axes(None),
         dtype=dtype,
@@ -151,10 +158,9 @@ class Upsample2x(nnx.Module):
     """
 
     def __init__(self, channels: int, *, dtype, param_dtype, rngs):
-        init = nnx.initializers.lecun_normal(in_axis=-2, out_axis=-1)
+        shape = (2, 2, channels, channels)
         self.kernel = nnx.Param(
-            init(rngs.params(), (2, 2, channels, channels), param_dtype),
-            **axes(None, None, "conv_in", "conv_out"),
+            NO_INIT(rngs.params(), shape, param_dtype), **axes(None, None, "conv_in", "conv_out")
         )
         self.bias = nnx.Param(jnp.zeros((channels,), param_dtype), **axes(None))
         self.dtype = dtype

@@ -16,7 +16,7 @@ from flax import nnx
 
 from k3jax.attention import attention
 from k3jax.config import TextEncoderConfig
-from k3jax.layers import RMSNorm, linear
+from k3jax.layers import NO_INIT, RMSNorm, linear
 from k3jax.sharding import axes
 
 
@@ -86,6 +86,7 @@ class TextEncoder(nnx.Module):
         self.embed_tokens = nnx.Embed(
             config.vocab_size,
             config.d_model,
+            embedding_init=NO_INIT,
             embedding_metadata=axes("vocab", "embed"),
             dtype=jnp.float32,
             param_dtype=param_dtype,
@@ -94,6 +95,7 @@ class TextEncoder(nnx.Module):
         self.relative_attention_bias = nnx.Embed(
             config.relative_attention_num_buckets,
             config.num_heads,
+            embedding_init=NO_INIT,
             embedding_metadata=axes(None, None),
             dtype=jnp.float32,
             param_dtype=param_dtype,

@@ -44,7 +44,7 @@ def test_a_dense_product_and_its_gradients(shape):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_linear_layer_is_that_of_flax(dtype):
     ours = linear(5, 7, (None, None), dtype=dtype, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
-    ours.bias[...] = draw(7)
+    ours.kernel[...], ours.bias[...] = draw(5, 7), draw(7)
     theirs = nnx.Linear(5, 7, dtype=dtype, param_dtype=jnp.float32, rngs=nnx.Rngs(1))
     nnx.update(theirs, nnx.state(ours))
     x = draw(2, 3, 5)
@@ -58,7 +58,7 @@ def test_a_linear_layer_is_that_of_flax(dtype):
 
 def test_a_pointwise_convolution():
     layer = conv(5, 7, 1, **FLOAT32, rngs=nnx.Rngs(0))
-    layer.bias[...] = draw(7)
+    layer.kernel[...], layer.bias[...] = draw(1, 1, 5, 7), draw(7)
     x = draw(2, 4, 3, 5)
     expected = jax.lax.conv_general_dilated(
         x, layer.kernel[...], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -68,7 +68,7 @@ def test_a_pointwise_convolution():
 
 def test_upsampling_puts_the_kernels_corners_where_pytorch_does():
     layer = Upsample2x(3, **FLOAT32, rngs=nnx.Rngs(0))
-    layer.bias[...] = draw(3)
+    layer.kernel[...], layer.bias[...] = draw(2, 2, 3, 3), draw(3)
     x = draw(2, 4, 5, 3)
     y = np.asarray(layer(x))
     assert y.shape == (2, 8, 10, 3)
@@ -82,7 +82,7 @@ def test_upsampling_puts_the_kernels_corners_where_pytorch_does():
 def test_convolving_an_enlarged_map_without_enlarging_it(monkeypatch, strip_pixels):
     monkeypatch.setattr(movq_blocks, "STRIP_PIXELS", strip_pixels)
     layer = conv(5, 7, 3, **FLOAT32, rngs=nnx.Rngs(0))
-    layer.bias[...] = draw(7)
+    layer.kernel[...], layer.bias[...] = draw(3, 3, 5, 7), draw(7)
     x = draw(2, 6, 4, 5)
     ours = jax.jit(movq_blocks.convolve_upsampled)(layer, x)
     expected = layer(movq_blocks.take_rows(x, None, 2))
