@@ -17,7 +17,7 @@ from k3jax.sharding import axes
 
 NO_INIT = nnx.initializers.zeros_init()
 """Weights are loaded, or drawn leaf by leaf (k3jax/training/initialise.py). Of random initialisers
-nothing would remain but the time to trace them, which was half of that to load a small model."""
+nothing would remain but the time to trace them, nearly half of what making the modules took."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
