@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The U-Net at its real size: converted, restored in bfloat16, one guided step like diffusers'.
 
-More than seven minutes on two slow cores, so .ci/run leaves it out:
+More than seven minutes on two slow cores, so only .ci/run --all has it:
 
     pytest -n 0 -m slow tests/test_fullsize.py
 """

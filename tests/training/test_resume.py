@@ -31,7 +31,7 @@ def get_config():
     train.checkpoint.every = 3
     train.data = ConfigDict()
     train.data.kind = "scenes"
-    train.data.num_scenes = 20
+    train.data.num_scenes = 13  # captions of up to 64 bytes: the step is compiled once
     train.data.resolution = 64
     train.data.aspect_buckets = False
     train.data.cache = {cache!r}
@@ -86,9 +86,9 @@ def stopped_at_step(config, output, step, number):
 
 
 def test_the_same_bits(config, tmp_path):
-    """One run, killed and twice asked to stop, beside one that nobody disturbed."""
+    """One run, killed and then asked to stop, beside one that nobody disturbed."""
     output = tmp_path / "run"
-    for step, number in ((4, signal.SIGKILL), (6, signal.SIGTERM), (9, signal.SIGINT)):
+    for step, number in ((4, signal.SIGKILL), (8, signal.SIGTERM)):
         code = stopped_at_step(config, output, step, number)
         if number == signal.SIGKILL:
             assert code == -signal.SIGKILL
