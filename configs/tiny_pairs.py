@@ -14,8 +14,8 @@ def get_config():
     config.checkpoint = "train/tiny/details/checkpoint"
     config.train.output = "train/tiny/pairs"
     config.train.components = ("unet",)
-    config.train.steps = 1200
-    config.train.sample_every = 600
+    config.train.steps = 3600
+    config.train.sample_every = 1200
     config.train.data.scene_mix = "pairs"
     config.train.data.cache = "train/tiny/pairs_latents"
     config.train.loss.layout_weight = 8.0
