@@ -32,12 +32,13 @@ def weights(path, component):
     return dict(iterate_leaves(path, component))
 
 
-def test_the_loss_falls_on_a_few_scenes_and_resumes(run, base):
+def test_the_loss_falls_on_a_few_scenes_and_resumes(run, base, tmp_path):
     wanted = run(
         steps=200,
         checkpoint=CheckpointConfig(every=1000),
         ema_decay=0.9,
         validation_batches=1,
+        data={"num_scenes": 16, "cache": str(tmp_path / "cache")},
         optimizer={"learning_rate": 3e-3, "schedule": "cosine"},
         loss={"snr_gamma": 5.0},
         from_scratch=True,
