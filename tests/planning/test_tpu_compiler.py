@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tpu_compiler")]
 GATE_MODEL = os.environ.get("K3JAX_GATE_MODEL", "kandinsky3")
 
 
-@functools.cache  # the small model's gate is looked at twice
+@functools.cache  # with the small model, a gate's program is looked at twice
 def compile_for(program, topology, mesh, batch=1, size=64, model="tiny"):
     where = parse_slice(topology)
     work = Work(model_of(model), mesh_sizes(mesh, where.count), batch, size, size)
