@@ -57,6 +57,7 @@ def get_config():
         "tiny_unet",
         "tiny_details",
         "tiny_pairs",
+        "tiny_several",
         "tiny_inpainting",
     )
     return config

@@ -21,6 +21,7 @@ from typing import get_args
 from k3jax.cli.joining import add_distributed, join
 from k3jax.cli.output import check_folder, plan
 from k3jax.cli.prompts import check_prompts, read_prompts
+from k3jax.cli.quick_compiles import compile_quickly_on_cpus
 from k3jax.config import SamplerName
 from k3jax.packaged import DEFAULT
 from k3jax.run_config import RunConfig, architecture_differences, build, collect
@@ -136,6 +137,7 @@ def add_streaming(add: Callable) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    compile_quickly_on_cpus()
     join(args.distributed)
     settings = {key: getattr(args, flag) for flag, key in SETTINGS.items()}
     values = collect(args.config, args.overrides, settings)

@@ -20,6 +20,7 @@ from k3jax.cli.generate import NOTE, asked_checkpoint, check_architecture, check
 from k3jax.cli.image_options import SETTINGS
 from k3jax.cli.output import PlannedImage, check_folder, free_path, plan
 from k3jax.cli.prompts import check_prompts, read_prompts
+from k3jax.cli.quick_compiles import compile_quickly_on_cpus
 from k3jax.compilation_cache import enable_compilation_cache
 from k3jax.compositing import extend_canvas
 from k3jax.config import ModelConfig
@@ -72,6 +73,7 @@ def run_images(args: argparse.Namespace, task: Task) -> None:
     Raises:
         ValueError: one sentence, before any weights are read.
     """
+    compile_quickly_on_cpus()
     settings = {key: getattr(args, flag) for flag, key in SETTINGS.items()}
     values = collect(args.config, args.overrides, settings)
     prompts = read_prompts(args.prompts, args.prompts_file)

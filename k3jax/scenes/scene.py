@@ -39,6 +39,7 @@ MIXES = {
     "all": (KINDS, 0.5),
     "places": ({"single": 0.4, "relation": 0.6}, 1.0),
     "pairs": ({"single": 0.15, "count": 0.1, "pair": 0.35, "relation": 0.4}, 0.5),
+    "several": ({"single": 0.15, "count": 0.2, "pair": 0.25, "relation": 0.4}, 0.5),
 }
 """Shares of the kinds, and of the single objects whose caption says where they are."""
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
@@ -126,7 +127,7 @@ def sample_scene(
 
     Args:
         mix: "places": only scenes whose caption says where something is; "pairs": mostly two
-            objects; see MIXES.
+            objects; "several": mostly two to four; see MIXES.
     """
     wanted = SPLITS[split] == 1
     # The kind is drawn before anything is rejected, so both splits have the same kinds.

@@ -66,7 +66,7 @@ class DataConfig:
     shuffle: bool = True
     num_scenes: int = 100_000
     """Scenes drawn by `scenes`; of a finite number so that latents can be cached."""
-    scene_mix: Literal["all", "places", "pairs"] = "all"
+    scene_mix: Literal["all", "places", "pairs", "several"] = "all"
     """Of `scenes`, `places`: only those whose caption says where something is; `pairs`: mostly
     those of two objects."""
     crop: int | None = None

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all commands share: help, errors and the compilation cache."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -8,8 +9,9 @@ import sys
 import jax
 import pytest
 
-from k3jax.cli import generate
+from k3jax.cli import generate, quick_compiles
 from k3jax.cli.main import split_overrides
+from k3jax.cli.quick_compiles import FLAG
 from k3jax.compilation_cache import enable_compilation_cache
 
 
@@ -106,3 +108,31 @@ def test_compilation_cache(tmp_path, monkeypatch):
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
+
+
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        ({"JAX_PLATFORMS": "cpu"}, f"{FLAG}=1"),
+        ({"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--a=b"}, f"--a=b {FLAG}=1"),
+        ({"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{FLAG}=3"}, f"{FLAG}=3"),
+        ({"JAX_PLATFORMS": "tpu,cpu"}, ""),
+        ({}, f"{FLAG}=1"),
+    ],
+)
+def test_less_optimising_on_cpus(monkeypatch, environment, expected):
+    monkeypatch.setattr(quick_compiles, "ACCELERATORS", ("no_such_package",))
+    for name in ("JAX_PLATFORMS", "XLA_FLAGS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    quick_compiles.compile_quickly_on_cpus()
+    assert os.environ.get("XLA_FLAGS", "") == expected
+
+
+def test_accelerators_keep_their_optimising(monkeypatch):
+    monkeypatch.setattr(quick_compiles, "ACCELERATORS", ("no_such_package", "k3jax"))
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setenv("XLA_FLAGS", "")
+    quick_compiles.compile_quickly_on_cpus()
+    assert os.environ["XLA_FLAGS"] == ""
