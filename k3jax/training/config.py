@@ -68,7 +68,7 @@ class DataConfig:
     """Scenes drawn by `scenes`; of a finite number so that latents can be cached."""
     scene_mix: Literal["all", "places", "pairs", "several"] = "all"
     """Of `scenes`, `places`: only those whose caption says where something is; `pairs`: mostly
-    those of two objects."""
+    those of two objects; `several`: the same with more of two to four alike."""
     crop: int | None = None
     """Side of the part around an object that `scenes` gives instead of the whole picture (MoVQ)."""
 

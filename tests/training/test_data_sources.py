@@ -4,12 +4,15 @@
 import io
 import json
 import pickle
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from k3jax.images import write_png
+from k3jax.scenes.scene import MIXES, scene_at
+from k3jax.training.config import DataConfig
 from k3jax.training.data.index import EnlargedWarning, bucket_index
 from k3jax.training.data.parquet import ParquetSource
 from k3jax.training.data.sources import files, open_source
@@ -266,3 +269,12 @@ def test_scenes_of_places_are_other_data(crop):
     ]
     assert all(told[1]) and not all(told[0])
     assert everything.fingerprint() != places.fingerprint()
+
+
+def test_every_mix_of_scenes_is_a_setting():
+    assert get_args(get_type_hints(DataConfig)["scene_mix"]) == tuple(MIXES)
+    told = {mix: [scene_at(0, n, mix=mix).kind for n in range(200)] for mix in MIXES}
+    for mix, kinds in told.items():
+        assert set(kinds) == set(MIXES[mix][0])
+        for kind, share in MIXES[mix][0].items():
+            assert abs(kinds.count(kind) / 200 - share) < 0.12
