@@ -31,7 +31,12 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("mlp", "tensor"),  # hidden width of feed-forward layers
     ("conv_in", "fsdp"),
     ("conv_out", "tensor"),
+    ("time", None),  # time embedding that modulates the norms: products of one row per image
 )
+
+TRAINING_RULES = (*(rule for rule in RULES if rule[0] != "time"), ("time", "fsdp"))
+"""Of what is trained. A quarter of the U-Net's weights read the time embedding: sampling is faster
+with a copy of them on each device, but their average and moments would fill it."""
 
 
 def axes(*names: str | None) -> dict[str, Any]:

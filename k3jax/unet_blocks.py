@@ -49,7 +49,7 @@ class ConditionalGroupNorm(nnx.Module):
         self.modulation = linear(
             config.time_embedding_dim,
             2 * channels,
-            (None, None),
+            ("time", None),
             dtype=dtype,
             param_dtype=param_dtype,
             rngs=rngs,

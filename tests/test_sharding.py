@@ -18,9 +18,19 @@ from k3jax.denoising import denoise_program, initial_carry, loop_rows
 from k3jax.movq_strips import strips_on_tpu
 from k3jax.programs import encode_text
 from k3jax.samplers import make_sampler
-from k3jax.sharding import RULES, axes, batch_sharding, make_mesh, on_mesh, placed, shardings
+from k3jax.sharding import (
+    RULES,
+    TRAINING_RULES,
+    axes,
+    batch_sharding,
+    make_mesh,
+    on_mesh,
+    placed,
+    shardings,
+)
 from k3jax.text_projection import Context
 from k3jax.training.initialise import random_weights
+from k3jax.training.state import weights_of
 
 
 FULL = ModelConfig()
@@ -34,8 +44,7 @@ def test_every_weight_that_is_large_has_known_axes(component):
         assert set(used) <= names | {None}, path
         shape = variable.get_value().shape
         assert len(used) in (0, len(shape)), path
-        # Time modulation is the exception: small matmuls on (b, 1536), replicated on purpose.
-        if np.prod(shape) > 10e6 and "modulation" not in path:
+        if np.prod(shape) > 10e6:
             assert any(name is not None for name in used), path
 
 
@@ -59,6 +68,20 @@ def test_weights_are_split_as_the_rules_say():
     # 3 input channels do not split into two: replicated rather than refused.
     movq = shardings(abstract_module("movq", FULL), mesh)
     assert movq["encoder"]["conv_in"]["kernel"].get_value().spec == P(None, None, None, "tensor")
+
+
+def test_training_splits_the_full_model_over_every_device():
+    """Also the weights that read the time embedding, which sampling copies."""
+    modules = {name: abstract_module(name, FULL) for name in ("text_projection", "unet")}
+    sizes = {name: leaf.shape for name, leaf in weights_of(modules).items()}
+    for rules, share in ((TRAINING_RULES, 1 / 8), (RULES, 0.36)):
+        where = {
+            f"{name}.{'.'.join(map(str, path))}": variable.get_value()
+            for name, module in modules.items()
+            for path, variable in nnx.to_flat_state(shardings(module, make_mesh("fsdp=8"), rules))
+        }
+        held = sum(math.prod(where[name].shard_shape(shape)) for name, shape in sizes.items())
+        assert held / sum(map(math.prod, sizes.values())) == pytest.approx(share, rel=0.02)
 
 
 def abstract(shape, dtype, mesh):

@@ -14,6 +14,7 @@ from k3jax import lora
 from k3jax.abstract import COMPONENTS, abstract_module
 from k3jax.checkpoint import Checkpoint, restore
 from k3jax.config import ModelConfig
+from k3jax.sharding import TRAINING_RULES
 from k3jax.training import scene_text
 from k3jax.training.config import TrainConfig
 from k3jax.training.initialise import random_weights
@@ -130,7 +131,9 @@ def first_weights(start: Start) -> Weights:
         elif config.from_scratch:
             modules[name] = random_weights(name, start.model, config.seed)
         else:
-            modules[name] = restore(base, name, mesh=start.mesh, param_dtype="float32")
+            modules[name] = restore(
+                base, name, mesh=start.mesh, param_dtype="float32", rules=TRAINING_RULES
+            )
             if name == "unet" and base.config.unet.in_channels != start.model.unet.in_channels:
                 modules[name] = inpainting_unet(modules[name], start.model)
     return weights_of(modules)

@@ -2,8 +2,8 @@
 """The state of a training run: weights, their moving average, the optimiser's memory.
 
 Weights are a flat dict "unet.conv_in.kernel" -> array, which optax, Orbax and LoRA all take as it
-is. A module is made of it where it is called. Everything is split over the mesh by the same logical
-axis rules as in inference (`k3jax.sharding.RULES`): over `fsdp` and `tensor`, copied over `data`.
+is. A module is made of it where it is called. Everything is split over the mesh by
+`k3jax.sharding.TRAINING_RULES`: over `fsdp` and `tensor`, copied over `data`.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from k3jax.sharding import shardings
+from k3jax.sharding import TRAINING_RULES, shardings
 
 
 Weights = dict[str, jax.Array]
@@ -61,7 +61,7 @@ def weight_shardings(modules: Mapping[str, nnx.Module], mesh: Mesh) -> dict[str,
     return {
         f"{component}.{_dotted(path)}": variable.get_value()
         for component, module in modules.items()
-        for path, variable in nnx.to_flat_state(shardings(module, mesh))
+        for path, variable in nnx.to_flat_state(shardings(module, mesh, TRAINING_RULES))
     }
 
 
