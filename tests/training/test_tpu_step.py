@@ -21,8 +21,8 @@ GATE_MODEL = os.environ.get("K3JAX_GATE_MODEL", "kandinsky3")
 SMALL = GATE_MODEL == "tiny"
 SIZE = 64 if SMALL else 1024
 OVERRIDES = [("model.unet.block_out_channels", "32,64")] if SMALL else []  # less to compile
-# The whole step of fine-tuning takes the compiler more than 23 GB of memory otherwise, and half as
-# long again. What fits without its efforts fits with them.
+# Otherwise the compiler takes more than 23 GB of memory for the step of fine-tuning, and half as
+# long again. The program is then another one: of a small model with three times the temporaries.
 LEAST = {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0}
 
 # libtpu takes gigabytes, and the devices of this process are others.
