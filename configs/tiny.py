@@ -4,7 +4,7 @@
     k3jax generate "a red circle above a blue square"
     k3jax train --config tiny
 
-The second command makes the weights again, in eight stages that end in train/tiny; it takes hours
+The second command makes the weights again, in nine stages that end in train/tiny; it takes hours
 on two CPU cores and goes on where it stopped. Captions it knows: `k3jax.scenes.caption`.
 """
 

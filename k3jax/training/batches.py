@@ -16,7 +16,7 @@ from k3jax.training.config import TrainConfig
 from k3jax.training.data.cached_loader import TEXT_ROWS, CachedLoader
 from k3jax.training.data.loader import ENDLESS, BatchIterator, Loader, import_grain
 from k3jax.training.data.order import hold_out
-from k3jax.training.inpainting import masked_batch
+from k3jax.training.inpainting import draw_masks
 
 
 Arrays = dict[str, np.ndarray]
@@ -148,7 +148,7 @@ def convert_uncached(
             made |= {"input_ids": ids, "attention_mask": mask}
         if config.task == "inpainting":
             rng = np.random.default_rng([config.seed, number, jax.process_index()])
-            made["masks"] = masked_batch(batch["images"], rng, config.masks)
+            made["masks"] = draw_masks(batch["images"], rng, config.masks)
         return made
 
     return convert

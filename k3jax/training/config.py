@@ -80,6 +80,8 @@ class MaskConfig:
     boxes: float = 0.5
     strokes: float = 0.35
     whole: float = 0.15
+    objects: float = 0.0
+    """The box around one object and a margin, with data of kind `scenes` alone."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ See k3jax/inpainting_inputs.py for what the channels are.
 """
 
 import dataclasses
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +13,9 @@ from flax import nnx
 
 from k3jax.abstract import abstract_module
 from k3jax.config import ModelConfig
+from k3jax.scenes.checker import find_objects
 from k3jax.training.config import MaskConfig
-from k3jax.training.masks import draw_masks
+from k3jax.training.masks import Box, draw_mask
 from k3jax.unet import UNet
 
 
@@ -68,9 +70,18 @@ def inpainting_unet(unet: UNet, config: ModelConfig) -> UNet:
     return made
 
 
-def masked_batch(
+def draw_masks(
     images: np.ndarray, rng: np.random.Generator, config: MaskConfig | None = None
 ) -> np.ndarray:
     """Masks for images uint8 (b, h, w, 3): float32 (b, h, w), 1 known, 0 to be painted."""
-    count, height, width, _ = images.shape
-    return draw_masks(rng, count, height, width, config)
+    _, height, width, _ = images.shape
+
+    def boxes(image: np.ndarray) -> list[Box]:
+        return [
+            (*np.subtract(found.center, found.extents), *np.add(found.center, found.extents))
+            for found in find_objects(image)
+        ]
+
+    return np.stack(
+        [draw_mask(rng, height, width, config, partial(boxes, image)) for image in images]
+    )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masks to train inpainting with: boxes, brush strokes, or the whole image.
+"""Masks to train inpainting with: boxes, brush strokes, the whole image, or an object's box.
 
 A mask is float32 (h, w) in pixels with the polarity of the model's mask channel: **1 where the
 image is known and kept, 0 where it is to be painted anew**. (The masks that people give to the
@@ -7,10 +7,17 @@ original's inpainting pipeline are the other way round; it takes 1 - mask first.
 was trained is not published beyond "random masks".
 """
 
+import dataclasses
+from collections.abc import Callable, Sequence
+
 import numpy as np
 from PIL import Image, ImageDraw
 
-from k3jax.training.config import MaskConfig
+from k3jax.training.config import DataConfig, MaskConfig
+
+
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom in pixels; the last two lie within."""
 
 
 MIN_SHARE = 0.05
@@ -23,14 +30,37 @@ STROKE_POINTS = (4, 12)
 STROKE_WIDTH = (0.05, 0.25)  # share of the image's shorter side
 STROKE_STEP = (0.08, 0.3)
 STROKE_TURN = 1.2  # radians, standard deviation
+OBJECT_MARGIN = (0.0, 0.1)  # share of the image's shorter side, on each side of the object
+
+
+def check_masks(config: MaskConfig, data: DataConfig) -> None:
+    """Checks the shares of the kinds, before any mask is drawn.
+
+    Raises:
+        ValueError: shares that are negative or all zero, or objects that no one can find.
+    """
+    _shares(config)
+    if config.objects and data.kind != "scenes":
+        raise ValueError(
+            f"train.masks.objects is {config.objects}, but only in pictures of kind 'scenes' is it "
+            f"known where objects are, and data.kind is {data.kind!r}: set it to 0."
+        )
 
 
 def draw_mask(
-    rng: np.random.Generator, height: int, width: int, config: MaskConfig | None = None
+    rng: np.random.Generator,
+    height: int,
+    width: int,
+    config: MaskConfig | None = None,
+    find_objects: Callable[[], Sequence[Box]] = tuple,
 ) -> np.ndarray:
     """One mask, float32 (height, width): 1 known, 0 to be painted. A function of the generator.
 
     Between MIN_SHARE and all of the pixels are to be painted.
+
+    Args:
+        find_objects: gives the boxes of an image's objects; called only where one is wanted. Where
+            there is none, the mask is one of boxes.
 
     Raises:
         ValueError: shares of the kinds that are negative or all zero.
@@ -39,6 +69,11 @@ def draw_mask(
     kind = kinds[rng.choice(len(kinds), p=shares)]
     if kind == "whole":
         return np.zeros((height, width), np.float32)
+    if kind == "objects":
+        found = find_objects()
+        if found:
+            return _around(rng, found[rng.integers(len(found))], height, width)
+        kind = "boxes"
     image = Image.new("L", (width, height), 1)
     draw, once, number = ImageDraw.Draw(image), *_SHAPES[kind]
     for _ in range(rng.integers(*number, endpoint=True)):
@@ -48,19 +83,8 @@ def draw_mask(
     return mask
 
 
-def draw_masks(
-    rng: np.random.Generator,
-    count: int,
-    height: int,
-    width: int,
-    config: MaskConfig | None = None,
-) -> np.ndarray:
-    """Masks of a batch, float32 (count, height, width): 1 known, 0 to be painted."""
-    return np.stack([draw_mask(rng, height, width, config) for _ in range(count)])
-
-
 def _shares(config: MaskConfig) -> tuple[list[str], np.ndarray]:
-    shares = {"boxes": config.boxes, "strokes": config.strokes, "whole": config.whole}
+    shares = dataclasses.asdict(config)
     values = np.array(list(shares.values()), np.float64)
     if not np.isfinite(values).all() or (values < 0).any() or not values.sum() > 0:
         raise ValueError(
@@ -68,6 +92,19 @@ def _shares(config: MaskConfig) -> tuple[list[str], np.ndarray]:
             "them more than 0."
         )
     return list(shares), values / values.sum()
+
+
+def _around(rng, box: Box, height: int, width: int) -> np.ndarray:
+    """The box of an object with a margin of its own on each side."""
+    margins = rng.uniform(*OBJECT_MARGIN, 4) * min(height, width)
+    grown = np.array(box) + margins * (-1, -1, 1, 1)
+    while True:
+        left, top, right, bottom = np.rint(grown).astype(int)
+        mask = np.ones((height, width), np.float32)
+        mask[max(top, 0) : bottom + 1, max(left, 0) : right + 1] = 0
+        if mask.mean() <= 1 - MIN_SHARE:
+            return mask
+        grown += (-1, -1, 1, 1)
 
 
 def _box(rng, draw, height, width):

@@ -21,7 +21,7 @@ from k3jax.training.config import TrainConfig
 from k3jax.training.data.cache import LatentCache, cache_fingerprint
 from k3jax.training.data.index import BucketIndex
 from k3jax.training.data.source import Source
-from k3jax.training.inpainting import masked_batch
+from k3jax.training.inpainting import draw_masks
 from k3jax.training.tasks import encode_images
 
 
@@ -58,7 +58,7 @@ def open_cache(
             return np.asarray(_latents(movq, jax.device_put(batch, split)))
         rngs = (np.random.default_rng(zlib.crc32(image.tobytes())) for image in batch)
         masks = [
-            masked_batch(image[None], rng, config.masks)
+            draw_masks(image[None], rng, config.masks)
             for image, rng in zip(batch, rngs, strict=True)
         ]
         masks = np.concatenate(masks)

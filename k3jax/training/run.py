@@ -36,6 +36,7 @@ from k3jax.training.config import LossConfig, TrainConfig
 from k3jax.training.data.index import bucket_index
 from k3jax.training.data.sources import open_source
 from k3jax.training.loop import put_batch, run_loop
+from k3jax.training.masks import check_masks
 from k3jax.training.metrics import METRICS, MetricWriter
 from k3jax.training.mfu import flops_of
 from k3jax.training.optimizer import learning_rate, make_optimizer
@@ -99,6 +100,7 @@ def _train(run: RunConfig, stop: Stop, progress: bool) -> Path | None:
     mesh = make_mesh(run.pipeline.mesh)
     _check_batch(config, data_parallelism(mesh))
     _check_timesteps(config.loss)
+    check_masks(config.masks, config.data)
     start = prepare(config, architecture(config, run.model, base), base, mesh)
     check_base(start)
     config = start.config

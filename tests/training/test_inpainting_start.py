@@ -11,7 +11,7 @@ from flax import nnx
 
 from k3jax.inpainting_inputs import inpainting_inputs
 from k3jax.training.config import MaskConfig
-from k3jax.training.inpainting import inpainting_config, inpainting_unet, masked_batch
+from k3jax.training.inpainting import draw_masks, inpainting_config, inpainting_unet
 from k3jax.training.tasks import extra_channels_of
 
 import tiny
@@ -103,5 +103,5 @@ def test_the_latents_are_those_of_movq():
 
 def test_batches_and_variants():
     images = np.random.default_rng(0).integers(0, 256, (3, 16, 24, 3), np.uint8)
-    masks = masked_batch(images, np.random.default_rng(1), MaskConfig(1, 0, 0))
+    masks = draw_masks(images, np.random.default_rng(1), MaskConfig(1, 0, 0))
     assert masks.shape == (3, 16, 24)
