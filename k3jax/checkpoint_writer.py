@@ -58,14 +58,15 @@ class CheckpointWriter:
     Args:
         path: a folder that does not exist, or is empty.
         overwrite: replace an existing checkpoint (never another folder) at commit.
+        compressed: by zstd, which saves up to a fifth of bfloat16 and takes 2.5 times as long.
 
     Raises:
         CheckpointError: the destination exists, or another run is writing it.
     """
 
-    def __init__(self, path, overwrite: bool = False):
+    def __init__(self, path, overwrite: bool = False, compressed: bool = False):
         self.path = as_path(path)
-        self._overwrite = overwrite
+        self._overwrite, self._compressed = overwrite, compressed
         self._components: dict[str, str | None] = {}
         self._digests: dict[str, dict[str, str]] = {}
         self._shared = {}
@@ -204,7 +205,7 @@ class CheckpointWriter:
 
     def _save(self, component: str, group: dict[str, np.ndarray]) -> None:
         group = {name: np.ascontiguousarray(array) for name, array in group.items()}
-        with orbax_io.saving(self._folder / component, group):
+        with orbax_io.saving(self._folder / component, group, self._compressed):
             digests = self._digests[component]
             digests |= {n: array_digest(a) for n, a in group.items() if not digests[n]}
         if is_local(self._folder):

@@ -20,7 +20,10 @@ from k3jax.unet import UNet
 
 
 def inpainting_config(config: ModelConfig) -> ModelConfig:
-    """The model with 9 input channels, and the sampler's defaults of the original's inpainting.
+    """The model with 9 input channels.
+
+    With the original's own sampler come the defaults of the original's inpainting; other samplers
+    keep theirs.
 
     Raises:
         ValueError: the model does inpainting already.
@@ -31,11 +34,11 @@ def inpainting_config(config: ModelConfig) -> ModelConfig:
             f"the U-Net takes {config.unet.in_channels} channels, not {latents}: inpainting starts "
             "from a text-to-image checkpoint, or goes on with an inpainting one as it is."
         )
-    return dataclasses.replace(
-        config,
-        unet=dataclasses.replace(config.unet, in_channels=2 * latents + 1),
-        sampler=dataclasses.replace(config.sampler, guidance_scale=4.0, threshold_percentile=0.95),
-    )
+    sampler = config.sampler
+    if sampler.name == "kandinsky":
+        sampler = dataclasses.replace(sampler, guidance_scale=4.0, threshold_percentile=0.95)
+    unet = dataclasses.replace(config.unet, in_channels=2 * latents + 1)
+    return dataclasses.replace(config, unet=unet, sampler=sampler)
 
 
 def inpainting_unet(unet: UNet, config: ModelConfig) -> UNet:

@@ -91,7 +91,10 @@ def pack(
     Args:
         base: a packed checkpoint; components that are the same as its own are shared with it.
     """
-    with tempfile.TemporaryDirectory() as copy, CheckpointWriter(path) as writer:
+    with (
+        tempfile.TemporaryDirectory() as copy,
+        CheckpointWriter(path, compressed=True) as writer,
+    ):
         shutil.copytree(source.path / "tokenizer", copy, dirs_exist_ok=True)
         writer.add_tokenizer(copy)
         for component in source.component_paths:

@@ -34,7 +34,7 @@ def test_it_begins_as_the_base(unet):
     """To the last bits: the sum over 9 channels, 5 of them times zero, may be ordered otherwise."""
     config = inpainting_config(MODEL)
     assert config.unet == dataclasses.replace(MODEL.unet, in_channels=9)
-    assert config.sampler.threshold_percentile == 0.95
+    assert (config.sampler.guidance_scale, config.sampler.threshold_percentile) == (4.0, 0.95)
     made = inpainting_unet(unet, config)
     kernel = made.conv_in.kernel[...]
     assert kernel.shape == (3, 3, 9, MODEL.unet.init_channels)
@@ -53,6 +53,12 @@ def test_it_begins_as_the_base(unet):
     call = jax.jit(lambda unet, sample: unet(sample, timesteps, None))
     expected = call(unet, sample)
     assert tiny.relative_error(call(made, nine), expected) < 1e-6
+
+
+def test_another_sampler_keeps_its_defaults():
+    sampler = dataclasses.replace(MODEL.sampler, name="ddpm", guidance_scale=2.5)
+    config = inpainting_config(dataclasses.replace(MODEL, sampler=sampler))
+    assert config.sampler == sampler
 
 
 def test_what_cannot_be_a_start_is_refused(unet):

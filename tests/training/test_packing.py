@@ -8,7 +8,7 @@ from k3jax.manifest import files_below, read_manifest
 from k3jax.training.result import pack
 
 
-def variant(base, path):
+def variant(base, path, change=lambda array: array + 1):
     """The base with another U-Net; all else is shared."""
     with CheckpointWriter(path) as writer:
         writer.add_tokenizer(base.path / "tokenizer")
@@ -17,7 +17,7 @@ def variant(base, path):
                 writer.share(component, base.path)
                 continue
             for name, array in iterate_leaves(base, component):
-                writer.write(component, {name: array + 1})
+                writer.write(component, {name: change(array)})
         writer.commit(base.config, {"layout": "test"}, "float32")
     return read_checkpoint(path)
 
@@ -58,3 +58,15 @@ def test_no_place_is_told(base, tmp_path):
     pack(read_checkpoint(base), tmp_path / "packed")
     for file in files_below(read_checkpoint(tmp_path / "packed").path):
         assert str(tmp_path).encode() not in file.read_bytes(), file
+
+
+def test_packed_is_compressed(base, tmp_path):
+    """In the base, the same arrays as they are in memory."""
+    base = read_checkpoint(base)
+    constant = variant(base, tmp_path / "constant", lambda array: np.full_like(array, 0.1))
+    pack(constant, tmp_path / "packed")
+    sizes = [
+        sum(file.stat().length for file in files_below(path / "unet"))
+        for path in (constant.path, read_checkpoint(tmp_path / "packed").path)
+    ]
+    assert sizes[1] < sizes[0] / 4, sizes  # float16 alone is a half
