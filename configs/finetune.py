@@ -5,8 +5,8 @@
 
 Text encoder and MoVQ stay frozen. With train.data.cache, latents and embeddings are computed once
 and neither of the two is in memory during training. Weights, their average and Adam's moments take
-48 GB in float32: split them with a mesh (--mesh fsdp=-1) over 32 chips of TPU v5p, say;
-where memory is short, --config.train.optimizer.name=adafactor needs 24 GB without the average.
+48 GB in float32: split them with a mesh (--mesh fsdp=-1), as over 32 chips of TPU v5p. Where
+memory is short, --config.train.optimizer.name=adafactor needs 24 GB without the average.
 """
 
 from ml_collections import ConfigDict

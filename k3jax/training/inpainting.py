@@ -22,8 +22,7 @@ from k3jax.unet import UNet
 def inpainting_config(config: ModelConfig) -> ModelConfig:
     """The model with 9 input channels.
 
-    With the original's own sampler come the defaults of the original's inpainting; other samplers
-    keep theirs.
+    With the original's own samplers come the defaults of its inpainting; others keep theirs.
 
     Raises:
         ValueError: the model does inpainting already.
@@ -35,7 +34,7 @@ def inpainting_config(config: ModelConfig) -> ModelConfig:
             "from a text-to-image checkpoint, or goes on with an inpainting one as it is."
         )
     sampler = config.sampler
-    if sampler.name == "kandinsky":
+    if sampler.name in ("kandinsky", "kandinsky30"):
         sampler = dataclasses.replace(sampler, guidance_scale=4.0, threshold_percentile=0.95)
     unet = dataclasses.replace(config.unet, in_channels=2 * latents + 1)
     return dataclasses.replace(config, unet=unet, sampler=sampler)
@@ -77,14 +76,13 @@ def draw_masks(
     images: np.ndarray, rng: np.random.Generator, config: MaskConfig | None = None
 ) -> np.ndarray:
     """Masks for images uint8 (b, h, w, 3): float32 (b, h, w), 1 known, 0 to be painted."""
-    _, height, width, _ = images.shape
+    size = images.shape[1:3]
+    return np.stack([draw_mask(rng, *size, config, partial(_boxes, image)) for image in images])
 
-    def boxes(image: np.ndarray) -> list[Box]:
-        return [
-            (*np.subtract(found.center, found.extents), *np.add(found.center, found.extents))
-            for found in find_objects(image)
-        ]
 
-    return np.stack(
-        [draw_mask(rng, height, width, config, partial(boxes, image)) for image in images]
-    )
+def _boxes(image: np.ndarray) -> list[Box]:
+    """Around the objects of a scene, as far as its checker sees them."""
+    return [
+        (*np.subtract(found.center, found.extents), *np.add(found.center, found.extents))
+        for found in find_objects(image)
+    ]

@@ -19,7 +19,6 @@ from k3jax.training.config import DataConfig, MaskConfig
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels; the last two lie within."""
 
-
 MIN_SHARE = 0.05
 """Least share of the pixels that is repainted."""
 

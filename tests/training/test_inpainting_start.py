@@ -55,6 +55,12 @@ def test_it_begins_as_the_base(unet):
     assert tiny.relative_error(call(made, nine), expected) < 1e-6
 
 
+def test_both_samplers_of_the_original_inpaint_with_its_defaults():
+    sampler = dataclasses.replace(MODEL.sampler, name="kandinsky30")
+    config = inpainting_config(dataclasses.replace(MODEL, sampler=sampler))
+    assert (config.sampler.guidance_scale, config.sampler.threshold_percentile) == (4.0, 0.95)
+
+
 def test_another_sampler_keeps_its_defaults():
     sampler = dataclasses.replace(MODEL.sampler, name="ddpm", guidance_scale=2.5)
     config = inpainting_config(dataclasses.replace(MODEL, sampler=sampler))

@@ -61,7 +61,7 @@ def test_no_place_is_told(base, tmp_path):
 
 
 def test_packed_is_compressed(base, tmp_path):
-    """In the base, the same arrays as they are in memory."""
+    """Other checkpoints hold the arrays as they are in memory."""
     base = read_checkpoint(base)
     constant = variant(base, tmp_path / "constant", lambda array: np.full_like(array, 0.1))
     pack(constant, tmp_path / "packed")

@@ -17,7 +17,7 @@ from k3jax.pipeline import Kandinsky3Pipeline
 from k3jax.run_config import RunConfig
 from k3jax.scenes.caption import captioned
 from k3jax.sharding import make_mesh
-from k3jax.training.config import CheckpointConfig, PriorConfig
+from k3jax.training.config import CheckpointConfig, MaskConfig, PriorConfig
 from k3jax.training.metrics import read_metrics
 from k3jax.training.run import open_data, train
 from k3jax.training.setup import prepare
@@ -190,6 +190,14 @@ def test_metrics_and_pictures_are_written(run, tmp_path):
         ({"data": {"kind": "folder", "path": "nowhere"}}, "nowhere"),
         ({"optimizer": {"schedule": "cosine", "warmup_steps": 9}}, "warm-up"),
         ({"loss": {"timesteps": (600, 1001)}}, "behind the last"),
+        (
+            {
+                "task": "inpainting",
+                "masks": MaskConfig(objects=1),
+                "data": {"kind": "folder", "path": "nowhere"},
+            },
+            "known where objects are",
+        ),
         ({"decoder_only": True}, "needs train.task movq"),
     ],
 )
