@@ -4,11 +4,16 @@
 | scores of a head | form |
 |---|---|
 | few (text, cross-attention at low resolution) | einsum, softmax, einsum: XLA fuses them |
-| many, on a TPU | one kernel (k3jax/tpu_attention.py), on each device of the mesh by itself |
+| many, on a TPU | one kernel (k3jax/tpu_attention.py) |
 | many, on a GPU in half precision | cuDNN |
 | many, elsewhere | the first form for some queries at a time |
 
 All are exact: scores and softmax in float32, shifted by the true maximum of each row.
+
+On a mesh each device attends for its own images (`data`, `fsdp`) and heads (`tensor`). Where
+`tensor` does not divide the heads (6 over 4), it splits the queries' tokens instead, and each
+device has the keys and values of all heads; where it divides neither, every device along it
+computes all of them.
 """
 
 import functools
@@ -17,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from k3jax.sharding import BATCH, MESH_AXES
+from k3jax.sharding import BATCH, data_parallelism, traced_mesh
 
 
 QUERY_CHUNK = 1024
@@ -48,6 +53,43 @@ def attention(
     Returns:
         (b, q, heads, d) in the dtype of `value`.
     """
+    local = functools.partial(_local_attention, scale=scale)
+    mesh = traced_mesh()
+    if mesh is None:
+        return local(query, key, value, bias)
+    queries, keys, biases = _layout(query, bias, mesh)
+    return jax.shard_map(
+        local, in_specs=(queries, keys, keys, biases), out_specs=queries, check_vma=False
+    )(query, key, value, bias)
+
+
+def token_axis(heads: int) -> str | None:
+    """What the mesh's `tensor` axis splits where it does not divide `heads`: the queries' tokens.
+
+    None where it splits the heads. Activations that become queries are best constrained to it
+    before their projections (`k3jax.sharding.constrain`).
+    """
+    mesh = traced_mesh()
+    return None if mesh is None or heads % mesh.shape["tensor"] == 0 else "tokens"
+
+
+def _layout(query, bias, mesh) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec | None]:
+    """How queries (and results), keys and values, and a bias are split over a mesh."""
+    b, tokens, heads, _ = query.shape
+    tensor = mesh.shape["tensor"]
+    batch = None if b % data_parallelism(mesh) else BATCH
+    by_head = "tensor" if heads % tensor == 0 else None
+    by_token = "tensor" if not by_head and tokens % tensor == 0 else None
+    queries = PartitionSpec(batch, by_token, by_head)
+    keys = PartitionSpec(batch, None, by_head)
+    if bias is None:
+        return queries, keys, None
+    split = zip(bias.shape, (batch, by_head, by_token, None), strict=True)
+    return queries, keys, PartitionSpec(*(None if size == 1 else axis for size, axis in split))
+
+
+def _local_attention(query, key, value, bias, *, scale):
+    """Attention on one device."""
     few = query.shape[1] * key.shape[1] < MANY_SCORES
     if few or (bias is not None and bias.shape[1:3] != (1, 1)):
         return plain_attention(query, key, value, bias, scale=scale)
@@ -59,12 +101,7 @@ def attention(
         bias = jnp.broadcast_to(bias, (query.shape[0], 1, 1, key.shape[1]))
     elsewhere = functools.partial(chunked_attention, scale=scale)
     return jax.lax.platform_dependent(
-        query,
-        key,
-        value,
-        bias,
-        tpu=_kernel_on_mesh(query, scale=scale) or elsewhere,
-        default=elsewhere,
+        query, key, value, bias, tpu=_kernel(query, scale=scale) or elsewhere, default=elsewhere
     )
 
 
@@ -105,40 +142,23 @@ def _cudnn_takes(query: jax.Array) -> bool:
     )
 
 
-def _kernel_on_mesh(query: jax.Array, *, scale: float):
-    """The TPU kernel over the mesh that is set (`k3jax.sharding.on_mesh`), or None if it cannot be.
-
-    XLA does not know how to split a kernel, so each device is given its own images and heads.
-    """
+def _kernel(query: jax.Array, *, scale: float):
+    """The TPU kernel for queries like these, with a gradient, or None if it does not take them."""
     from k3jax import tpu_attention  # Pallas takes long to import, and only large images need it.
 
-    b, tokens, heads, d = query.shape
-    mesh = jax.sharding.get_abstract_mesh()
-    if not set(MESH_AXES) <= set(mesh.axis_names):
-        return None
-    alone = bool(mesh.manual_axes)  # of a program that is split by hand already
-    images = 1 if alone else mesh.shape["data"] * mesh.shape["fsdp"]
-    tensor = 1 if alone or heads % mesh.shape["tensor"] else mesh.shape["tensor"]
-    if b % images or not tpu_attention.fits(tokens, d):
+    _, tokens, heads, d = query.shape
+    if not tpu_attention.fits(tokens, d):
         return None
 
     @jax.custom_vjp
     def kernel(query, key, value, bias):
         flat = [x.reshape(*x.shape[:2], -1) for x in (query, key, value)]
-        out = tpu_attention.tpu_attention(
-            *flat,
-            None if bias is None else bias[:, 0, 0],
-            heads=heads // tensor,
-            scale=scale,
-        )
+        bias = None if bias is None else bias[:, 0, 0]
+        out = tpu_attention.tpu_attention(*flat, bias, heads=heads, scale=scale)
         return out.reshape(query.shape)
 
     def backward(saved, gradient):
         return jax.vjp(functools.partial(chunked_attention, scale=scale), *saved)[1](gradient)
 
     kernel.defvjp(lambda *args: (kernel(*args), args), backward)
-    if alone or mesh.size == 1:
-        return kernel
-    split = PartitionSpec(BATCH, None, "tensor" if tensor > 1 else None)
-    in_specs = (split, split, split, PartitionSpec(BATCH))
-    return jax.shard_map(kernel, in_specs=in_specs, out_specs=split, check_vma=False)
+    return kernel

@@ -15,6 +15,7 @@ import numpy as np
 
 from k3jax.config import PredictionType
 from k3jax.samplers import Sampler, Step, predicted_image
+from k3jax.sharding import constrain
 from k3jax.text_projection import Context
 from k3jax.unet import UNet
 from k3jax.unet_blocks import ReadContext
@@ -101,7 +102,7 @@ def predictor(
 
     def guided(x, timestep):
         pairs = run(x, timestep, both, 2)
-        pairs = pairs.reshape(-1, 2, *pairs.shape[1:])
+        pairs = constrain(pairs.reshape(-1, 2, *pairs.shape[1:]), "batch", ...)
         w = guidance_scale[:, None, None, None]
         return (w + 1) * pairs[:, 0] - w * pairs[:, 1]
 
@@ -228,4 +229,5 @@ def denoise_program(
 
 def _interleave(*arrays: jax.Array) -> jax.Array:
     """Rows a0 b0 a1 b1 ...: each device of a split batch keeps its own samples."""
-    return jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
+    rows = jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
+    return constrain(rows, "batch", ...)

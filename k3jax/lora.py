@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from k3jax.config import LoraConfig
 from k3jax.manifest import CheckpointError
-from k3jax.sharding import RULES, axes, shardings
+from k3jax.sharding import RULES, axes, gathered, shardings, split_as_columns
 
 
 Weights = Mapping[str, Mapping[str, Any]]
@@ -30,15 +30,19 @@ class LoraLinear(nnx.Module):
     """x W + (x A) B, never W + A B: the base's weights stay as they are, and where they are."""
 
     def __init__(self, base: nnx.Linear, a: jax.Array, b: jax.Array):
-        name_in, name_out = base.kernel.get_metadata().get("out_sharding") or (None, None)
+        metadata = base.kernel.get_metadata()
+        name_in, name_out = metadata.get("out_sharding") or (None, None)
+        heads = metadata.get("heads")
         self.base = base
-        self.a = nnx.LoRAParam(a, **axes(name_in, None))
-        self.b = nnx.LoRAParam(b, **axes(None, name_out))
+        self.a = nnx.LoRAParam(a, **axes(name_in, None, heads=heads))
+        self.b = nnx.LoRAParam(b, **axes(None, name_out, heads=heads))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x, a, b = (y.astype(self.base.dtype) for y in (x, self.a[...], self.b[...]))
-        low = jnp.matmul(x, a, precision=self.base.precision)
-        return self.base(x) + jnp.matmul(low, b, precision=self.base.precision)
+        dtype, precision = self.base.dtype, self.base.precision
+        low = jnp.matmul(x.astype(dtype), gathered(self.a, dtype), precision=precision)
+        low = split_as_columns(low, self.a)
+        update = jnp.matmul(low, gathered(self.b, dtype), precision=precision)
+        return self.base(x) + split_as_columns(update, self.b)
 
 
 def update_factor(config: LoraConfig, scale: float = 1.0) -> float:

@@ -8,6 +8,7 @@ norms need the whole map. On a TPU the decoder's maps are laid out in strips ins
 (k3jax/movq_strips.py).
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -15,14 +16,15 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from k3jax.attention import attention
-from k3jax.layers import GroupNorm, conv, convolve, linear
+from k3jax.attention import attention, token_axis
+from k3jax.layers import CONVOLVED, GroupNorm, conv, convolve, linear
 from k3jax.movq_strips import (
     convolve_enlarged_strips,
     convolve_strips,
     enlarge_and_apply,
     window_sums,
 )
+from k3jax.sharding import constrain, gathered
 
 
 NORM_EPSILON = 1e-6
@@ -45,14 +47,15 @@ def convolve_rows(layer: nnx.Conv, rows: Rows, height: int, width: int) -> jax.A
         index = first - 1 + jnp.arange(strip + 2)
         inside = (index >= 0) & (index < height)
         x = jnp.where(inside[:, None, None], rows(jnp.clip(index, 0, height - 1)), 0)
-        kernel = layer.kernel[...].astype(layer.dtype)
+        kernel = gathered(layer.kernel, layer.dtype)
         y = convolve(x.astype(layer.dtype), kernel, ((0, 0), (1, 1)))
-        y = y + layer.bias[...].astype(layer.dtype)
+        y = constrain(y + layer.bias[...].astype(layer.dtype), *CONVOLVED)
         return jax.lax.dynamic_update_slice_in_dim(out, y, first, axis=1), None
 
     start = _first_pixel(rows(jnp.zeros(1, jnp.int32)), layer)
     shape = (start.shape[0], height, width, layer.out_features)
-    out, _ = jax.lax.scan(one, jnp.broadcast_to(start, shape), jnp.arange(0, height, strip))
+    start = constrain(jnp.broadcast_to(start, shape), *CONVOLVED)
+    out, _ = jax.lax.scan(one, start, jnp.arange(0, height, strip))
     return out
 
 
@@ -66,7 +69,7 @@ def convolve_upsampled(layer: nnx.Conv, x: jax.Array, strips: int = 1) -> jax.Ar
     if strips > 1:
         return convolve_enlarged_strips(layer, x, strips)
     b, height, width, _ = x.shape
-    kernels = window_sums(layer.kernel[...]).astype(layer.dtype)
+    kernels = window_sums(gathered(layer.kernel)).astype(layer.dtype)
     strip = _strip(height, 4 * width)
 
     def enlarged(x):
@@ -78,7 +81,7 @@ def convolve_upsampled(layer: nnx.Conv, x: jax.Array, strips: int = 1) -> jax.Ar
             return y + layer.bias[...].astype(layer.dtype)
 
         y = jnp.stack([jnp.stack([at(down, right) for right in (0, 1)], 3) for down in (0, 1)], 2)
-        return y.reshape(b, 2 * strip, 2 * width, -1)
+        return constrain(y.reshape(b, 2 * strip, 2 * width, -1), *CONVOLVED)
 
     x = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0)))
     if strip == height:
@@ -90,7 +93,8 @@ def convolve_upsampled(layer: nnx.Conv, x: jax.Array, strips: int = 1) -> jax.Ar
 
     start = _first_pixel(x[:, 1:], layer)
     shape = (b, 2 * height, 2 * width, layer.out_features)
-    out, _ = jax.lax.scan(one, jnp.broadcast_to(start, shape), jnp.arange(0, height, strip))
+    start = constrain(jnp.broadcast_to(start, shape), *CONVOLVED)
+    out, _ = jax.lax.scan(one, start, jnp.arange(0, height, strip))
     return out
 
 
@@ -151,7 +155,7 @@ class SpatialNorm(nnx.Module):
     def silu_of(self, x: jax.Array, latents: jax.Array, strips: int) -> jax.Array:
         """silu(norm(x)) of a map in strips."""
         factor, offset = self.norm.affine(x, strips)
-        scale, shift = self.conv_y(latents), self.conv_b(latents)
+        scale, shift = self.conv_y(latents, "strips"), self.conv_b(latents, "strips")
 
         def one(x, scale, shift, factor, offset):
             return jax.nn.silu((x * factor + offset) * scale + shift).astype(self.dtype)
@@ -162,7 +166,8 @@ class SpatialNorm(nnx.Module):
         """The normalised map by rows; x (b, h, w, c), latents (b, h/f, w/f, latent channels)."""
         enlarge = x.shape[1] // latents.shape[1]
         factor, offset = self.norm.affine(x, strips)
-        scale, shift = self.conv_y(latents), self.conv_b(latents)
+        axis = _map(strips)[0]
+        scale, shift = self.conv_y(latents, axis), self.conv_b(latents, axis)
 
         def rows(index):
             normed = take_rows(x, index) * factor + offset
@@ -190,11 +195,11 @@ class ResBlock(nnx.Module):
     ) -> jax.Array:
         out = norm_silu_conv(self.norm1, self.conv1, x, latents, strips)
         out = norm_silu_conv(self.norm2, self.conv2, out, latents, strips)
-        if self.conv_shortcut is None:
-            return out + x
-        if strips > 1:
-            return out + convolve_strips(self.conv_shortcut, x, strips)
-        return out + self.conv_shortcut(x)
+        if self.conv_shortcut is not None and strips > 1:
+            x = convolve_strips(self.conv_shortcut, x, strips)
+        elif self.conv_shortcut is not None:
+            x = self.conv_shortcut(x)
+        return constrain(out + x, *_map(strips))
 
 
 class AttentionBlock(nnx.Module):
@@ -202,19 +207,24 @@ class AttentionBlock(nnx.Module):
 
     def __init__(self, channels: int, norm, **kwargs):
         self.norm = norm(channels, **kwargs)
-        self.to_q = linear(channels, channels, ("embed", "heads"), **kwargs)
-        self.to_k = linear(channels, channels, ("embed", "heads"), **kwargs)
-        self.to_v = linear(channels, channels, ("embed", "heads"), **kwargs)
-        self.to_out = linear(channels, channels, ("heads", "embed"), **kwargs)
+        make = functools.partial(linear, channels, channels, heads=1, **kwargs)
+        self.to_q, self.to_k, self.to_v = (make(("embed", "heads")) for _ in range(3))
+        self.to_out = make(("heads", "embed"))
 
     def __call__(
         self, x: jax.Array, latents: jax.Array | None = None, strips: int = 1
     ) -> jax.Array:
         normed = self.norm.rows_of(x, latents, strips)(None)
         tokens = rearrange(normed, "(b s) h w c -> b (s h w) 1 c", s=strips)
+        tokens = constrain(tokens, "batch", token_axis(1), None, None)
         q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
         out = attention(q, k, v, scale=x.shape[-1] ** -0.5)
-        return x + self.to_out(out).reshape(x.shape)
+        return constrain(x + self.to_out(out).reshape(x.shape), *_map(strips))
+
+
+def _map(strips: int) -> tuple[str | None, ...]:
+    """Logical axes of a map between blocks."""
+    return ("batch" if strips == 1 else "strips", None, None, None)
 
 
 def norm_silu_conv(

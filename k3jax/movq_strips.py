@@ -20,12 +20,13 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jax.sharding import PartitionSpec
 
 from k3jax.layers import convolve
-from k3jax.sharding import BATCH, MESH_AXES
+from k3jax.sharding import constrain, gathered, traced_mesh
 
 
+STRIP_MAP = ("strips", None, None, None)
+"""Logical axes of a map in strips: each device has whole strips, with all of their channels."""
 STRIPS = 8
 """Of a device: as many as a tile has rows."""
 LEAST_PIXELS = 32
@@ -49,17 +50,15 @@ def strips_on_tpu(latents: jax.Array) -> int:
 def into_strips(x: jax.Array, strips: int) -> jax.Array:
     """(b, h, w, c) -> (b strips, h/strips, w, c), split over all axes of the mesh that is set."""
     b, h, w, c = x.shape
-    x = x.reshape(b * strips, h // strips, w, c)
-    images, beside = _devices()
-    if strips == 1 or beside == 1 or b % images or strips % beside:
+    if strips == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec((*BATCH, "tensor")))
+    return constrain(x.reshape(b * strips, h // strips, w, c), *STRIP_MAP)
 
 
 def out_of_strips(x: jax.Array, strips: int) -> jax.Array:
     """(b strips, h, w, c) -> (b, strips h, w, c)."""
     b, h, w, c = x.shape
-    return x.reshape(b // strips, strips * h, w, c)
+    return constrain(x.reshape(b // strips, strips * h, w, c), "batch", None, None, None)
 
 
 def convolve_strips(layer: nnx.Conv, x: jax.Array, strips: int) -> jax.Array:
@@ -68,11 +67,13 @@ def convolve_strips(layer: nnx.Conv, x: jax.Array, strips: int) -> jax.Array:
     Every strip is convolved by itself, and then its first and its last row once more, with the row
     beside it: they are few, and nothing that is large is copied.
     """
-    kernel, bias = layer.kernel[...].astype(layer.dtype), layer.bias[...].astype(layer.dtype)
+    kernel = gathered(layer.kernel, layer.dtype, whole=True)
+    bias = layer.bias[...].astype(layer.dtype)
     x = x.astype(layer.dtype)
 
     def convolved(x, rows, columns):
-        return bias + convolve(x, kernel, ((rows, rows), (columns, columns)))
+        y = convolve(x, kernel, ((rows, rows), (columns, columns)))
+        return constrain(bias + y, *STRIP_MAP)
 
     if kernel.shape[0] == 1:
         return convolved(x, 0, 0)
@@ -89,12 +90,12 @@ def convolve_enlarged_strips(layer: nnx.Conv, x: jax.Array, strips: int) -> jax.
     The four places of a pixel are one transposed convolution of 4x4 with a stride of 2: a TPU skips
     its zeros, and writes the pixels where they belong.
     """
-    kernels = window_sums(layer.kernel[...])
+    kernels = window_sums(gathered(layer.kernel, whole=True))
     kernel = rearrange(kernels, "down right y x i o -> (y down) (x right) i o").astype(layer.dtype)
     above, below = _beside(x, strips)
     x = jnp.concatenate([above, x, below], axis=1).astype(layer.dtype)
     bias = layer.bias[...].astype(layer.dtype)
-    return bias + convolve(x, kernel, ((0, 0), (2, 2)), lhs_dilation=(2, 2))
+    return constrain(bias + convolve(x, kernel, ((0, 0), (2, 2)), lhs_dilation=(2, 2)), *STRIP_MAP)
 
 
 def enlarge_and_apply(
@@ -138,8 +139,8 @@ def window_sums(kernel: jax.Array) -> jax.Array:
 
 def _devices() -> tuple[int, int]:
     """How many hold images of their own, and how many share an image; 1 and 1 without a mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if not set(MESH_AXES) <= set(mesh.axis_names) or mesh.manual_axes:
+    mesh = traced_mesh()
+    if mesh is None:
         return 1, 1
     return mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
 
@@ -151,4 +152,4 @@ def _beside(x: jax.Array, strips: int) -> tuple[jax.Array, jax.Array]:
     outside = jnp.zeros_like(x[:, :1, :1])
     above = jnp.concatenate([outside, x[:, :-1, -1:]], axis=1)
     below = jnp.concatenate([x[:, 1:, :1], outside], axis=1)
-    return above.reshape(b, 1, w, c), below.reshape(b, 1, w, c)
+    return tuple(constrain(row.reshape(b, 1, w, c), *STRIP_MAP) for row in (above, below))

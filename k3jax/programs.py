@@ -17,7 +17,7 @@ from k3jax.config import Conditioning
 from k3jax.denoising import draw_noise
 from k3jax.inpainting_inputs import inpainting_inputs
 from k3jax.movq import MoVQ, normalize
-from k3jax.sharding import data_parallelism, on_mesh
+from k3jax.sharding import constrain, data_parallelism, on_mesh
 from k3jax.text_encoder import TextEncoder
 from k3jax.text_projection import Context, PromptEmbeds, TextProjection
 from k3jax.unet import UNet
@@ -145,6 +145,6 @@ def image_splits(mesh: jax.sharding.Mesh, batch_size: int) -> int:
 def _one_by_one(function: Callable, x: jax.Array, splits: int) -> jax.Array:
     """`function` of a batch, each of `splits` devices taking its part one by one."""
     b, *rest = x.shape
-    turns = x.reshape(splits, b // splits, *rest).swapaxes(0, 1)
-    out = jax.lax.map(function, turns).swapaxes(0, 1)
-    return out.reshape(b, *out.shape[2:])
+    turns = constrain(x.reshape(splits, b // splits, *rest).swapaxes(0, 1), None, "batch", ...)
+    out = constrain(jax.lax.map(function, turns), None, "batch", ...).swapaxes(0, 1)
+    return constrain(out.reshape(b, *out.shape[2:]), "batch", ...)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from k3jax.layers import dense
-from k3jax.sharding import axes
+from k3jax.sharding import axes, gathered, split_as_columns
 
 
 LARGEST = 127  # int8 without -128: symmetric
@@ -28,20 +28,23 @@ class Int8Linear(nnx.Module):
         if base.bias is not None:
             raise ValueError("layers with a bias are not made for int8.")
         kernel = base.kernel.get_value()
-        names = base.kernel.get_metadata()["out_sharding"]
+        metadata = base.kernel.get_metadata()
+        names, heads = metadata["out_sharding"], metadata["heads"]
         *stacked, _, width = kernel.shape
-        self.kernel = nnx.Param(jax.ShapeDtypeStruct(kernel.shape, jnp.int8), **axes(*names))
+        self.kernel = nnx.Param(
+            jax.ShapeDtypeStruct(kernel.shape, jnp.int8), **axes(*names, heads=heads)
+        )
         self.scale = nnx.Param(
             jax.ShapeDtypeStruct((*stacked, 1, width), jnp.bfloat16),
-            **axes(*names[:-2], None, names[-1]),
+            **axes(*names[:-2], None, names[-1], heads=heads),
         )
         self.dtype = base.dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(..., in) -> (..., out)."""
         # Scaling the matrix, not the product: XLA:TPU fuses it into the matmul's read of int8.
-        kernel = self.kernel[...].astype(self.dtype) * self.scale[...].astype(self.dtype)
-        return dense(x.astype(self.dtype), kernel)
+        kernel = gathered(self.kernel).astype(self.dtype) * self.scale[...].astype(self.dtype)
+        return split_as_columns(dense(x.astype(self.dtype), kernel), self.kernel)
 
 
 def quantize(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -3,19 +3,33 @@
 
 A layer names the dimensions of its weights (`axes("embed", "mlp")`) and knows nothing of a mesh.
 RULES says which mesh axis each name is split over; another layout is another table. Mesh axes are
-always `data`, `fsdp` and `tensor`, of any size, with Auto axis types: the compiler places the
+always `data`, `fsdp` and `tensor`, of any size, with Auto axis types: the compiler inserts the
 collectives.
+
+It must not choose where they are. XLA's partitioner returns wrong values for some of the shardings
+that it chooses by itself (tests/test_partitioner.py). So every layer states the sharding of its
+weights where it uses them (`gathered`) and of its results (`constrain`), attention runs on the
+shards of each device (k3jax/attention.py), and nothing between is free:
+
+| | stored | used |
+|---|---|---|
+| batch of activations | | data, fsdp |
+| rows of weights (embed, conv_in) | fsdp | whole |
+| columns of weights, channels inside of a block (heads, mlp, conv_out) | tensor | tensor |
+| channels between blocks | | whole |
 """
 
 import contextlib
+import functools
 import math
+from types import EllipsisType
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -32,16 +46,25 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("conv_in", "fsdp"),
     ("conv_out", "tensor"),
     ("time", None),  # time embedding that modulates the norms: products of one row per image
+    ("tokens", "tensor"),  # activations alone, where `tensor` does not divide the heads
+    ("strips", (*BATCH, "tensor")),  # activations alone: parts of images (k3jax/movq_strips.py)
 )
 
 TRAINING_RULES = (*(rule for rule in RULES if rule[0] != "time"), ("time", "fsdp"))
 """Of what is trained. A quarter of the U-Net's weights read the time embedding: sampling is faster
 with a copy of them on each device, but their average and moments would fill it."""
 
+_USED = {name: None if axis == "fsdp" else axis for name, axis in RULES}
+"""Where weights and activations are used."""
 
-def axes(*names: str | None) -> dict[str, Any]:
-    """Metadata that names the dimensions of a weight. No mesh is needed to create the weight."""
-    return {"out_sharding": names, "eager_sharding": False}
+
+def axes(*names: str | None, heads: int | None = None) -> dict[str, Any]:
+    """Metadata that names the dimensions of a weight. No mesh is needed to create the weight.
+
+    Args:
+        heads: attention heads in the dimension "heads", which is split between them only.
+    """
+    return {"out_sharding": names, "eager_sharding": False, "heads": heads}
 
 
 def mesh_sizes(spec: str, count: int) -> dict[str, int]:
@@ -101,6 +124,86 @@ def on_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
+def traced_mesh() -> AbstractMesh | None:
+    """The mesh that a program is traced for, or None if there is nothing to split: no mesh, one
+    device, or a program that is split by hand (`jax.shard_map`)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    known = set(MESH_AXES) <= set(mesh.axis_names)
+    return None if not known or mesh.size == 1 or mesh.manual_axes else mesh
+
+
+def constrain(x: jax.Array, *names: str | EllipsisType | None) -> jax.Array:
+    """An activation with the sharding that its dimensions have where they are used.
+
+    Args:
+        x: of any shape.
+        names: of its dimensions, as in RULES. One ... stands for dimensions in the middle that keep
+            the sharding that x has.
+
+    Returns:
+        x; unchanged where `traced_mesh` is None. A dimension that its mesh axis does not divide is
+        replicated.
+    """
+    mesh = traced_mesh()
+    if mesh is None:
+        return x
+    if ... in names:
+        first = names.index(...)
+        names = (*names[:first], *(...,) * (x.ndim - len(names) + 1), *names[first + 1 :])
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*_spec(x.shape, names, mesh, _USED)))
+
+
+def gathered(variable: nnx.Variable, dtype=None, *, whole: bool = False) -> jax.Array:
+    """A weight where a layer uses it: gathered over fsdp, split over tensor.
+
+    Its gradient is split as the weight is stored: a reduce-scatter, not an all-reduce.
+
+    Args:
+        variable: with the metadata of `axes`; weights taken out of a stack of layers have a
+            dimension less than names.
+        dtype: to cast to, before what crosses the network.
+        whole: gathered over tensor too.
+    """
+    value = variable[...] if dtype is None else variable[...].astype(dtype)
+    mesh, metadata = traced_mesh(), variable.get_metadata()
+    names = metadata.get("out_sharding")
+    if mesh is None or not names:
+        return value
+    names = names[len(names) - value.ndim :]
+    heads = metadata.get("heads")
+    stored = _spec(value.shape, names, mesh, dict(TRAINING_RULES), heads)
+    used = [None] * value.ndim if whole else _spec(value.shape, names, mesh, _USED, heads)
+    if stored == used:
+        return value
+    return _gather(value, PartitionSpec(*used), PartitionSpec(*stored))
+
+
+def split_as_columns(x: jax.Array, variable: nnx.Variable, rows: str = "batch") -> jax.Array:
+    """The result (rows, ..., out) of a product with a weight (in, out), split as its columns."""
+    mesh, metadata = traced_mesh(), variable.get_metadata()
+    if mesh is None or x.ndim < 2:
+        return x
+    name, heads = metadata["out_sharding"][-1], metadata.get("heads")
+    whole = _spec(x.shape[-1:], (name,), mesh, _USED, heads) == [None]
+    return constrain(x, rows, ..., None if whole else name)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x: jax.Array, used: PartitionSpec, stored: PartitionSpec) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, used)
+
+
+def _gather_forward(x, used, stored):
+    return _gather(x, used, stored), None
+
+
+def _gather_backward(used, stored, _, gradient):
+    return (jax.lax.with_sharding_constraint(gradient, stored),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
 def batch_sharding(mesh: Mesh, batch_dim: int = 0) -> NamedSharding:
     """Splits dimension `batch_dim` over the devices that hold different images."""
     return NamedSharding(mesh, PartitionSpec(*(None,) * batch_dim, BATCH))
@@ -141,19 +244,9 @@ def shardings(module: nnx.Module, mesh: Mesh, rules=RULES) -> nnx.State:
     table = dict(rules)
 
     def sharding(variable):
-        value = variable.get_value()
-        names = variable.get_metadata().get("out_sharding") or (None,) * len(value.shape)
-        unknown = [n for n in names if n is not None and n not in table]
-        if unknown:
-            raise ValueError(f"logical axes {unknown} are not in the sharding rules.")
-        spec, used = [], set()
-        for size, name in zip(value.shape, names, strict=True):
-            axis = None if name is None else table[name]
-            splits = _axis_size(mesh, axis)
-            if axis is None or axis in used or size % splits:
-                axis = None
-            used.add(axis)
-            spec.append(axis)
+        value, metadata = variable.get_value(), variable.get_metadata()
+        names = metadata.get("out_sharding") or (None,) * len(value.shape)
+        spec = _spec(value.shape, names, mesh, table, metadata.get("heads"))
         return variable.replace(NamedSharding(mesh, PartitionSpec(*spec)))
 
     state = nnx.state(module)
@@ -171,7 +264,30 @@ def placed(module: nnx.Module, mesh: Mesh) -> nnx.Module:
     return nnx.merge(graph, structs)
 
 
-def _axis_size(mesh: Mesh, axis) -> int:
+def _spec(
+    shape: tuple[int, ...],
+    names: tuple[str | EllipsisType | None, ...],
+    mesh: Mesh | AbstractMesh,
+    table: dict[str, Any],
+    heads: int | None = None,
+) -> list[Any]:
+    """The mesh axis of each dimension: None where the axis does not divide it, free for `...`."""
+    unknown = [name for name in names if name not in (None, ...) and name not in table]
+    if unknown:
+        raise ValueError(f"logical axes {unknown} are not in the sharding rules.")
+    spec: list[Any] = []
+    for size, name in zip(shape, names, strict=True):
+        if name is ...:
+            spec.append(PartitionSpec.UNCONSTRAINED)
+            continue
+        axis = None if name is None else table[name]
+        parts = heads if name == "heads" and heads else size
+        divided = axis is not None and axis not in spec and parts % _axis_size(mesh, axis) == 0
+        spec.append(axis if divided else None)
+    return spec
+
+
+def _axis_size(mesh: Mesh | AbstractMesh, axis) -> int:
     if axis is None:
         return 1
     return math.prod(mesh.shape[a] for a in (axis if isinstance(axis, tuple) else (axis,)))

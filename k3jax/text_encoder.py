@@ -14,10 +14,17 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
-from k3jax.attention import attention
+from k3jax.attention import attention, token_axis
 from k3jax.config import TextEncoderConfig
 from k3jax.layers import NO_INIT, RMSNorm, linear
-from k3jax.sharding import axes
+from k3jax.sharding import axes, constrain, gathered
+
+
+class Embed(nnx.Embed):
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """int (b, n) -> (b, n, features)."""
+        x = jnp.take(gathered(self.embedding), ids, axis=0).astype(self.dtype)
+        return constrain(x, "batch", None, None)
 
 
 class SelfAttention(nnx.Module):
@@ -26,7 +33,12 @@ class SelfAttention(nnx.Module):
     def __init__(self, config: TextEncoderConfig, *, dtype, param_dtype, rngs):
         inner = config.num_heads * config.d_kv
         make = functools.partial(
-            linear, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+            linear,
+            heads=config.num_heads,
+            use_bias=False,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
         )
         self.q = make(config.d_model, inner, ("embed", "heads"))
         self.k = make(config.d_model, inner, ("embed", "heads"))
@@ -35,6 +47,7 @@ class SelfAttention(nnx.Module):
         self.num_heads = config.num_heads
 
     def __call__(self, x: jax.Array, bias: jax.Array) -> jax.Array:
+        x = constrain(x, "batch", token_axis(self.num_heads), None)
         q, k, v = (
             rearrange(project(x), "b n (h d) -> b n h d", h=self.num_heads)
             for project in (self.q, self.k, self.v)
@@ -77,13 +90,15 @@ class EncoderLayer(nnx.Module):
     def __call__(self, x: jax.Array, bias: jax.Array) -> jax.Array:
         """float32 (b, n, d) -> float32 (b, n, d)."""
         x = x + self.attention(self.attention_norm(x), bias).astype(jnp.float32)
-        return x + self.mlp(self.mlp_norm(x)).astype(jnp.float32)
+        x = constrain(x, "batch", None, None)
+        x = x + self.mlp(self.mlp_norm(x)).astype(jnp.float32)
+        return constrain(x, "batch", None, None)
 
 
 class TextEncoder(nnx.Module):
     def __init__(self, config: TextEncoderConfig, *, dtype, param_dtype, rngs):
         self.config, self.dtype = config, dtype
-        self.embed_tokens = nnx.Embed(
+        self.embed_tokens = Embed(
             config.vocab_size,
             config.d_model,
             embedding_init=NO_INIT,

@@ -22,7 +22,7 @@ from flax import nnx
 
 from k3jax.config import MAX_TOKENS, Conditioning, TextProjectionConfig
 from k3jax.layers import linear
-from k3jax.sharding import axes
+from k3jax.sharding import axes, constrain
 
 
 PADDING_BIAS = {"original": -jnp.inf, "diffusers": -10000.0}
@@ -116,7 +116,7 @@ class TextProjection(nnx.Module):
             share = jnp.clip(prompt.token_weights, 0, 1).astype(self.dtype)[..., None]
             padding = self._padding(conditioning)
             states = jnp.where(token[..., None], share * states + (1 - share) * padding, states)
-        return Context(states, bias, prompt.lengths)
+        return Context(constrain(states, "batch", None, None), bias, prompt.lengths)
 
     def unconditional(
         self, lengths: jax.Array, num_rows: int, conditioning: Conditioning
@@ -136,6 +136,7 @@ class TextProjection(nnx.Module):
             null = self.null_embedding[...].astype(self.dtype)
             states = jnp.zeros((*shape, null.shape[-1]), self.dtype).at[:, 0].set(null)
             token = jnp.zeros(shape, bool).at[:, 0].set(True)
+        states = constrain(states, "batch", None, None)
         return Context(states, _bias(token, lengths, conditioning), lengths)
 
     def _padding(self, conditioning: Conditioning) -> jax.Array:

@@ -14,8 +14,10 @@ from flax import nnx
 
 from k3jax.config import UNetConfig
 from k3jax.layers import GroupNorm, conv, linear
+from k3jax.sharding import constrain
 from k3jax.text_projection import Context
 from k3jax.unet_blocks import (
+    MAP,
     NORM_EPSILON,
     AttentionBlock,
     ContextPooling,
@@ -218,7 +220,7 @@ class UNet(nnx.Module):
             down, up, bias = context.down, context.up, context.bias
         temb = jax.nn.silu(time_embedding)
 
-        x = self.conv_in(sample.astype(self.dtype))
+        x = constrain(self.conv_in(sample.astype(self.dtype)), *MAP)
         skips = []
         for level, read in zip(self.down_blocks, down, strict=True):
             x = level(x, temb, read, bias, self.remat)
@@ -228,7 +230,8 @@ class UNet(nnx.Module):
             if i:
                 x = jnp.concatenate([x, skips.pop()], axis=-1)
             x = level(x, temb, read, bias, self.remat)
-        return self.conv_out(jax.nn.silu(self.norm_out(x))).astype(jnp.float32)
+        x = self.conv_out(jax.nn.silu(self.norm_out(x))).astype(jnp.float32)
+        return constrain(x, *MAP)
 
 
 def _plain(block: nnx.Module, *args: Any) -> jax.Array:

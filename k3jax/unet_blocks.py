@@ -13,13 +13,16 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from k3jax.attention import attention
+from k3jax.attention import attention, token_axis
 from k3jax.config import UNetConfig
 from k3jax.layers import Upsample2x, conv, group_statistics, linear
+from k3jax.sharding import constrain
 from k3jax.text_projection import Context
 
 
 NORM_EPSILON = 1e-5
+MAP = ("batch", None, None, None)
+"""Logical axes of a map between blocks: each device has all channels of its images."""
 
 KeysValues = tuple[jax.Array, jax.Array]
 """Of one attention layer, heads side by side: (b, m, channels) each."""
@@ -58,7 +61,10 @@ class ConditionalGroupNorm(nnx.Module):
 
     def __call__(self, x: jax.Array, temb: jax.Array) -> jax.Array:
         modulation = self.modulation(temb).astype(jnp.float32)
-        scale, shift = jnp.split(modulation[:, None, None, :], 2, axis=-1)
+        scale, shift = (
+            constrain(part, "batch", None)[:, None, None, :]
+            for part in jnp.split(modulation, 2, axis=-1)
+        )
         mean, inverse_std = group_statistics(x, self.groups, NORM_EPSILON)
         normed = (x.astype(jnp.float32) - mean) * inverse_std
         return (normed * (scale + 1) + shift).astype(self.dtype)
@@ -133,7 +139,7 @@ class ResNetBlock(nnx.Module):
             out = block(out, temb)
         for layer in (self.shortcut_upsample, self.shortcut_conv, self.shortcut_downsample):
             x = x if layer is None else layer(x)
-        return x + out
+        return constrain(x + out, *MAP)
 
 
 class Attention(nnx.Module):
@@ -153,19 +159,25 @@ class Attention(nnx.Module):
         if channels_out % head_dim:
             raise ValueError(f"{channels_out} channels do not split into heads of {head_dim}.")
         make = functools.partial(
-            linear, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+            linear,
+            heads=channels_out // head_dim,
+            use_bias=False,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
         )
         self.to_q = make(query_dim, channels_out, ("embed", "heads"))
         self.to_k = make(context_dim, channels_out, ("embed", "heads"))
         self.to_v = make(context_dim, channels_out, ("embed", "heads"))
         self.to_out = make(channels_out, channels_out, ("heads", "embed"))
-        self.head_dim = head_dim
+        self.head_dim, self.heads = head_dim, channels_out // head_dim
 
     def read(self, context: jax.Array) -> KeysValues:
         return self.to_k(context), self.to_v(context)
 
     def __call__(self, x: jax.Array, read: KeysValues, bias: jax.Array | None = None) -> jax.Array:
         """`read`: keys and values of what is attended to; `bias` (b, m) is added to the scores."""
+        x = constrain(x, "batch", token_axis(self.heads), None)
         q, k, v = (
             rearrange(y, "b n (h d) -> b n h d", d=self.head_dim) for y in (self.to_q(x), *read)
         )
@@ -208,9 +220,9 @@ class AttentionBlock(nnx.Module):
         tokens = rearrange(self.in_norm(x, temb), "b h w c -> b (h w) c")
         read = self.attention.read(tokens) if read is None else read
         out = self.attention(tokens, read, bias)
-        x = x + out.reshape(x.shape)
+        x = constrain(x + out.reshape(x.shape), *MAP)
         out = jax.nn.silu(self.feed_forward_in(self.out_norm(x, temb)))
-        return x + self.feed_forward_out(out)
+        return constrain(x + self.feed_forward_out(out), *MAP)
 
 
 class ContextPooling(nnx.Module):
