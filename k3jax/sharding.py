@@ -156,7 +156,7 @@ def constrain(x: jax.Array, *names: str | EllipsisType | None) -> jax.Array:
 def gathered(variable: nnx.Variable, dtype=None, *, whole: bool = False) -> jax.Array:
     """A weight where a layer uses it: gathered over fsdp, split over tensor.
 
-    Its gradient is split as the weight is stored: a reduce-scatter, not an all-reduce.
+    Its gradient is summed over the batch, then split as the weight is stored.
 
     Args:
         variable: with the metadata of `axes`; weights taken out of a stack of layers have a
@@ -198,6 +198,8 @@ def _gather_forward(x, used, stored):
 
 
 def _gather_backward(used, stored, _, gradient):
+    # First as the sum over the batch alone leaves it: the product with the batch has no choice.
+    gradient = jax.lax.with_sharding_constraint(gradient, used)
     return (jax.lax.with_sharding_constraint(gradient, stored),)
 
 

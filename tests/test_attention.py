@@ -7,16 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+import k3jax.attention
 from k3jax import tpu_attention
-from k3jax.attention import (
-    MANY_SCORES,
-    _kernel_on_mesh,
-    attention,
-    chunked_attention,
-    plain_attention,
-)
-from k3jax.sharding import batch_sharding, make_mesh, on_mesh
+from k3jax.attention import MANY_SCORES, attention, chunked_attention, plain_attention
+from k3jax.sharding import make_mesh, on_mesh
 
 
 def draw(*shape, scale=1.0, dtype=jnp.float32):
@@ -129,25 +125,50 @@ def test_attention_in_chunks_and_its_gradients():
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "mesh", ["data=8", "data=2,tensor=4", "fsdp=2,tensor=4", "data=2,fsdp=2,tensor=2", "tensor=8"]
-)
-def test_the_kernel_on_a_mesh(mesh, monkeypatch):
-    """Heads that the mesh does not divide stay together; one of 64 alone is half a block."""
+MESHES = ["data=8", "data=2,tensor=4", "fsdp=2,tensor=4", "data=2,fsdp=2,tensor=2", "tensor=8"]
+
+
+def on_the_mesh(spec, function, *arrays):
+    """What a function of arrays gives on a mesh."""
+    mesh = make_mesh(spec)
+    with on_mesh(mesh):
+        return jax.jit(function)(*jax.device_put(arrays, NamedSharding(mesh, PartitionSpec())))
+
+
+@pytest.mark.parametrize("heads", [4, 3])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_the_kernel_on_a_mesh(mesh, heads, monkeypatch):
+    """Each device has its own heads, or its own queries where heads do not divide; one head of 64
+    alone is half a block."""
     interpreted = functools.partial(tpu_attention.tpu_attention, interpret=True)
     monkeypatch.setattr(tpu_attention, "tpu_attention", interpreted)
-    arrays = inputs(8, 24, 16, 4, 64)
+    monkeypatch.setattr(k3jax.attention, "MANY_SCORES", 0)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *x, tpu, default: tpu(*x))
+    arrays = inputs(8, 136, 16, heads, 64)
     bias = some_keys(8, 16)
+    ours = functools.partial(attention, scale=0.125)
     expected = functools.partial(plain_attention, scale=0.125)
-    mesh = make_mesh(mesh)
-    with on_mesh(mesh):
-        kernel = _kernel_on_mesh(arrays[0], scale=0.125)
-        on_devices = jax.device_put((*arrays, bias), batch_sharding(mesh))
-        found = jax.jit(kernel)(*on_devices)
-        slopes = gradients(lambda *xs: kernel(*xs, on_devices[3]), *on_devices[:3])
+    found = on_the_mesh(mesh, lambda q, k, v, b: ours(q, k, v, bias=b), *arrays, bias)
     np.testing.assert_allclose(found, expected(*arrays, bias), rtol=1e-5, atol=1e-5)
+    slopes = on_the_mesh(
+        mesh, lambda *xs: gradients(lambda *qkv: ours(*qkv, bias=xs[3]), *xs[:3]), *arrays, bias
+    )
     for one, other in zip(slopes, gradients(lambda *xs: expected(*xs, bias), *arrays), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(8, 12, 16, 6, 8), (8, 3, 5, 6, 8), (3, 12, 16, 8, 8)])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_any_shape_on_any_mesh(mesh, shape):
+    """Six heads over four or eight devices, and their queries' tokens, or neither; any batch."""
+    rng = np.random.default_rng(0)
+    arrays, (b, q, k, heads, _) = inputs(*shape), shape
+    for bias_shape in ((1, heads, q, k), (b, heads, q, k), (b, 1, 1, k), (1, 1, 1, 1)):
+        bias = rng.standard_normal(bias_shape, np.float32)
+        found = on_the_mesh(mesh, functools.partial(attention, scale=0.5, bias=bias), *arrays)
+        np.testing.assert_allclose(
+            found, plain_attention(*arrays, bias, scale=0.5), rtol=1e-5, atol=1e-5
+        )
 
 
 def lowered_for(platform, *shape, mesh="data=-1", dtype=jnp.bfloat16, bias=None):
@@ -169,8 +190,8 @@ def test_where_the_kernel_is_used():
     few = (8, 512, MANY_SCORES // 1024, 4, 64)
     assert "tpu_custom_call" not in lowered_for("tpu", *few)
     assert "tpu_custom_call" not in lowered_for("cpu", *many)
-    # Four images do not split over eight devices, nor 128 channels into heads of 48.
-    assert "tpu_custom_call" not in lowered_for("tpu", 4, *many[1:])
+    # Each device computes all of four images that do not split over eight.
+    assert "tpu_custom_call" in lowered_for("tpu", 4, *many[1:])
     assert "tpu_custom_call" not in lowered_for("tpu", *many[:3], 4, 48)
     positions = jnp.zeros((1, 4, 1024, MANY_SCORES // 1024))
     assert "tpu_custom_call" not in lowered_for("tpu", *many, bias=positions)

@@ -19,7 +19,7 @@ from k3jax.config import (
 )
 from k3jax.convert import movq, text_encoder, text_projection, unet
 from k3jax.convert.modules import state_dict_to_module
-from k3jax.sharding import shardings
+from k3jax.sharding import RULES, shardings
 
 
 VOCAB = 259  # of the byte tokenizer
@@ -144,7 +144,7 @@ def relative_error(ours, theirs) -> float:
     return np.abs(ours - theirs).max() / np.abs(theirs).max()
 
 
-def module_shardings(module, mesh):
+def module_shardings(module, mesh, rules=RULES):
     """A module whose leaves are the shardings of `module` on a mesh, for jax.device_put."""
     graph, _ = nnx.split(module)
-    return nnx.merge(graph, shardings(module, mesh))
+    return nnx.merge(graph, shardings(module, mesh, rules))

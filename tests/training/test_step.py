@@ -9,6 +9,7 @@ import pytest
 
 from k3jax import schedule
 from k3jax.checkpoint import read_checkpoint
+from k3jax.programs import computing
 from k3jax.sharding import make_mesh
 from k3jax.text_projection import Context, PromptEmbeds
 from k3jax.training.config import DataConfig, LossConfig, OptimizerConfig, TrainConfig
@@ -231,8 +232,9 @@ def two_steps(base, spec, devices):
         "embeds": rng.standard_normal((8, 32, 32), np.float32),
         "attention_mask": np.arange(32) < rng.integers(3, 20, (8, 1)),
     }
-    for _ in range(2):
-        state, metrics = step(state, frozen_modules(start), put_batch(batch, mesh))
+    with computing(mesh, config.dtype):
+        for _ in range(2):
+            state, metrics = step(state, frozen_modules(start), put_batch(batch, mesh))
     return first, state, float(metrics["loss"])
 
 
