@@ -78,7 +78,8 @@ def preview_map(pipe) -> np.ndarray:
         digest = pipe.digests.get("movq")
         found = None if digest is None else _stored(digest)
         if found is None:
-            found = fit_preview(pipe.movq)
+            with pipe.computing(pipe.movq):
+                found = fit_preview(pipe.movq)
             if digest is not None:
                 _store(digest, found)
         pipe.preview = found

@@ -120,7 +120,11 @@ def make_meshes(
 
 
 def on_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:
-    """Programs traced in this context know their mesh; kernels must (k3jax/attention.py)."""
+    """Programs traced in this context know their mesh.
+
+    Trace every program on weights that are split over a mesh in it, as pipelines and training do:
+    outside of it no layer states its shardings, and the partitioner may return wrong values.
+    """
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 

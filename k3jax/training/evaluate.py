@@ -4,7 +4,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -14,7 +13,6 @@ from k3jax.scenes.checker import Verdict, check, summary
 from k3jax.scenes.render import render
 from k3jax.scenes.scene import Scene
 from k3jax.training.movq import psnr
-from k3jax.training.tasks import encode_images
 
 
 SEED = 20  # of the scenes; training has its own
@@ -79,8 +77,7 @@ def reconstruction(pipe: Kandinsky3Pipeline, count: int = 64) -> tuple[float, di
     errors, verdicts = [], []
     for first in range(0, count, 8):
         part = images[first : first + 8]
-        latents = np.asarray(jax.jit(encode_images)(pipe.movq, part))
-        decoded = pipe.decode(latents, "np").images
+        decoded = pipe.decode(pipe.encode_arrays(part), "np").images
         errors.append(np.square(2 * (decoded - part / 255)).mean())
         made = zip(scenes[first : first + 8], decoded, strict=True)
         verdicts += [check(scene, image) for (scene, _), image in made]
