@@ -271,12 +271,14 @@ def numbers(text):
     return [int(number) for number in text.split(",")]
 
 
-@pytest.mark.parametrize("size", [(4, 8), (8, 16)])
-def test_a_step_gathers_weights_over_fsdp_and_activations_over_tensor(modules, size):
-    """And no other collective: none is left to the partitioner's choice, whatever the size."""
+@pytest.mark.parametrize(
+    "spec, size, kinds",
+    [(CORNERS[0], (4, 8), STEP), (CORNERS[0], (8, 16), STEP), ("data=8", (4, 8), set())],
+)
+def test_the_collectives_of_a_step(modules, spec, size, kinds):
+    """None is left to the partitioner's choice, whatever the size; data parallelism needs none."""
     arrays = unet_inputs(*size)
     expected = jax.jit(lambda unet, *xs: unet(*xs))(modules["unet"], *arrays)
-    spec = "data=2,fsdp=2,tensor=2"
     found, compiled = on_the_mesh(spec, lambda unet, *xs: unet(*xs), modules["unet"], arrays)
     assert close(found, expected)
-    assert collectives(compiled, make_mesh(spec)) == STEP
+    assert collectives(compiled, make_mesh(spec)) == kinds
