@@ -13,6 +13,8 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from k3jax.image_files import opened
+
 
 KEY = "k3jax"
 """The text chunk that holds the settings as JSON; `prompt` and `seed` have one each for readers."""
@@ -72,7 +74,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         ValueError: the file is no PNG that k3jax wrote.
     """
     try:
-        with Image.open(path) as image:
+        with open(path, "rb") as file, opened(file, str(path)) as image:
             text = getattr(image, "text", {}).get(KEY)
         settings = None if text is None else json.loads(text)
     except FileNotFoundError:

@@ -150,11 +150,11 @@ def test_other_modes():
 def test_a_broken_image_is_named():
     whole = encoded(picture(0, 64, 64), "JPEG")
     for data, part in (
-        (b"no image", "of no known format"),
-        (whole[: len(whole) // 2], "truncated"),
-        (saved(Image.new("F", (2, 2)), "TIFF"), "floating-point"),
+        (b"no image", "is not an image in a format that can be read"),
+        (whole[: len(whole) // 2], "cannot be read .*truncated"),
+        (saved(Image.new("F", (2, 2)), "TIFF"), "cannot be read .*floating-point"),
     ):
-        with pytest.raises(ValueError, match=rf"image cats/1\.jpg cannot be read .*{part}"):
+        with pytest.raises(ValueError, match=rf"image cats/1\.jpg {part}"):
             decode(data, "cats/1.jpg")
     with pytest.raises(ValueError, match="image cats/1"):
         read_size(io.BytesIO(b"no image"), "cats/1.jpg")
