@@ -10,6 +10,7 @@ import contextlib
 import functools
 import io
 import re
+import struct
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ from PIL import Image, UnidentifiedImageError
 
 
 ORIENTATION = 0x0112  # the EXIF tag
+SHORT = 3  # the number of its type
+BYTE_ORDERS = {b"II*\0": "<", b"MM\0*": ">"}
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -31,6 +34,10 @@ TURNS = {
 METADATA = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 """Keys of an image's `info` that can hold an orientation."""
 
+REFUSED = {  # Pillow would start Ghostscript, which may never end
+    "EPS": "PostScript is a program, which is not run",
+    "IPTC": "it can hold PostScript, a program, which is not run",
+}
 LONGEST_REASON = 200  # characters of what a decoder said
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -112,6 +119,8 @@ def _read(file: BinaryIO, name: str, read: Callable[[Image.Image], T]) -> T:
         with opened(file, name) as image:
             return read(image)
     except ValueError:
+        if file.closed:  # the decoder of FTEX does that
+            raise
         with decoding(name):
             file.seek(0)
             pixels = _without_metadata(file.read())
@@ -122,12 +131,14 @@ def _read(file: BinaryIO, name: str, read: Callable[[Image.Image], T]) -> T:
 
 
 def _check_format(image: Image.Image) -> None:
-    if image.format == "EPS":  # Pillow would start Ghostscript, which may never end
-        raise ValueError("PostScript is a program, which is not run")
+    if image.format in REFUSED:
+        raise ValueError(REFUSED[image.format])
 
 
 def _upright(image: Image.Image) -> Image.Image:
     image.load()
+    if image.mode == "P" and image.palette is None:  # Pillow keeps that of an ICNS only in C
+        image.putpalette(image.im.getpalette())
     turn = TURNS.get(_orientation(image))
     if turn is None:
         return image
@@ -158,7 +169,25 @@ def _orientation(image: Image.Image) -> int:
         raise
     except Exception:  # the block is no EXIF block
         return 1
+    if value is None and isinstance(block := image.info.get("exif"), bytes):
+        value = _orientation_in(block)
     return value if isinstance(value, int) and value in TURNS else 1
+
+
+def _orientation_in(block: bytes) -> int | None:
+    """The orientation in an EXIF block: Pillow stops at the first tag that points out of it."""
+    tiff = block.removeprefix(b"Exif\0\0")
+    with contextlib.suppress(struct.error, KeyError):  # the block ends before
+        order = BYTE_ORDERS[tiff[:4]]
+        (start,) = struct.unpack_from(f"{order}L", tiff, 4)
+        (count,) = struct.unpack_from(f"{order}H", tiff, start)
+        for number in range(count):
+            tag, kind, _, value = struct.unpack_from(
+                f"{order}HHLHxx", tiff, start + 2 + 12 * number
+            )
+            if tag == ORIENTATION and kind == SHORT:
+                return value
+    return None
 
 
 def _without_metadata(content: bytes) -> bytes | None:

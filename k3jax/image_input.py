@@ -29,7 +29,7 @@ def read_image(image: Any, name: str = "image") -> np.ndarray:
     Raises:
         ValueError: one sentence on what it is instead.
     """
-    opened = _opened(image, name)
+    opened, name = _opened(image, name)
     if isinstance(opened, Image.Image):
         return _from_pil(opened, name)
     return _from_array(_array(opened, name), name)
@@ -49,7 +49,7 @@ def read_mask(mask: Any, name: str = "mask_image") -> np.ndarray:
     Raises:
         ValueError: one sentence on what it is instead.
     """
-    opened = _opened(mask, name)
+    opened, name = _opened(mask, name)
     if isinstance(opened, Image.Image):
         opened = _mask_from_pil(opened, name)
     array = _array(opened, name)
@@ -106,18 +106,21 @@ def _each(images: Any, name: str, ndims: tuple[int, int]):
     return [(image, f"{name} {number}") for number, image in enumerate(images)]
 
 
-def _opened(image: Any, name: str) -> Any:
-    """What is at a path; PIL images upright and read to their end."""
-    if isinstance(image, str | os.PathLike):
-        path = os.path.expanduser(image)
-        if not os.path.isfile(path):
-            raise ValueError(f"{name}: there is no file {image}.")
-        try:
-            with open(path, "rb") as file:
-                return load_image(file, f"{name}: {image}")
-        except OSError as error:
-            raise ValueError(f"{name}: {image} cannot be read: {error.strerror}.") from None
-    return upright(image, name) if isinstance(image, Image.Image) else image
+def _opened(image: Any, name: str) -> tuple[Any, str]:
+    """What is at a path, and a name with the path in it; PIL images upright and decoded."""
+    if isinstance(image, Image.Image):
+        return upright(image, name), name
+    if not isinstance(image, str | os.PathLike):
+        return image, name
+    path = os.path.expanduser(image)
+    if not os.path.isfile(path):
+        raise ValueError(f"{name}: there is no file {image}.")
+    name = f"{name}: {image}"
+    try:
+        with open(path, "rb") as file:
+            return load_image(file, name), name
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read: {error.strerror}.") from None
 
 
 def _array(image: Any, name: str) -> np.ndarray:

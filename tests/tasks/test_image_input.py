@@ -225,7 +225,7 @@ def test_palettes_of_labels_and_of_greys():
 def test_a_mask_in_several_colours(tmp_path, mask):
     Image.fromarray(mask).save(tmp_path / "mask.png")
     for form in (mask, tmp_path / "mask.png"):
-        with pytest.raises(ValueError, match="mask_image has several colours: give a mask in blac"):
+        with pytest.raises(ValueError, match="has several colours: give a mask in black"):
             read_mask(form)
 
 
