@@ -98,8 +98,8 @@ def decoding(name: str) -> Iterator[None]:
         raise  # this machine's fault, not the file's
     except UnidentifiedImageError as error:
         raise ValueError(
-            f"{name} is not an image in a format that can be read: save it as PNG or JPEG, or "
-            "leave it out."
+            f"{name} is not an image in a format that can be read, or it is damaged: save it as "
+            "PNG or JPEG, or leave it out."
         ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(
@@ -167,8 +167,8 @@ def _orientation(image: Image.Image) -> int:
         value = image.getexif().get(ORIENTATION)
     except MemoryError:
         raise
-    except Exception:  # the block is no EXIF block
-        return 1
+    except Exception:
+        value = None
     if value is None and isinstance(block := image.info.get("exif"), bytes):
         value = _orientation_in(block)
     return value if isinstance(value, int) and value in TURNS else 1

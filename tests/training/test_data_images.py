@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from k3jax.training.config import DataConfig
 from k3jax.training.data.buckets import assign, make_buckets, scale
 from k3jax.training.data.decode import decode, fit, read_size
+from k3jax.training.data.folder import FolderSource
+from k3jax.training.data.index import bucket_index, read_image
 
+import damaged_images
 from data_sources import encoded, picture
 
 
@@ -158,6 +162,28 @@ def test_a_broken_image_is_named():
             decode(data, "cats/1.jpg")
     with pytest.raises(ValueError, match="image cats/1"):
         read_size(io.BytesIO(b"no image"), "cats/1.jpg")
+
+
+def test_a_folder_with_an_odd_file(tmp_path):
+    """Broken metadata cost nothing; a broken image is named, before or while training."""
+    junk = damaged_images.exif_block([(0x0112, "H", 6), (0x0100, "s", b"abc")])
+    wide = Image.fromarray(picture(0, 64, 128))
+    wide.save(tmp_path / "a.jpg", exif=junk)
+    wide.save(tmp_path / "b.png", exif=b"junk")
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text("a picture")
+    source, config = FolderSource(tmp_path), DataConfig(resolution=128, aspect_buckets=True)
+    index = bucket_index(source, config)
+    assert [index.size(number) for number in range(2)] == [(128, 64), (64, 128)]
+    assert np.array_equal(read_image(source, index, 1)["image"], wide)
+    avif = saved(wide, "AVIF")
+    (tmp_path / "c.avif").write_bytes(avif[:-400] + bytes(400))
+    source = FolderSource(tmp_path)
+    with pytest.raises(ValueError, match=r"image c\.avif cannot be read as an image"):
+        read_image(source, bucket_index(source, config), 2)
+    (tmp_path / "c.avif").write_bytes(avif[:100])
+    with pytest.raises(ValueError, match=r"image c\.avif "):
+        bucket_index(source, config)
 
 
 def test_a_resolution_that_does_not_fit_is_refused():
