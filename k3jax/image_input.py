@@ -11,7 +11,10 @@ import os
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
+
+from k3jax.image_files import decoding, load_image, upright
+from k3jax.mask_colors import is_grey, shades
 
 
 WHITE = (255, 255, 255, 255)
@@ -26,9 +29,9 @@ def read_image(image: Any, name: str = "image") -> np.ndarray:
     Raises:
         ValueError: one sentence on what it is instead.
     """
-    opened = _opened(image, name)
+    opened, name = _opened(image, name)
     if isinstance(opened, Image.Image):
-        return _from_pil(opened)
+        return _from_pil(opened, name)
     return _from_array(_array(opened, name), name)
 
 
@@ -40,17 +43,20 @@ def read_images(images: Any, name: str = "image") -> list[np.ndarray]:
 def read_mask(mask: Any, name: str = "mask_image") -> np.ndarray:
     """One mask as float32 (h, w): 1 (white) is repainted, 0 (black) kept.
 
-    Booleans, 0/1 and 0/255 (or 0/65535) mean the same; fractions are kept.
+    Booleans, 0/1 and 0/255 (or 0/65535) mean the same; fractions are kept. One colour on black
+    counts as white on black, whatever colour it is and whether or not it has a palette.
 
     Raises:
         ValueError: one sentence on what it is instead.
     """
-    opened = _opened(mask, name)
+    opened, name = _opened(mask, name)
     if isinstance(opened, Image.Image):
         opened = _mask_from_pil(opened, name)
     array = _array(opened, name)
     if array.ndim == 3 and array.shape[2] in (1, 3) and (array == array[:, :, :1]).all():
         array = array[:, :, 0]
+    elif array.ndim == 3 and array.shape[2] in (3, 4):
+        array = _without_color(array, name)
     if array.ndim != 2:
         raise ValueError(f"{name} has shape {array.shape}; a mask is (height, width).")
     return _shares(array, name)
@@ -89,8 +95,8 @@ def _each(images: Any, name: str, ndims: tuple[int, int]):
     several = ndims[1]
     if hasattr(images, "__array__") and not isinstance(images, Image.Image):
         images = np.asarray(images)
-        # (h, w, 1) and (h, w, 3) are one mask, (b, h, w) are several.
-        batch = images.ndim == several and not (several == 3 and images.shape[2] in (1, 3))
+        # (h, w, 1), (h, w, 3) and (h, w, 4) are one mask, (b, h, w) are several.
+        batch = images.ndim == several and not (several == 3 and images.shape[2] in (1, 3, 4))
         if not batch and not (several == 3 and images.ndim == 4):
             return [(images, name)]
     elif not isinstance(images, list | tuple):
@@ -100,27 +106,21 @@ def _each(images: Any, name: str, ndims: tuple[int, int]):
     return [(image, f"{name} {number}") for number, image in enumerate(images)]
 
 
-def _opened(image: Any, name: str) -> Any:
-    """What is at a path; PIL images upright and read to their end."""
-    if isinstance(image, str | os.PathLike):
-        path = os.path.expanduser(image)
-        if not os.path.isfile(path):
-            raise ValueError(f"{name}: there is no file {image}.")
-        name, image = f"{name}: {image}", path
+def _opened(image: Any, name: str) -> tuple[Any, str]:
+    """What is at a path, and a name with the path in it; PIL images upright and decoded."""
+    if isinstance(image, Image.Image):
+        return upright(image, name), name
+    if not isinstance(image, str | os.PathLike):
+        return image, name
+    path = os.path.expanduser(image)
+    if not os.path.isfile(path):
+        raise ValueError(f"{name}: there is no file {image}.")
+    name = f"{name}: {image}"
     try:
-        if isinstance(image, str | os.PathLike):
-            with Image.open(image) as file:
-                return _upright(file)
-        return _upright(image) if isinstance(image, Image.Image) else image
-    except UnidentifiedImageError:
-        raise ValueError(f"{name} is not an image in a format that can be read.") from None
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name} cannot be read as an image ({error}).") from None
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    image.load()
-    return ImageOps.exif_transpose(image)
+        with open(path, "rb") as file:
+            return load_image(file, name), name
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read: {error.strerror}.") from None
 
 
 def _array(image: Any, name: str) -> np.ndarray:
@@ -136,13 +136,18 @@ def _array(image: Any, name: str) -> np.ndarray:
     return array
 
 
-def _from_pil(image: Image.Image) -> np.ndarray:
+def _from_pil(image: Image.Image, name: str) -> np.ndarray:
     if image.mode.startswith("I") or image.mode == "F":
-        return _from_array(_numbers(image), "image")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        return _over_white(np.asarray(rgba))
-    return np.asarray(image.convert("RGB"))
+        return _from_array(_array(_numbers(image), name), name)
+    with decoding(name):
+        if image.has_transparency_data:
+            return _over_white(np.asarray(_rgba(image)))
+        return np.asarray(image.convert("RGB"))
+
+
+def _rgba(image: Image.Image) -> Image.Image:
+    # Pillow converts a grey image that is multiplied by its transparency only to one that is not.
+    return (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
 
 
 def _numbers(image: Image.Image) -> np.ndarray:
@@ -184,16 +189,29 @@ def _over_white(rgba: np.ndarray) -> np.ndarray:
 
 
 def _mask_from_pil(mask: Image.Image, name: str) -> np.ndarray:
+    """Numbers (h, w) in any range."""
     if mask.mode.startswith("I") or mask.mode == "F":
         return _numbers(mask)
-    if mask.has_transparency_data:
-        mask = mask.convert("RGBA")
-        if mask.getchannel("A").getextrema()[0] < 255:
-            raise ValueError(
-                f"{name} is transparent in places, which can mean both: give a mask in black "
-                "(kept) and white (repainted)."
-            )
-    return np.asarray(mask if mask.mode == "1" else mask.convert("L"))
+    with decoding(name):
+        if mask.has_transparency_data:
+            mask = _rgba(mask)
+        elif mask.mode not in ("1", "L"):
+            mask = mask.convert("RGB")
+    array = np.asarray(mask)
+    return array if array.ndim == 2 else _without_color(array, name)
+
+
+def _without_color(mask: np.ndarray, name: str) -> np.ndarray:
+    """A mask (h, w, 3) or (h, w, 4) as uint8 (h, w); a colour on black counts as white."""
+    if mask.shape[2] == 4 and _from_array(mask[..., 3:], name).min() < 255:
+        raise ValueError(
+            f"{name} is transparent in places, which can mean both: give a mask in black "
+            "(kept) and white (repainted)."
+        )
+    rgb = _from_array(mask[..., :3], name)
+    if is_grey(rgb):
+        return np.asarray(Image.fromarray(rgb).convert("L"))
+    return shades(rgb, name)
 
 
 def _shares(array: np.ndarray, name: str) -> np.ndarray:

@@ -13,6 +13,8 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from k3jax.image_files import opened
+
 
 KEY = "k3jax"
 """The text chunk that holds the settings as JSON; `prompt` and `seed` have one each for readers."""
@@ -72,13 +74,16 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         ValueError: the file is no PNG that k3jax wrote.
     """
     try:
-        with Image.open(path) as image:
+        with open(path, "rb") as file, opened(file, str(path)) as image:
             text = getattr(image, "text", {}).get(KEY)
-        settings = None if text is None else json.loads(text)
     except FileNotFoundError:
         raise
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as a PNG ({error}).") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
+    try:
+        settings = None if text is None else json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} has a text chunk {KEY!r} that is not JSON ({error}).") from None
     if settings is None:
         raise ValueError(f"{path} was not written by k3jax: it has no text chunk {KEY!r}.")
     return settings

@@ -4,6 +4,7 @@
 import numpy as np
 import pytest
 from PIL import Image, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from k3jax import images
 
@@ -70,8 +71,20 @@ def test_read_settings_refuses_other_files(tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(ValueError, match=r"other.png was not written by k3jax"):
         images.read_settings(tmp_path / "other.png")
-    with pytest.raises(ValueError, match=r"text.png cannot be read as a PNG"):
+    with pytest.raises(ValueError, match=r"text.png is not an image in a format that can be read"):
         images.read_settings(tmp_path / "text.png")
+    images.write_png(picture(), tmp_path / "whole.png", {"call": {"prompt": "a" * 500}})
+    content = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "short.png").write_bytes(content[:300])
+    (tmp_path / "changed.png").write_bytes(content.replace(b"aaaaaa", b"aaa\0aa"))
+    for name in ("short.png", "changed.png"):
+        with pytest.raises(ValueError, match=rf"{name} .*: save it (again )?as PNG"):
+            images.read_settings(tmp_path / name)
+    info = PngInfo()
+    info.add_text(images.KEY, "{")
+    picture().save(tmp_path / "json.png", pnginfo=info)
+    with pytest.raises(ValueError, match=r"json.png has a text chunk 'k3jax' that is not JSON"):
+        images.read_settings(tmp_path / "json.png")
     with pytest.raises(FileNotFoundError):
         images.read_settings(tmp_path / "none.png")
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, features
 
+from k3jax.image_files import opened
+
 
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 ROWS = 32
@@ -93,11 +95,11 @@ def _as_uint8(image: np.ndarray) -> np.ndarray:
 def readable_fault(content: bytes, width: int, height: int) -> str | None:
     """Why the bytes are no image of this size; None if they are."""
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with opened(io.BytesIO(content), "the image") as image:
             image.load()
             size = image.size
-    except Exception as error:
-        return f"cannot be read as an image ({error})"
+    except ValueError as error:
+        return str(error)
     if size != (width, height):
         return f"is {size[0]}x{size[1]} and not {width}x{height}"
     return None

@@ -19,6 +19,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from k3jax.image_files import opened
 from k3jax.synthesis.checking import finished_shards
 from k3jax.synthesis.layout import DATA
 from k3jax.synthesis.run_manifest import Manifest
@@ -75,7 +76,9 @@ def write_gallery(
         for shard in shards:
             rows = _shown(store, manifest, shard, every)
             # `map` starts all at once: a shard's thumbnails, no more, are in memory.
-            thumbnails = pool.map(thumbnail, [row.pop("content", None) for row in rows])
+            names = [f"{store}/{row['shard']}, image {row['key']}" for row in rows]
+            contents = [row.pop("content", None) for row in rows]
+            thumbnails = pool.map(thumbnail, contents, names)
             for row, small in zip(rows, thumbnails, strict=True):
                 images.append(_entry(row))
                 waiting.append(small)
@@ -88,13 +91,22 @@ def write_gallery(
     return [PAGE, FOLDER] if large else [PAGE]
 
 
-def thumbnail(content: bytes | None) -> str | None:
-    """An image file -> a small WebP in base64."""
+def thumbnail(content: bytes | None, name: str) -> str | None:
+    """An image file -> a small WebP in base64.
+
+    Raises:
+        ValueError: it is damaged; the message starts with `name`.
+    """
     if content is None:
         return None
-    with Image.open(io.BytesIO(content)) as image:
-        image.draft("RGB", (THUMBNAIL, THUMBNAIL))
-        small = image.convert("RGB")
+    try:
+        with opened(io.BytesIO(content), name) as image:
+            image.draft("RGB", (THUMBNAIL, THUMBNAIL))
+            small = image.convert("RGB")
+    except ValueError:
+        raise ValueError(
+            f"{name} cannot be decoded: `k3jax verify --repair` makes it again."
+        ) from None
     small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     file = io.BytesIO()
     small.save(file, "WEBP", quality=78, method=2)

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from k3jax.base_pipeline import BasePipeline
+from k3jax.image_files import load_image
 from k3jax.image_input import read_image, read_mask, resize_image, resize_mask
 from k3jax.img2img import Kandinsky3Img2ImgPipeline
 from k3jax.inpaint import Kandinsky3InpaintPipeline
@@ -62,11 +63,12 @@ def read_inputs(sample: Sample, base: str) -> Inputs | str:
     """
     try:
         image, image_hash = _read(sample.image, base, sample.image_sha256, "image")
-        array, hashes = read_image(image), {"image_sha256": image_hash}
+        array = read_image(image, f"the image {sample.image}")
+        hashes = {"image_sha256": image_hash}
         if sample.mask is None:
             return Inputs(_fitted(array, sample), None, hashes)
         image, hashes["mask_sha256"] = _read(sample.mask, base, sample.mask_sha256, "mask")
-        mask = read_mask(image, "mask")
+        mask = read_mask(image, f"the mask {sample.mask}")
         if mask.shape != array.shape[:2]:
             sizes = ["x".join(map(str, a.shape[1::-1])) for a in (mask, array)]
             raise ValueError(f"the mask is {sizes[0]} and the image {sizes[1]}")
@@ -101,18 +103,18 @@ def make_images(
 
 
 def _read(path: str, base: str, sha256: str | None, name: str) -> tuple[Image.Image, str]:
-    """(image, sha256 of its file)."""
+    """(upright image, sha256 of its file)."""
     if not is_remote(path) and not os.path.isabs(path):
         path = f"{base.rstrip('/')}/{path}"
-    with open_binary(path) as file:
-        content = file.read()
+    try:
+        with open_binary(path) as file:
+            content = file.read()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
     found = hashlib.sha256(content).hexdigest()
     if sha256 not in (None, found):
         raise ValueError(f"the {name} {path} is not the one that was used (its sha256 differs)")
-    try:
-        return Image.open(io.BytesIO(content)), found
-    except Exception:
-        raise ValueError(f"the {name} {path} is not an image that can be read") from None
+    return load_image(io.BytesIO(content), f"the {name} {path}"), found
 
 
 def _fitted(array: np.ndarray, sample: Sample) -> np.ndarray:

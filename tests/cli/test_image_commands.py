@@ -10,6 +10,8 @@ from k3jax.checkpoint_format import read_checkpoint
 from k3jax.cli.generate import NOTE
 from k3jax.images import read_settings
 
+from damaged_images import PICTURE, encoded
+
 
 SMALL = ["--steps", "2", "--dtype", "float32", "--mesh", "data=1"]
 BLEND = [
@@ -108,6 +110,11 @@ def test_inpaint_by_the_small_model(run, files, tmp_path):
         (["img2img", "--image", "{files}/a.png"], "give at least one prompt"),
         (["img2img", "a", "--image", "{files}/none.png"], "there is no file {files}/none.png"),
         (["img2img", "a", "--image", "{tmp}/bad.png"], "bad.png is not an image in a format that"),
+        (["img2img", "a", "--image", "{tmp}/bad.dds"], "bad.dds cannot be read as an image (Unkn"),
+        (
+            ["inpaint", "a", "--image", "{files}/a.png", "--mask", "{files}/a.png"],
+            "a.png has several colours: give a mask in black",
+        ),
         (["img2img", "a", "--image", "{files}/a.png", "--strength", "2"], "strength is 2.0"),
         (
             ["img2img", "a", "--image", "{files}/a.png", "--strength", "0.01", "--steps", "10"],
@@ -132,6 +139,9 @@ def test_inpaint_by_the_small_model(run, files, tmp_path):
 )
 def test_refuses(refuses, demo, files, tmp_path, args, message):
     (tmp_path / "bad.png").write_text("no image")
+    dds = bytearray(encoded(PICTURE, "DDS"))
+    dds[80:84] = bytes(4)  # flags of the pixel format
+    (tmp_path / "bad.dds").write_bytes(dds)
     args = [arg.format(files=files, tmp=tmp_path) for arg in args]
     args += ["--checkpoint", str(demo), "-o", str(tmp_path / "out")]
     assert message.format(files=files, tmp=tmp_path) in refuses(*args)

@@ -185,3 +185,13 @@ def test_refusals(tmp_path, made, refuses, stubs):
     (out / "metadata" / "000000.parquet").unlink()
     assert "has no finished shard yet" in refuses("gallery", out)
     assert "is not a data set of k3jax" in refuses("gallery", tmp_path)
+
+
+def test_a_damaged_image_is_named(tmp_path, made, refuses, stubs):
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "a"}])
+    words = ["--size", "64x64", "--format", "files", "--image-format", "png"]
+    made("synthesize", prompts, tmp_path / "out", *words)
+    (image,) = (tmp_path / "out" / "data").rglob("*.png")
+    image.write_bytes(image.read_bytes()[:100])
+    message = refuses("gallery", tmp_path / "out")
+    assert f"image {image.stem} cannot be decoded: `k3jax verify --repair` makes it" in message

@@ -14,6 +14,7 @@ from k3jax.inpaint import Kandinsky3InpaintPipeline
 from k3jax.synthesis.image_task import read_inputs
 from k3jax.synthesis.samples import Sample
 
+from damaged_images import encoded, exif_block, png_chunk
 from data_sets import write_jsonl
 
 
@@ -26,6 +27,14 @@ ROWS = [
     {"id": "text", "prompt": "no image at all"},
     {"id": "broken", "prompt": "a cat", "image": "in/broken.png", "strength": 0.5},
     {"id": "other", "prompt": "a cat", "image": "in/wide.jpg", "mask": "in/mask.png"},
+    {"id": "turned", "prompt": "a red circle", "image": "in/turned.jpg", "strength": 0.5},
+    {"id": "junk", "prompt": "a red circle", "image": "in/junk.png", "strength": 0.5},
+    {"id": "avif", "prompt": "a cat", "image": "in/broken.avif", "strength": 0.5},
+    {"id": "dds", "prompt": "a cat", "image": "in/broken.dds", "strength": 0.5},
+    {"id": "bomb", "prompt": "a cat", "image": "in/bomb.png", "strength": 0.5},
+    {"id": "red", "prompt": "a cat", "image": "in/square.png", "mask": "in/red.png"},
+    {"id": "colours", "prompt": "a cat", "image": "in/square.png", "mask": "in/square.png"},
+    {"id": "folder", "prompt": "a cat", "image": "in", "strength": 0.5},
 ]
 
 
@@ -46,6 +55,18 @@ def folder(tmp_path_factory):
     mask[:, 32:] = 255
     Image.fromarray(mask).save(folder / "in" / "mask.png")
     (folder / "in" / "broken.png").write_bytes(b"PNG")
+    turned = exif_block([(0x0112, "H", 6), (0x011A, "s", b"abc\0")])
+    picture(100, 200).save(folder / "in" / "turned.jpg", exif=turned)
+    picture(64, 64).save(folder / "in" / "junk.png", exif=b"junk")
+    Image.fromarray(np.dstack([mask, 0 * mask, 0 * mask])).save(folder / "in" / "red.png")
+    avif = encoded(picture(64, 64), "AVIF")
+    (folder / "in" / "broken.avif").write_bytes(avif[:-200] + bytes(200))
+    dds = bytearray(encoded(picture(64, 64), "DDS"))
+    dds[80:84] = bytes(4)  # flags of the pixel format
+    (folder / "in" / "broken.dds").write_bytes(dds)
+    header = b"".join(n.to_bytes(4) for n in (50_000, 50_000)) + b"\x08\2\0\0\0"
+    bomb = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", b"")
+    (folder / "in" / "bomb.png").write_bytes(bomb)
     write_jsonl(folder / "rows.jsonl", ROWS)
     return folder
 
@@ -69,11 +90,20 @@ def stored(data_set):
 
 
 def test_rows(stored):
-    assert [row["status"] for row in stored.values()] == [
-        *("ok", "ok", "ok", "failed", "ok", "failed", "failed")
-    ]
+    good = ("changed", "wide", "masked", "text", "turned", "junk", "red")
+    assert {row["id"]: row["status"] for row in stored.values()} == {
+        row["id"]: "ok" if row["id"] in good else "failed" for row in ROWS
+    }
     assert stored["gone"]["reason"].endswith("in/none.png does not exist")
-    assert stored["broken"]["reason"].endswith("in/broken.png is not an image that can be read")
+    for name, reason in {
+        "broken": "in/broken.png is not an image in a format that can be read",
+        "avif": "in/broken.avif cannot be read as an image (",
+        "dds": "in/broken.dds cannot be read as an image (Unknown pixel format flags 0)",
+        "bomb": "in/bomb.png has too many pixels",
+        "colours": "in/square.png has several colours",
+        "folder": "in cannot be read: Is a directory",
+    }.items():
+        assert reason in stored[name]["reason"], stored[name]["reason"]
     assert stored["other"]["reason"] == "the mask is 64x64 and the image 200x100"
     row = stored["masked"]
     assert (row["image"], row["mask"], row["strength"]) == ("in/square.png", "in/mask.png", 1.0)
@@ -100,15 +130,24 @@ def test_the_pipelines_make_the_same(stored, checkpoint, folder):
     middle = Image.open(folder / "in" / "wide.jpg").crop((50, 0, 150, 100))
     middle = middle.resize((64, 64), Image.Resampling.BICUBIC)
     same("wide", change("a red circle", middle, 0.5, **settings("wide")))
+    upright = np.rot90(np.asarray(Image.open(folder / "in" / "turned.jpg")), -1)
+    middle = Image.fromarray(upright).crop((50, 0, 150, 100))
+    middle = middle.resize((64, 64), Image.Resampling.BICUBIC)
+    same("turned", change("a red circle", middle, 0.5, **settings("turned")))
+    pixels = np.asarray(Image.open(folder / "in" / "junk.png"))
+    same("junk", change("a red circle", pixels, 0.5, **settings("junk")))
     paint = Kandinsky3InpaintPipeline.from_pipe(pipe)
     mask = folder / "in" / "mask.png"
     # The seam is blended before the pixels are rounded; for PIL images, afterwards.
     same("masked", paint("a cat", square, mask, **settings("masked")), 1)
     (made,) = paint("a cat", square, mask, output_type="np", **settings("masked")).images
     np.testing.assert_array_equal(np.round(made * 255), stored["masked"]["pixels"])
+    same("red", paint("a cat", square, mask, **settings("red")), 1)
 
 
-def test_regenerate_and_repair(data_set, folder, stored, made, refuses, tmp_path):
+def test_regenerate_repair_and_restart(
+    data_set, folder, stored, made, refuses, checkpoint, tmp_path
+):
     lines, err = made("regenerate", data_set, "masked", "wide", "-o", tmp_path / "again")
     assert len(lines) == 2 and all("the same bytes" in line for line in err)
     made("verify", data_set)
@@ -119,6 +158,12 @@ def test_regenerate_and_repair(data_set, folder, stored, made, refuses, tmp_path
     made("verify", data_set, "--repair")
     assert data.read_bytes() == content
     assert (data_set / "metadata" / "000000.parquet").read_bytes() == sidecar
+    words = ["synthesize", folder / "rows.jsonl", data_set, "--checkpoint", checkpoint]
+    made(*words, *SETTINGS, "--format", "parquet")  # nothing is left to do
+    data.unlink()
+    (data_set / "metadata" / "000000.parquet").unlink()
+    made(*words, *SETTINGS, "--format", "parquet")
+    assert data.read_bytes() == content
 
     square = folder / "in" / "square.png"
     before = square.read_bytes()

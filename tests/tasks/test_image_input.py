@@ -141,7 +141,7 @@ def test_files_that_are_no_images(tmp_path):
 def test_an_image_that_is_a_bomb(tmp_path, monkeypatch):
     PIL.save(tmp_path / "good.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ValueError, match=r"good.png cannot be read as an image .*bomb"):
+    with pytest.raises(ValueError, match=r"good.png has too many pixels .*bomb; the limit is 200"):
         read_image(tmp_path / "good.png")
 
 
@@ -150,7 +150,118 @@ def test_a_mask_of_another_shape():
         read_mask(np.zeros((8, 8, 2)))
 
 
+MASK = np.zeros((96, 128), bool)
+MASK[8:60, 10:70] = True
+MASK[70:90, 90:96] = True
+
+
+def painted(color, background=(0, 0, 0)) -> np.ndarray:
+    """MASK in a colour."""
+    return np.where(MASK[..., None], np.uint8(color), np.uint8(background))
+
+
+@pytest.mark.parametrize(
+    "color", [(255, 0, 0), (0, 0, 255), (255, 255, 0), (128, 0, 0), (20, 200, 90), (12, 0, 1)]
+)
+def test_a_mask_in_one_colour_counts_as_white(tmp_path, color):
+    rgb = painted(color)
+    image = Image.fromarray(rgb)
+    image.save(tmp_path / "mask.png")
+    palette = image.convert("P", palette=Image.Palette.ADAPTIVE, colors=2)
+    opaque = np.dstack([rgb, np.full(MASK.shape, 255, np.uint8)])
+    forms = [image, rgb, rgb / 255, tmp_path / "mask.png", saved(palette, format="PNG")]
+    forms += [opaque, Image.fromarray(opaque), saved(palette, format="GIF"), image.convert("HSV")]
+    for form in forms:
+        assert np.array_equal(read_mask(form), MASK)
+    assert [np.array_equal(mask, MASK) for mask in read_masks(opaque)] == [True]
+
+
+@pytest.mark.parametrize("color", ["red", "lime", "blue", "yellow", "maroon"])
+def test_a_mask_in_one_colour_that_was_a_jpeg(color):
+    """Beside its edges, colours that were not painted: no fault, and no ghost far from them."""
+    image = Image.composite(
+        Image.new("RGB", MASK.shape[::-1], color),
+        Image.new("RGB", MASK.shape[::-1]),
+        Image.fromarray(MASK),
+    )
+    read = read_mask(saved(image, format="JPEG", quality=75))
+    assert (read[14:54, 16:64] == 1).all() and (read[:, 104:] == 0).all()
+    assert np.abs(read - MASK).mean() < 0.04
+
+
+def test_shades_of_a_colour_are_shares():
+    edge = np.linspace(0, 1, 52)
+    soft = np.zeros((20, 52, 3), np.uint8)
+    soft[..., 0] = np.rint(200 * np.minimum(1, 2 * edge))
+    expected = np.minimum(1, 2 * edge)
+    read = read_mask(soft)
+    inside = (expected > 0.07) & (expected < 0.93)
+    np.testing.assert_allclose(read[:, inside], np.tile(expected[inside], (20, 1)), atol=0.01)
+    assert (read[:, :2] == 0).all() and (read[:, 26:] == 1).all()
+
+
+def test_palettes_of_labels_and_of_greys():
+    """0 and 1 in a palette are what their colours are."""
+    labels = Image.fromarray(MASK.astype(np.uint8))
+    for colors in ([0, 0, 0, 128, 0, 0], [0, 0, 0, 255, 255, 255], [0, 0, 0, 1, 1, 1]):
+        labels.putpalette(colors)
+        assert labels.mode == "P" and np.array_equal(read_mask(labels), MASK)
+    labels.putpalette([255, 255, 255, 0, 0, 0])
+    assert np.array_equal(read_mask(labels), ~MASK)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        painted((255, 0, 0), (255, 255, 255)),
+        painted((255, 0, 0), (0, 0, 255)),
+        painted((255, 255, 255), (0, 128, 0)),
+        np.where(np.arange(128)[None, :, None] < 80, painted((255, 0, 0)), painted((0, 255, 0))),
+        np.where(
+            np.arange(128)[None, :, None] < 80, painted((255, 255, 255)), painted((255, 0, 0))
+        ),
+    ],
+)
+def test_a_mask_in_several_colours(tmp_path, mask):
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    for form in (mask, tmp_path / "mask.png"):
+        with pytest.raises(ValueError, match="has several colours: give a mask in black"):
+            read_mask(form)
+
+
 def test_a_mask_that_is_transparent():
     mask = np.zeros((8, 8, 4), np.uint8)
-    with pytest.raises(ValueError, match="mask_image is transparent in places, which can mean"):
-        read_mask(Image.fromarray(mask))
+    alpha = Image.fromarray(np.uint8(MASK * 255))
+    white = Image.new("L", alpha.size, 255)
+    palette = Image.fromarray(MASK.astype(np.uint8))
+    palette.putpalette([0, 0, 0, 255, 255, 255])
+    for form in (
+        mask,
+        Image.fromarray(mask),
+        Image.merge("LA", (white, alpha)),
+        saved(palette, format="PNG", transparency=0),
+    ):
+        with pytest.raises(ValueError, match="mask_image is transparent in places, which can mean"):
+            read_mask(form)
+
+
+def test_floats_of_a_file_that_are_not_finite(tmp_path):
+    Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(tmp_path / "nan.tiff")
+    for read in (read_image, read_mask):
+        with pytest.raises(ValueError, match="has values that are not finite"):
+            read(tmp_path / "nan.tiff")
+
+
+def test_an_image_that_pillow_opened_and_cannot_decode(tmp_path):
+    PIL.save(tmp_path / "good.png")
+    content = (tmp_path / "good.png").read_bytes()
+    (tmp_path / "short.png").write_bytes(content[: len(content) // 2])
+    with Image.open(tmp_path / "short.png") as image:
+        with pytest.raises(ValueError, match=r"image \(\S+/short.png\) cannot be read as an image"):
+            read_image(image)
+
+
+def test_programs_are_not_run(tmp_path):
+    PIL.save(tmp_path / "a.eps")
+    with pytest.raises(ValueError, match=r"a.eps cannot be read .*PostScript is a program"):
+        read_image(tmp_path / "a.eps")

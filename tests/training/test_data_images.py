@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from k3jax.training.config import DataConfig
 from k3jax.training.data.buckets import assign, make_buckets, scale
 from k3jax.training.data.decode import decode, fit, read_size
+from k3jax.training.data.folder import FolderSource
+from k3jax.training.data.index import bucket_index, read_image
 
+import damaged_images
 from data_sources import encoded, picture
 
 
@@ -150,14 +154,37 @@ def test_other_modes():
 def test_a_broken_image_is_named():
     whole = encoded(picture(0, 64, 64), "JPEG")
     for data, part in (
-        (b"no image", "of no known format"),
-        (whole[: len(whole) // 2], "truncated"),
-        (saved(Image.new("F", (2, 2)), "TIFF"), "floating-point"),
+        (b"no image", "is not an image in a format that can be read"),
+        (whole[: len(whole) // 2], "cannot be read .*truncated"),
+        (saved(Image.new("F", (2, 2)), "TIFF"), "cannot be read .*floating-point"),
     ):
-        with pytest.raises(ValueError, match=rf"image cats/1\.jpg cannot be read .*{part}"):
+        with pytest.raises(ValueError, match=rf"image cats/1\.jpg {part}"):
             decode(data, "cats/1.jpg")
     with pytest.raises(ValueError, match="image cats/1"):
         read_size(io.BytesIO(b"no image"), "cats/1.jpg")
+
+
+def test_a_folder_with_an_odd_file(tmp_path):
+    """Broken metadata cost nothing; a broken image is named, before or while training."""
+    junk = damaged_images.exif_block([(0x0112, "H", 6), (0x0100, "s", b"abc")])
+    wide = Image.fromarray(picture(0, 192, 320))
+    wide.save(tmp_path / "a.jpg", exif=junk)
+    wide.save(tmp_path / "b.png", exif=b"junk")
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text("a picture")
+    source, config = FolderSource(tmp_path), DataConfig(resolution=256, aspect_buckets=True)
+    index = bucket_index(source, config)
+    assert [index.size(number) for number in range(2)] == [(320, 192), (192, 320)]
+    assert np.array_equal(read_image(source, index, 1)["image"], wide)
+    avif = saved(wide, "AVIF")
+    start = avif.index(b"mdat") + 4
+    (tmp_path / "c.avif").write_bytes(avif[:start] + bytes(len(avif) - start))
+    source = FolderSource(tmp_path)
+    with pytest.raises(ValueError, match=r"image c\.avif cannot be read as an image"):
+        read_image(source, bucket_index(source, config), 2)
+    (tmp_path / "c.avif").write_bytes(avif[:100])
+    with pytest.raises(ValueError, match=r"image c\.avif "):
+        bucket_index(source, config)
 
 
 def test_a_resolution_that_does_not_fit_is_refused():

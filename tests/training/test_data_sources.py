@@ -132,7 +132,7 @@ def test_an_unreadable_image_is_found_before_the_run(kind, tmp_path):
         start = data.index(encoded(picture(3, *SHAPES[0])))
         data[start : start + 8] = b"no image"
         tar.write_bytes(data)
-    with pytest.raises(ValueError, match=f"image {key} cannot be read"):
+    with pytest.raises(ValueError, match=f"image {key} is not an image in a format"):
         bucket_index(open_source(config), config)
 
 

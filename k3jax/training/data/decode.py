@@ -5,11 +5,10 @@ import io
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-
-ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 are turned by a quarter
-BACKGROUND = (255, 255, 255)
+from k3jax import image_files
+from k3jax.image_input import read_image
 
 
 def read_size(file: BinaryIO, key: str) -> tuple[int, int]:
@@ -18,17 +17,7 @@ def read_size(file: BinaryIO, key: str) -> tuple[int, int]:
     Raises:
         ValueError: the file is no image that Pillow knows; `key` names it.
     """
-    try:
-        with Image.open(file) as image:
-            width, height = image.size
-            if image.format == "TIFF":  # Pillow gives the size of some turned ones as upright
-                width, height = image.tag_v2[256], image.tag_v2[257]
-            # getexif() of a PNG without EXIF data would decode all of it.
-            has_exif = image.format != "PNG" or "exif" in image.info
-            turned = has_exif and image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
-    except Exception as error:  # Pillow raises many kinds on broken files
-        raise ValueError(_unreadable(key, error)) from error
-    return (height, width) if turned else (width, height)
+    return image_files.read_size(file, f"image {key}")
 
 
 def decode(data: bytes, key: str) -> Image.Image:
@@ -37,13 +26,14 @@ def decode(data: bytes, key: str) -> Image.Image:
     Raises:
         ValueError: the file cannot be read; `key` names it.
     """
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return _rgb(image)
-    except Exception as error:
-        raise ValueError(_unreadable(key, error)) from error
+    name = f"image {key}"
+    image = image_files.load_image(io.BytesIO(data), name)
+    if image.mode == "F":
+        raise ValueError(
+            f"{name} cannot be read (its pixels are floating-point numbers of an unknown range): "
+            "save it as PNG or JPEG, or leave it out."
+        )
+    return Image.fromarray(read_image(image, name))
 
 
 def fit(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
@@ -61,22 +51,3 @@ def fit(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
     left, top = (w - seen_w) / 2, (h - seen_h) / 2
     box = (left, top, min(w, left + seen_w), min(h, top + seen_h))  # a rounding error is refused
     return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box))
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits, in any byte order, or 16 bits widened to 32
-        deep = np.asarray(image).astype(np.float64)
-        return Image.fromarray(np.rint(deep.clip(0, 65535) / 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers of an unknown range")
-    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (*BACKGROUND, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _unreadable(key: str, error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        error = "it is of no known format"
-    return f"image {key} cannot be read ({error}): replace it or take it out."

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import Image
-
+from k3jax.image_files import opened
 from k3jax.training.data.source import IMAGE_SUFFIXES, Source, hash_rows
 
 
@@ -151,8 +150,11 @@ def _caption_beside(image: Path) -> str | None:
     if image.suffix.lower() != ".png":
         return None
     try:
-        with Image.open(image) as opened:
-            text = opened.info.get("prompt")
-    except Exception:  # whether it can be read is another question, asked of every image later
-        return None
+        with open(image, "rb") as file, opened(file, str(image)) as png:
+            text = png.info.get("prompt")
+    except (
+        OSError,
+        ValueError,
+    ):
+        return None  # whether it can be decoded is checked later, of every image
     return text.strip() if isinstance(text, str) else None
