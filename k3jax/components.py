@@ -107,6 +107,13 @@ def share_components(
     digests = component_digests(checkpoint)
     modules = {name: getattr(pipe, name) for name in COMPONENTS}
     new = [name for name in COMPONENTS if digests[name] != pipe.digests.get(name)]
+    for name in new:
+        if modules[name] is None:
+            raise ValueError(
+                f"this pipeline has no {name} (it was made without it, or released it), whose "
+                f"dtype the other checkpoint's would take: load {checkpoint.path} with "
+                "from_pretrained."
+            )
     dtypes = {name: _dtypes_of(modules[name]) for name in new}
     forms = {name: _form_of(modules[name]) for name in new}
     for name in new:
@@ -144,8 +151,11 @@ def _form_of(module: nnx.Module | StreamedTextEncoder) -> Form:
 
 
 def _dtypes_of(module: nnx.Module | StreamedTextEncoder) -> tuple[Any, Any]:
-    """(of the computation, of the weights that are not quantised)."""
+    """(of the computation, of the weights that are not quantised).
+
+    The largest array tells: factors of a LoRA and scales of int8 matrices have dtypes of their own.
+    """
     if isinstance(module, StreamedTextEncoder):
         return module.dtype, module.param_dtype
-    kinds = [leaf.dtype for leaf in jax.tree.leaves(nnx.state(module))]
-    return module.dtype, next(kind for kind in kinds if kind != jnp.int8)
+    leaves = [leaf for leaf in jax.tree.leaves(nnx.state(module)) if leaf.dtype != jnp.int8]
+    return module.dtype, max(leaves, key=lambda leaf: leaf.size).dtype

@@ -154,4 +154,10 @@ def load_lora(path) -> Lora:
                 f"The LoRA {path} is damaged: {layer} has rank {pair['a'].shape[1]}, but "
                 f"{SETTINGS} says {config.rank}."
             )
+        for key, array in pair.items():
+            if not np.isfinite(array).all():
+                raise CheckpointError(
+                    f"The LoRA {path} is damaged: {layer}.{key} holds values that are not finite "
+                    "(NaN or infinity); take another copy, or train it again."
+                )
     return Lora(path, weights, config, fingerprint)

@@ -14,7 +14,6 @@ used. It draws scenes of coloured shapes and knows nothing else.
 
 import argparse
 import sys
-import warnings
 from collections.abc import Callable
 from typing import get_args
 
@@ -205,28 +204,20 @@ def _check(config: RunConfig, prompts: list[str]):
     from k3jax import request
     from k3jax.cli.batches import checked_mesh
     from k3jax.denoising import loop_rows, sample_keys
-    from k3jax.samplers import make_sampler
 
     wanted, model = config.generate, config.model
     request.check_text_to_image(model)
     height = model.sample_size if wanted.height is None else wanted.height
     width = model.sample_size if wanted.width is None else wanted.width
-    request.check_size(model, height, width)
-    sampler = request.override(
+    height, width = request.check_size(model, height, width)
+    sampler, loop = request.chosen_sampler(
         model.sampler,
         name=wanted.sampler,
         num_inference_steps=wanted.num_inference_steps,
         eta=wanted.eta,
         guidance_scale=wanted.guidance_scale,
     )
-    loop = make_sampler(sampler)
     loop_rows(loop, wanted.guidance_interval)
-    if loop.num_steps != sampler.num_inference_steps:
-        warnings.warn(
-            f"the sampler {sampler.name} makes {loop.num_steps} steps where "
-            f"{sampler.num_inference_steps} were asked for.",
-            stacklevel=2,
-        )
     if wanted.num_images_per_prompt < 1:
         raise ValueError(f"--num-images is {wanted.num_images_per_prompt}; it must be 1 or more.")
     count = len(prompts) * wanted.num_images_per_prompt

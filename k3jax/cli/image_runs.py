@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from k3jax import request
+from k3jax.arguments import check_number
 from k3jax.base_pipeline import BasePipeline
 from k3jax.calls import Call
 from k3jax.cli.batches import checked_mesh, load_and_encode, run_settings
@@ -147,9 +148,11 @@ def _checked_call(config: RunConfig, task: Task, inputs: Sequence[Pair]) -> dict
         output_type="pil",
         loop=Loop(wanted.guidance_interval),
     )
-    (steps,) = step_counts(checked.sampler, [strength])
+    (steps,) = step_counts(checked, [strength])
     if not steps and task.name != "img2img":
         raise ValueError("--strength is 0, which repaints nothing: give more.")
+    if edit.feather is not None:
+        check_number(edit.feather, "feather", least=0)
     work_sizes(model, [pair.image for pair in inputs], edit.max_area)
     call = {
         "negative_prompt": wanted.negative_prompt,

@@ -9,7 +9,6 @@ from pathlib import Path
 from k3jax import request
 from k3jax.denoising import loop_rows, sample_keys
 from k3jax.run_config import RunConfig
-from k3jax.samplers import make_sampler
 from k3jax.strength import steps_of_strength
 from k3jax.synthesis.encoding import QUALITY, ImageFormat
 from k3jax.synthesis.files import is_remote
@@ -60,14 +59,14 @@ def settings_of(config: RunConfig, size: str | None = None) -> Settings:
     width, height = width or model.sample_size, height or model.sample_size
     for w, h in ((width, height), *map(parse_size, wanted.buckets)):
         request.check_size(model, h, w)
-    sampler = request.override(
+    sampler, loop = request.chosen_sampler(
         model.sampler,
         name=made.sampler,
         num_inference_steps=made.num_inference_steps,
         eta=made.eta,
         guidance_scale=made.guidance_scale,
     )
-    loop_rows(make_sampler(sampler), made.guidance_interval)
+    loop_rows(loop, made.guidance_interval)
     request.guidance_scales(sampler.guidance_scale, 1)
     sample_keys([made.seed])
     if made.negative_prompt is not None:
@@ -86,7 +85,7 @@ def settings_of(config: RunConfig, size: str | None = None) -> Settings:
     quality = QUALITY[wanted.image_format] if wanted.quality is None else wanted.quality
     encoding = ImageFormat(wanted.image_format, None if wanted.lossless else quality)
     if wanted.strength is not None:
-        steps_of_strength(wanted.strength, make_sampler(sampler).num_steps)
+        steps_of_strength(wanted.strength, loop.num_steps)
     columns = _columns(wanted.columns)
     return Settings(
         format=wanted.format,
