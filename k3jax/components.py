@@ -75,8 +75,12 @@ def load_components(
         ValueError: a dtype or the name of a component that there is not.
     """
     dtypes = {name: (kind, param_dtype or kind) for name, kind in _by_component(dtype).items()}
-    for kind in {kind for pair in dtypes.values() for kind in pair}:
-        if jnp.dtype(kind) not in (jnp.bfloat16, jnp.float32):
+    for kind in [kind for pair in dtypes.values() for kind in pair]:
+        try:
+            known = jnp.dtype(kind) in (jnp.bfloat16, jnp.float32)
+        except TypeError:  # numpy does not know it
+            known = False
+        if not known:
             raise ValueError(f"dtype {kind} is not one of bfloat16, float32.")
     wanted = COMPONENTS if wanted is None else wanted
     for name in wanted:

@@ -61,7 +61,7 @@ def mix_prompts(embeds: PromptEmbeds, weights: Sequence[float] | np.ndarray) -> 
     total = weights.sum(1, keepdims=True)
     if not np.isfinite(total).all() or (weights < 0).any() or (total <= 0).any():
         raise ValueError(
-            "weights must be 0 or more and finite, also their sum, and one of each mixture above 0."
+            "weights must be 0 or more, and one of each mixture above 0; their sum must be finite."
         )
     weights /= total
     parts = [_mixed(embeds, row) for row in weights]

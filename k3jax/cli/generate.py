@@ -137,7 +137,7 @@ def add_streaming(add: Callable) -> None:
 
 def run(args: argparse.Namespace) -> None:
     compile_quickly_on_cpus()
-    join(args.distributed)
+    join(args.distributed, args.distributed_timeout)
     settings = {key: getattr(args, flag) for flag, key in SETTINGS.items()}
     values = collect(args.config, args.overrides, settings)
     prompts = read_prompts(args.prompts, args.prompts_file)
@@ -202,7 +202,7 @@ def _check(config: RunConfig, prompts: list[str]):
     check_prompts(prompts, config.generate.negative_prompt)
 
     from k3jax import request
-    from k3jax.cli.batches import checked_mesh
+    from k3jax.cli.batches import check_memory, checked_mesh
     from k3jax.denoising import loop_rows, sample_keys
 
     wanted, model = config.generate, config.model
@@ -224,6 +224,8 @@ def _check(config: RunConfig, prompts: list[str]):
     request.guidance_scales(sampler.guidance_scale, count)
     sample_keys([wanted.seed, wanted.seed + count - 1])
     mesh = checked_mesh(config)
+    guided = loop.guided and sampler.guidance_scale > 0
+    check_memory(config, mesh, [(width, height)], guided)
     check_lora(config)
     call = {
         "negative_prompt": wanted.negative_prompt,

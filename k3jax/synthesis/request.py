@@ -8,12 +8,13 @@ from pathlib import Path
 
 from k3jax import request
 from k3jax.denoising import loop_rows, sample_keys
+from k3jax.room import check_memory
 from k3jax.run_config import RunConfig
 from k3jax.strength import steps_of_strength
 from k3jax.synthesis.encoding import QUALITY, ImageFormat
 from k3jax.synthesis.files import is_remote
 from k3jax.synthesis.layout import INDEX, MANIFEST
-from k3jax.synthesis.loading import Weights
+from k3jax.synthesis.loading import Devices, Weights
 from k3jax.synthesis.locks import LOCK_FILE
 from k3jax.synthesis.prompt_source import PromptIndex, PromptSource, spool
 from k3jax.synthesis.run import indexed, keep_index
@@ -124,11 +125,16 @@ def open_data_set(
     config: RunConfig,
     settings: Settings,
     progress: bool = False,
+    devices: Devices | None = None,
 ) -> DataSet:
     """Reads all prompts, and records the data set in its folder or finds it recorded there.
 
+    Args:
+        devices: what will make it; None: not here, and not checked.
+
     Raises:
-        ValueError: bad prompts, a folder that cannot be written, or one of another data set.
+        ValueError: bad prompts, a folder that cannot be written, or one of another data set; images
+            that cannot fit in the devices' memory.
     """
     store, kind = store_at(output), config.synthesize.prompts_format
     _check_folder(store)
@@ -148,6 +154,11 @@ def open_data_set(
     source = open_source(paths, settings, rules, kind)
     index = indexed(store, source, rules, progress)
     _check_prompts(index, settings, config.synthesize.max_sizes)
+    if devices is not None:
+        # Rows may do without guidance.
+        sizes = list(index.sizes)
+        size = devices.batch_size
+        check_memory(config.model, devices.mesh, size, settings.dtype, sizes, guided=False)
     if index.unused:
         names = ", ".join(index.unused[:10])
         print(f"k3jax: note: columns that are not used: {names}.", file=sys.stderr)
