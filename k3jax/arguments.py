@@ -58,13 +58,14 @@ def check_number(value: Any, name: str, least: float = -math.inf) -> float:
     Raises:
         ValueError: anything else, NaN and infinity too.
     """
-    bound = "" if least == -math.inf else f" of {least:g} or more"
     try:
         number = math.nan if isinstance(value, str | bytes) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number) or number < least:
-        raise ValueError(f"{name} is {value!r}; it must be a finite number{bound}.")
+    if not math.isfinite(number):
+        raise ValueError(f"{name} is {value!r}; it must be a finite number.")
+    if number < least:
+        raise ValueError(f"{name} is {value!r}; it must be {least:g} or more.")
     return number
 
 

@@ -58,7 +58,8 @@ def mix_prompts(embeds: PromptEmbeds, weights: Sequence[float] | np.ndarray) -> 
     weights = np.atleast_2d(np.asarray(weights, np.float32))
     if weights.ndim != 2 or weights.shape[1] != len(embeds):
         raise ValueError(f"weights has shape {weights.shape} for {len(embeds)} prompts.")
-    total = weights.sum(1, keepdims=True)
+    with np.errstate(over="ignore"):
+        total = weights.sum(1, keepdims=True)
     if not np.isfinite(total).all() or (weights < 0).any() or (total <= 0).any():
         raise ValueError(
             "weights must be 0 or more, and one of each mixture above 0; their sum must be finite."
