@@ -70,16 +70,16 @@ def test_cpus_have_the_memory_of_the_machine(free, monkeypatch, tmp_path):
     with pytest.raises(Began):
         pipeline()("a cat")
     memory(8 * OF_IMAGE - 1024)
-    with pytest.raises(ValueError, match="all that the machine has: the largest .* can fit is 3"):
+    with pytest.raises(ValueError, match=r"all that the machine has: the largest .* can fit is 3"):
         pipeline()("a cat")
     memory(16 * OF_IMAGE)
     with pytest.raises(Began):
         pipeline(mesh="data=2", devices=2, batch_size=8)("a cat")
     memory(16 * OF_IMAGE - 1024)
-    with pytest.raises(ValueError, match="machine has for each of 2: the largest .* fit is 6"):
+    with pytest.raises(ValueError, match=r"machine has for each of 2: the largest .* fit is 6"):
         pipeline(mesh="data=2", devices=2, batch_size=8)("a cat")
     memory(OF_IMAGE)
-    with pytest.raises(ValueError, match="not even one image fits: make smaller ones\\.$"):
+    with pytest.raises(ValueError, match=r"one image fits: make smaller ones\.$"):
         pipeline()("a cat")
     file.unlink()  # no Linux
     with pytest.raises(Began):
