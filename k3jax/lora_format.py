@@ -140,7 +140,9 @@ def load_lora(path) -> Lora:
             weights: dict[str, dict[str, np.ndarray]] = {}
             for name in arrays.files:  # the zip file checks the CRC-32 of each
                 layer, _, key = name.rpartition(".")
-                weights.setdefault(layer, {})[key] = arrays[name]
+                with np.errstate(over="ignore"):  # found below
+                    array = np.asarray(arrays[name], np.float32)
+                weights.setdefault(layer, {})[key] = array
         fingerprint = str(settings["base_fingerprint"])
     except CheckpointError:
         raise

@@ -265,7 +265,9 @@ def _version(path: str) -> str:
 
 
 def _set_batch_size(pipe: BasePipeline, bs: int, images_num: int) -> None:
-    bs, images_num = whole_number(bs, "bs", 1), whole_number(images_num, "images_num", 1)
+    bs, images_num = whole_number(bs, "bs"), whole_number(images_num, "images_num")
+    if bs < 1 or images_num < 1:
+        raise ValueError(f"bs is {bs} and images_num {images_num}; both must be 1 or more.")
     splits = data_parallelism(pipe.mesh)
     pipe.batch_size = -(-min(bs, images_num) // splits) * splits
 

@@ -140,8 +140,9 @@ def override(defaults: SamplerConfig, **given) -> SamplerConfig:
 def chosen_sampler(defaults: SamplerConfig, **given) -> tuple[SamplerConfig, Sampler]:
     """`override` and the sampler that it describes.
 
-    Warns where that makes another number of steps than was asked for: Flash always makes four, and
-    the original's timesteps do not divide every number.
+    Warns where that makes another number of steps than was asked for (Flash always makes four, and
+    the original's timesteps do not divide every number), and where a single step removes no noise:
+    those of DDPM and DDIM begin at time 0 or 1, as diffusers has them.
     """
     settings = override(defaults, **given)
     sampler = make_sampler(settings)
@@ -149,6 +150,13 @@ def chosen_sampler(defaults: SamplerConfig, **given) -> tuple[SamplerConfig, Sam
         warnings.warn(
             f"the sampler {settings.name} makes {sampler.num_steps} steps where "
             f"{settings.num_inference_steps} were asked for.",
+            StepCountWarning,
+            stacklevel=4,
+        )
+    if sampler.rows["timestep"][0] <= 1:
+        warnings.warn(
+            f"the only step of the sampler {settings.name} is at time "
+            f"{sampler.rows['timestep'][0]:g} of 1000 and removes no noise: ask for more steps.",
             StepCountWarning,
             stacklevel=4,
         )

@@ -16,9 +16,13 @@ from diffusers import (
 from diffusers import Kandinsky3Pipeline as TorchPipeline
 from transformers import AutoTokenizer
 
+from k3jax.calls import Call
 from k3jax.config import MAX_TOKENS
 from k3jax.denoising import denoise_program
+from k3jax.img2img import Kandinsky3Img2ImgPipeline
+from k3jax.inpaint import Kandinsky3InpaintPipeline
 from k3jax.pipeline import Kandinsky3Pipeline
+from k3jax.request import StepCountWarning
 from k3jax.sharding import make_mesh
 from k3jax.tokenizer import PromptTruncatedWarning, Tokenizer
 
@@ -527,6 +531,41 @@ def test_a_long_prompt_is_truncated_with_a_warning(ours, theirs):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ours.encode_prompt("word " * 25)
+
+
+class Began(Exception):
+    """All checks are passed."""
+
+    def begin(self, *arguments):
+        raise Began
+
+
+@pytest.mark.parametrize(
+    "sampler, steps, message",
+    [
+        ("kandinsky", 501, "the sampler kandinsky makes 500 steps where 501 were asked for"),
+        ("flash", 8, "the sampler flash makes 4 steps where 8 were asked for"),
+        ("ddpm", 1, "the only step of the sampler ddpm is at time 1 of 1000"),
+    ],
+)
+def test_other_steps_than_asked_for_are_said(ours, monkeypatch, sampler, steps, message):
+    """In every pipeline, at the line that calls it."""
+    monkeypatch.setattr(Call, "images", Began.begin)
+    image = np.zeros((SIZE, SIZE, 3), np.uint8)
+    mask = np.ones((SIZE, SIZE), np.float32)
+    more = {
+        Kandinsky3Pipeline: dict(height=SIZE, width=SIZE),
+        Kandinsky3Img2ImgPipeline: dict(image=image, strength=1),
+        Kandinsky3InpaintPipeline: dict(image=image, mask_image=mask),
+    }
+    for kind, arguments in more.items():
+        pipe = kind.from_pipe(ours)
+        with pytest.warns(StepCountWarning, match=message) as found, pytest.raises(Began):
+            pipe("a cat", num_inference_steps=steps, sampler=sampler, **arguments)
+        assert len(found) == 1 and found[0].filename == __file__
+        with warnings.catch_warnings(), pytest.raises(Began):
+            warnings.simplefilter("error")
+            pipe("a cat", num_inference_steps=4, sampler=sampler, **arguments)
 
 
 def test_an_inpainting_checkpoint_is_refused(ours):

@@ -29,6 +29,7 @@ from k3jax.cli.generate import (
     add_streaming,
     asked_checkpoint,
     check_architecture,
+    check_lora,
 )
 from k3jax.run_config import build, collect
 
@@ -156,6 +157,7 @@ def run(args: argparse.Namespace) -> int:
     if config.checkpoint is None:
         print(NOTE, file=sys.stderr)
     weights = Weights(checkpoint, config.pipeline.lora, config.pipeline.lora_scale)
+    check_lora(config)
     opened = open_data_set(
         args.source, args.output, share, weights, config, wanted, args.progress, devices
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from k3jax import request
+from k3jax.arguments import check_number
 from k3jax.denoising import loop_rows, sample_keys
 from k3jax.room import check_memory
 from k3jax.run_config import RunConfig
@@ -79,7 +80,7 @@ def settings_of(config: RunConfig, size: str | None = None) -> Settings:
         ("--shards-per-phase", wanted.shards_per_phase),
         ("--grace", wanted.grace_seconds),
     ):
-        if value <= 0:
+        if check_number(value, name) <= 0:
             raise ValueError(f"{name} is {value}; it must be more than 0.")
     if wanted.lossless and wanted.quality is not None:
         raise ValueError("--quality and --lossless exclude each other: give one of them.")
