@@ -74,6 +74,7 @@ class Kandinsky3Img2ImgPipeline(BasePipeline):
                 k3jax/image_input.py. A result has the size of its image.
             strength: how much is changed, 0 to 1, one for all or one each: of n steps the last
                 int(n * strength) are made. 0 returns the autoencoded image.
+            guidance_interval: numbers of the whole schedule's n steps, also of those not made.
             max_area: pixels beyond which images are worked on smaller; as many as an image of the
                 checkpoint's own size has (1024 x 1024) by default.
             image_latents: (b, h/8, w/8, 4) in the place of `image`, as `output_type="latent"` gives
