@@ -111,13 +111,6 @@ def share_components(
     digests = component_digests(checkpoint)
     modules = {name: getattr(pipe, name) for name in COMPONENTS}
     new = [name for name in COMPONENTS if digests[name] != pipe.digests.get(name)]
-    for name in new:
-        if modules[name] is None:
-            raise ValueError(
-                f"this pipeline has no {name} (it was made without it, or released it), whose "
-                f"dtype the other checkpoint's would take: load {checkpoint.path} with "
-                "from_pretrained."
-            )
     dtypes = {name: _dtypes_of(modules[name]) for name in new}
     forms = {name: _form_of(modules[name]) for name in new}
     for name in new:
@@ -154,11 +147,17 @@ def _form_of(module: nnx.Module | StreamedTextEncoder) -> Form:
     return "int8" if is_int8(module) else "whole"
 
 
-def _dtypes_of(module: nnx.Module | StreamedTextEncoder) -> tuple[Any, Any]:
+def _dtypes_of(module: nnx.Module | StreamedTextEncoder | None) -> tuple[Any, Any]:
     """(of the computation, of the weights that are not quantised).
 
     The largest array tells: factors of a LoRA and scales of int8 matrices have dtypes of their own.
     """
+    if module is None:
+        raise ValueError(
+            "the other checkpoint has weights of its own for a component that this pipeline lacks "
+            "(it was made without it, or released it), so nothing says their dtype: load that "
+            "checkpoint with from_pretrained."
+        )
     if isinstance(module, StreamedTextEncoder):
         return module.dtype, module.param_dtype
     leaves = [leaf for leaf in jax.tree.leaves(nnx.state(module)) if leaf.dtype != jnp.int8]
