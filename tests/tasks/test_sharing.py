@@ -192,9 +192,7 @@ def test_another_checkpoint_has_the_dtypes_of_the_base_weights(checkpoints, tmp_
 def test_a_component_that_is_not_there_has_no_dtype(checkpoints):
     load = dict(mesh="data=8", components=["text_encoder", "movq"])
     pipe = Kandinsky3Pipeline.from_pretrained(checkpoints[0], **load)
-    with pytest.raises(
-        ValueError, match=r"a component that this pipeline lacks .* from_pretrained"
-    ):
+    with pytest.raises(ValueError, match=r"component that this pipeline lacks .* from_pretrained"):
         Kandinsky3InpaintPipeline.from_pipe(pipe, checkpoints[1])
 
 
