@@ -259,7 +259,7 @@ def test_with_a_lora(run, refuses, demo, tmp_path):
     weights["context_pooling.attention.to_q"]["a"][0, 0] = np.nan
     save_lora(tmp_path / "lora", weights, config, checkpoint.fingerprint, overwrite=True)
     message = refuses(*args, "-o", tmp_path / "b.png")
-    assert "damaged: context_pooling.attention.to_q.a holds values that are not finite" in message
+    assert "context_pooling.attention.to_q" in message and "NaN or infini" in message
     weights["context_pooling.attention.to_q"]["a"][0, 0] = before
 
     del weights["context_pooling.attention.to_q"]
