@@ -97,12 +97,23 @@ class BasePipeline(LoadedModel):
         return np.concatenate(parts)
 
     def decode(self, latents: np.ndarray, output_type: OutputType = "pil") -> Output:
-        """Images of latents (b, h/8, w/8, 4), as "pil" or "np"."""
+        """Images of latents (b, h/8, w/8, 4), as "pil" or "np".
+
+        Raises:
+            ValueError: latents of another shape, or that are not finite; another output type.
+        """
+        if output_type not in ("pil", "np"):
+            raise ValueError(f"output_type is {output_type!r}; decode makes 'pil' or 'np'.")
+        latents = request.check_latents(latents, self.config, "latents")
+        return output(self.decode_arrays(latents, output_type), output_type)
+
+    def decode_arrays(self, latents: np.ndarray, output_type: OutputType) -> np.ndarray:
+        """As `decode_batch`, of any number of latents."""
         parts = []
         for index, kept in self.batches(len(latents)):
             images = self.decode_batch(self.put(latents[index]), output_type)
             parts.append(fetch(images)[:kept])
-        return output(np.concatenate(parts), output_type)
+        return np.concatenate(parts)
 
     def decode_batch(self, latents: jax.Array, output_type: OutputType) -> jax.Array:
         """Images of one compiled batch, uint8 for "pil", float32 for "np"."""

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from k3jax import request
+from k3jax.arguments import whole_number
 from k3jax.base_pipeline import BasePipeline
 from k3jax.config import ModelConfig, SamplerName
 from k3jax.denoising import sample_keys
 from k3jax.generation import Loop
 from k3jax.request import Images, OutputType
-from k3jax.samplers import make_sampler
 from k3jax.text_projection import PromptEmbeds
 
 
@@ -24,6 +24,7 @@ class Call:
         count: how many images it makes: `num_images_per_prompt` of each.
         sampler: all of its steps.
         guided: whether any of its images is.
+        guidance_interval: the steps that are; see `Loop`.
     """
 
     def __init__(
@@ -52,13 +53,13 @@ class Call:
             ValueError: one sentence on the argument that is wrong.
         """
         request.check_output_type(output_type)
-        settings = request.override(
+        settings, self.sampler = request.chosen_sampler(
             config.sampler, name=sampler, num_inference_steps=num_inference_steps, eta=eta
         )
         if guidance_scale is None:
             guidance_scale = settings.guidance_scale
-        self.sampler = make_sampler(settings)
         loop.check(self.sampler)
+        self.guidance_interval = loop.guidance_interval
 
         inputs = dict(inputs or {})
         self._embeds = (prompt_embeds, negative_prompt_embeds)
@@ -70,18 +71,18 @@ class Call:
         self._prompts, self._negatives = texts
         counts = {"prompts": len(self._negatives), **inputs}
         self.num_inputs = request.paired(counts)
-        self._prompt_of = self.image_of(len(self._negatives), num_images_per_prompt)
-        self.num_images_per_prompt = num_images_per_prompt
+        self.num_images_per_prompt = whole_number(
+            num_images_per_prompt, "num_images_per_prompt", least=1
+        )
+        self._prompt_of = self.image_of(len(self._negatives))
         self.count = len(self._prompt_of)
         self._scales = request.guidance_scales(guidance_scale, self.count)
         self.guided = self.sampler.guided and bool((self._scales > 0).any())
         self._keys = sample_keys(request.image_seeds(seed, self.count))
 
-    def image_of(self, count: int, num_images_per_prompt: int | None = None) -> np.ndarray:
+    def image_of(self, count: int) -> np.ndarray:
         """Which of `count` (1, or one per input) each image of the call is made from."""
-        if num_images_per_prompt is None:
-            num_images_per_prompt = self.num_images_per_prompt
-        return request.repeated(count, self.num_inputs, num_images_per_prompt)
+        return request.repeated(count, self.num_inputs, self.num_images_per_prompt)
 
     def images(
         self,

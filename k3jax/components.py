@@ -75,8 +75,12 @@ def load_components(
         ValueError: a dtype or the name of a component that there is not.
     """
     dtypes = {name: (kind, param_dtype or kind) for name, kind in _by_component(dtype).items()}
-    for kind in {kind for pair in dtypes.values() for kind in pair}:
-        if jnp.dtype(kind) not in (jnp.bfloat16, jnp.float32):
+    for kind in [kind for pair in dtypes.values() for kind in pair]:
+        try:
+            known = jnp.dtype(kind) in (jnp.bfloat16, jnp.float32)
+        except TypeError:  # numpy does not know it
+            known = False
+        if not known:
             raise ValueError(f"dtype {kind} is not one of bfloat16, float32.")
     wanted = COMPONENTS if wanted is None else wanted
     for name in wanted:
@@ -143,9 +147,18 @@ def _form_of(module: nnx.Module | StreamedTextEncoder) -> Form:
     return "int8" if is_int8(module) else "whole"
 
 
-def _dtypes_of(module: nnx.Module | StreamedTextEncoder) -> tuple[Any, Any]:
-    """(of the computation, of the weights that are not quantised)."""
+def _dtypes_of(module: nnx.Module | StreamedTextEncoder | None) -> tuple[Any, Any]:
+    """(of the computation, of the weights that are not quantised).
+
+    The largest array tells: factors of a LoRA and scales of int8 matrices have dtypes of their own.
+    """
+    if module is None:
+        raise ValueError(
+            "the other checkpoint has weights of its own for a component that this pipeline lacks "
+            "(it was made without it, or released it), so nothing says their dtype: load that "
+            "checkpoint with from_pretrained."
+        )
     if isinstance(module, StreamedTextEncoder):
         return module.dtype, module.param_dtype
-    kinds = [leaf.dtype for leaf in jax.tree.leaves(nnx.state(module))]
-    return module.dtype, next(kind for kind in kinds if kind != jnp.int8)
+    leaves = [leaf for leaf in jax.tree.leaves(nnx.state(module)) if leaf.dtype != jnp.int8]
+    return module.dtype, max(leaves, key=lambda leaf: leaf.size).dtype

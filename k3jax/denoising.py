@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from k3jax.arguments import check_interval, whole_number
 from k3jax.config import PredictionType
 from k3jax.samplers import Sampler, Step, predicted_image
 from k3jax.sharding import constrain
@@ -42,11 +43,12 @@ class Known(NamedTuple):
 
 def sample_keys(seeds: Sequence[int]) -> np.ndarray:
     """Random keys (threefry) made of the seeds alone, as key data: uint32 (b, 2)."""
+    seeds = [whole_number(seed, "seed") for seed in seeds]
     for seed in seeds:
-        if not 0 <= int(seed) <= MAX_SEED:
+        if not 0 <= seed <= MAX_SEED:
             raise ValueError(f"seed {seed} is not between 0 and 2^64 - 1.")
     # Not through jax.random.key, which keeps only 32 bits of a seed unless x64 is on.
-    return np.array([[int(s) >> 32, int(s) & 0xFFFFFFFF] for s in seeds], np.uint32)
+    return np.array([[seed >> 32, seed & 0xFFFFFFFF] for seed in seeds], np.uint32)
 
 
 def draw_noise(key_data: jax.Array, index, shape: tuple[int, ...]) -> jax.Array:
@@ -179,18 +181,17 @@ def loop_rows(
     """The sampler's table with the columns that `denoise` adds.
 
     Args:
-        guidance_interval: first and last step (counted from 0, both included) that are guided.
+        guidance_interval: first and last step (counted from 0, both included) that are guided, of
+            the whole schedule also where only its last steps run: a step is guided or not by its
+            noise level, whatever the strength.
     """
     index = np.arange(sampler.num_steps, dtype=np.int32)
     rows = {**sampler.rows, "index": index}
     if guidance_interval is not None:
-        first, last = guidance_interval
-        if not 0 <= first <= last:
-            raise ValueError(
-                f"guidance_interval is {guidance_interval}; it must be (first step, last step), "
-                "counted from 0."
-            )
-        rows["guide"] = (index >= first) & (index <= last)
+        count = sampler.first_step + sampler.num_steps
+        first, last = check_interval(guidance_interval, "guidance_interval", count)
+        number = sampler.first_step + index
+        rows["guide"] = (number >= first) & (number <= last)
     return rows
 
 

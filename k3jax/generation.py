@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
+from k3jax.arguments import whole_number
 from k3jax.base_pipeline import BasePipeline
 from k3jax.denoising import Known, denoise_program, initial_carry, loop_rows
 from k3jax.preview import StepPreview, preview_map
@@ -34,7 +35,7 @@ class Loop:
     """How the loop of a call runs, the same for all of its images.
 
     Attributes:
-        guidance_interval: first and last guided step, or None for all.
+        guidance_interval: first and last guided step of the whole schedule, or None for all.
         callback: is given a `StepPreview` of each batch every `callback_steps` steps.
         progress_bar: whether to show one.
     """
@@ -47,8 +48,7 @@ class Loop:
     def check(self, sampler: Sampler) -> None:
         """Raises ValueError for settings that cannot be."""
         loop_rows(sampler, self.guidance_interval)
-        if not isinstance(self.callback_steps, int) or self.callback_steps < 1:
-            raise ValueError(f"callback_steps is {self.callback_steps}; it must be 1 or more.")
+        whole_number(self.callback_steps, "callback_steps", least=1)
 
 
 def make_images(
@@ -167,4 +167,4 @@ def _window(num_steps: int, loop: Loop) -> int:
     but programs with host callbacks are left out of the persistent compilation cache.
     """
     fifth = next(w for w in range(max(num_steps // 5, 1), 0, -1) if num_steps % w == 0)
-    return fifth if loop.callback is None else math.gcd(fifth, loop.callback_steps)
+    return fifth if loop.callback is None else math.gcd(fifth, int(loop.callback_steps))

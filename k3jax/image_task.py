@@ -2,12 +2,14 @@
 """What the tasks that start from images have in common: sizes, groups of one size, results in the
 images' own sizes."""
 
+import warnings
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 from PIL import Image
 
 from k3jax import request
+from k3jax.arguments import whole_number
 from k3jax.calls import Call
 from k3jax.config import ModelConfig
 from k3jax.image_input import resize_image
@@ -32,7 +34,7 @@ def work_sizes(
         ValueError: an image, or an area, that cannot be.
     """
     multiple = request.size_multiple(config)
-    area = config.sample_size**2 if max_area is None else max_area
+    area = config.sample_size**2 if max_area is None else whole_number(max_area, "max_area")
     if area < multiple**2:
         raise ValueError(f"max_area is {area}; it must be at least {multiple} x {multiple} pixels.")
     return [work_size(image.shape[1], image.shape[0], area, multiple) for image in images]
@@ -46,9 +48,24 @@ def strengths(strength: float | Sequence[float], count: int) -> list[float]:
     return np.broadcast_to(values, (count,)).tolist()
 
 
-def step_counts(sampler: Sampler, values: Iterable[float]) -> list[int]:
-    """Steps for each strength; see `steps_of_strength`."""
-    return [steps_of_strength(value, sampler.num_steps) for value in values]
+def step_counts(call: Call, values: Iterable[float]) -> list[int]:
+    """Steps for each strength; see `steps_of_strength`.
+
+    Warns where a guidance interval ends before the steps that are left begin.
+    """
+    total, interval = call.sampler.num_steps, call.guidance_interval
+    counts = []
+    for value in values:
+        count = steps_of_strength(value, total)
+        if count and call.guided and interval is not None and interval[1] < total - count:
+            warnings.warn(
+                f"guidance_interval {interval} guides none of the steps {total - count} to "
+                f"{total - 1} that strength {value:g} leaves: it counts the steps of the whole "
+                "schedule.",
+                stacklevel=3,
+            )
+        counts.append(count)
+    return counts
 
 
 def groups(

@@ -74,6 +74,7 @@ class Kandinsky3Img2ImgPipeline(BasePipeline):
                 k3jax/image_input.py. A result has the size of its image.
             strength: how much is changed, 0 to 1, one for all or one each: of n steps the last
                 int(n * strength) are made. 0 returns the autoencoded image.
+            guidance_interval: numbers of the whole schedule's n steps, also of those not made.
             max_area: pixels beyond which images are worked on smaller; as many as an image of the
                 checkpoint's own size has (1024 x 1024) by default.
             image_latents: (b, h/8, w/8, 4) in the place of `image`, as `output_type="latent"` gives
@@ -93,6 +94,7 @@ class Kandinsky3Img2ImgPipeline(BasePipeline):
             images = read_images(image)
             sizes = work_sizes(self.config, images, max_area)
         else:
+            given = request.check_latents(given, self.config, "image_latents")
             sizes = self._sizes_of_latents(given)
         number = len(sizes)
         loop = Loop(guidance_interval, callback, callback_steps, progress_bar)
@@ -117,7 +119,7 @@ class Kandinsky3Img2ImgPipeline(BasePipeline):
         )
         image_of = call.image_of(number)
         sizes = [sizes[0]] * call.num_inputs if number == 1 else sizes
-        steps = step_counts(call.sampler, strengths(strength, call.num_inputs))
+        steps = step_counts(call, strengths(strength, call.num_inputs))
         check_given_noise(call, latents, step_noise, sizes, steps, self.config)
         check_room(self, [s for s, n in zip(sizes, steps, strict=True) if n], call.guided)
 
@@ -142,24 +144,16 @@ class Kandinsky3Img2ImgPipeline(BasePipeline):
         """Latents of the images of a group; each distinct image is encoded once."""
         distinct, place = np.unique(image_of, return_inverse=True)
         if images is None:
-            return np.asarray(given, np.float32)[image_of]
+            return given[image_of]
         arrays = np.stack([to_work_size(images[i], size) for i in distinct])
         return self.encode_arrays(arrays)[place]
 
     def _finished(self, latents: np.ndarray, output_type: OutputType) -> np.ndarray:
         """Results of strength 0."""
-        if output_type == "latent":
-            return latents
-        images = self.decode(latents, output_type).images
-        return np.stack([np.asarray(image) for image in images])
+        return latents if output_type == "latent" else self.decode_arrays(latents, output_type)
 
     def _sizes_of_latents(self, latents: np.ndarray) -> list[tuple[int, int]]:
-        factor, channels = self.config.movq.scale_factor, self.config.movq.latent_channels
-        if np.ndim(latents) != 4 or np.shape(latents)[-1] != channels or not len(latents):
-            raise ValueError(
-                f"image_latents has shape {np.shape(latents)}; it must be (b, h/{factor}, "
-                f"w/{factor}, {channels})."
-            )
-        height, width = (side * factor for side in np.shape(latents)[1:3])
+        factor = self.config.movq.scale_factor
+        height, width = (side * factor for side in latents.shape[1:3])
         request.check_size(self.config, height, width)
         return [(width, height)] * len(latents)

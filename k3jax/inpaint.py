@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from k3jax.arguments import check_number
 from k3jax.base_pipeline import BasePipeline, Output, output
 from k3jax.calls import Call
 from k3jax.compositing import default_feather, generated_share, paste_known
@@ -113,8 +114,8 @@ class Kandinsky3InpaintPipeline(BasePipeline):
             if value is None:
                 raise ValueError(f"give {name}.")
         images, masks = read_images(image), read_masks(mask_image)
-        if feather is not None and not feather >= 0:
-            raise ValueError(f"feather is {feather}; it must be 0 or more.")
+        if feather is not None:
+            check_number(feather, "feather", least=0)
         sizes = work_sizes(self.config, images, max_area)
         loop = Loop(guidance_interval, callback, callback_steps, progress_bar)
         inputs = {"images": len(images), "masks": len(masks)}
@@ -138,7 +139,7 @@ class Kandinsky3InpaintPipeline(BasePipeline):
         )
         inputs = pairs(images, masks, call.num_inputs)
         sizes = [sizes[0]] * call.num_inputs if len(sizes) == 1 else sizes
-        steps = step_counts(call.sampler, strengths(strength, call.num_inputs))
+        steps = step_counts(call, strengths(strength, call.num_inputs))
         if 0 in steps:
             raise ValueError("strength is 0, which repaints nothing: give more.")
         check_given_noise(call, latents, step_noise, sizes, steps, self.config)

@@ -11,6 +11,7 @@ from flax import nnx
 
 from k3jax import lora
 from k3jax.abstract import COMPONENTS
+from k3jax.arguments import whole_number
 from k3jax.checkpoint_format import read_checkpoint
 from k3jax.compilation_cache import enable_compilation_cache
 from k3jax.components import (
@@ -25,6 +26,21 @@ from k3jax.programs import computing, image_splits
 from k3jax.prompts import LongPrompts
 from k3jax.sharding import data_parallelism, make_mesh, place
 from k3jax.tokenizer import Tokenizer
+
+
+def checked_batch_size(
+    batch_size: int | None, mesh: jax.sharding.Mesh, encoder_mesh: jax.sharding.Mesh
+) -> int:
+    """Images per compiled batch; one per device where it is None.
+
+    Raises:
+        ValueError: no whole number of 1 or more, or one that does not split over the meshes.
+    """
+    size = data_parallelism(mesh) if batch_size is None else batch_size
+    size = whole_number(size, "batch_size", least=1)
+    for each in (mesh, encoder_mesh):
+        image_splits(each, size)
+    return size
 
 
 class LoadedModel:
@@ -72,9 +88,15 @@ class LoadedModel:
         self.unet = components["unet"]
         self._unet_without_lora = None
         self.movq = components["movq"]
-        self.batch_size = data_parallelism(mesh) if batch_size is None else batch_size
-        for name in ("unet", "text_encoder"):
-            image_splits(self.mesh_of(name), self.batch_size)
+        self.batch_size = batch_size
+
+    @property
+    def batch_size(self) -> int:
+        return self._batch_size
+
+    @batch_size.setter
+    def batch_size(self, batch_size: int | None) -> None:
+        self._batch_size = checked_batch_size(batch_size, self.mesh, self.encoder_mesh)
 
     @staticmethod
     def check_config(config: ModelConfig) -> None:
@@ -115,8 +137,9 @@ class LoadedModel:
 
         Raises:
             CheckpointError: not a checkpoint, damaged, or of another architecture.
-            ValueError: a mesh that does not divide the devices, a component that there is not, or a
-                text encoder both in int8 and streamed.
+            ValueError: a mesh that does not divide the devices, a batch that does not split over
+                it, a component that there is not, or a text encoder both in int8 and streamed.
+                All but what the weights themselves hold is checked before they are read.
         """
         enable_compilation_cache()
         checkpoint = read_checkpoint(path)
@@ -124,6 +147,8 @@ class LoadedModel:
         mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
         if isinstance(encoder_mesh, str):
             encoder_mesh = make_mesh(encoder_mesh, mesh.devices.flat)
+        batch_size = checked_batch_size(batch_size, mesh, encoder_mesh or mesh)
+        tokenizer = Tokenizer(checkpoint.path / "tokenizer")
         meshes = dict.fromkeys(COMPONENTS, mesh) | {"text_encoder": encoder_mesh or mesh}
         modules = load_components(
             checkpoint,
@@ -136,7 +161,7 @@ class LoadedModel:
         )
         return cls(
             checkpoint.config,
-            Tokenizer(checkpoint.path / "tokenizer"),
+            tokenizer,
             modules,
             mesh,
             batch_size,

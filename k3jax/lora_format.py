@@ -140,7 +140,9 @@ def load_lora(path) -> Lora:
             weights: dict[str, dict[str, np.ndarray]] = {}
             for name in arrays.files:  # the zip file checks the CRC-32 of each
                 layer, _, key = name.rpartition(".")
-                weights.setdefault(layer, {})[key] = arrays[name]
+                with np.errstate(over="ignore"):  # found below
+                    array = np.asarray(arrays[name], np.float32)
+                weights.setdefault(layer, {})[key] = array
         fingerprint = str(settings["base_fingerprint"])
     except CheckpointError:
         raise
@@ -154,4 +156,10 @@ def load_lora(path) -> Lora:
                 f"The LoRA {path} is damaged: {layer} has rank {pair['a'].shape[1]}, but "
                 f"{SETTINGS} says {config.rank}."
             )
+        for key, array in pair.items():
+            if not np.isfinite(array).all():
+                raise CheckpointError(
+                    f"The LoRA {path} is damaged: {layer}.{key} holds values that are not finite "
+                    "(NaN or infinity); take another copy, or train it again."
+                )
     return Lora(path, weights, config, fingerprint)

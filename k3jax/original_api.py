@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from k3jax.arguments import whole_number
 from k3jax.base_pipeline import BasePipeline
 from k3jax.checkpoint_format import as_path, looks_like_checkpoint
 from k3jax.compilation_cache import user_cache
@@ -73,7 +74,7 @@ class OriginalT2I:
             negative_text,
             height=height,
             width=width,
-            num_inference_steps=steps,
+            num_inference_steps=None if self.pipe.config.sampler.name == "flash" else steps,
             guidance_scale=guidance_scale,
             num_images_per_prompt=images_num,
             eta=eta,
@@ -264,6 +265,7 @@ def _version(path: str) -> str:
 
 
 def _set_batch_size(pipe: BasePipeline, bs: int, images_num: int) -> None:
+    bs, images_num = whole_number(bs, "bs"), whole_number(images_num, "images_num")
     if bs < 1 or images_num < 1:
         raise ValueError(f"bs is {bs} and images_num {images_num}; both must be 1 or more.")
     splits = data_parallelism(pipe.mesh)

@@ -75,7 +75,7 @@ class Kandinsky3Pipeline(BasePipeline):
         """
         height = self.config.sample_size if height is None else height
         width = self.config.sample_size if width is None else width
-        request.check_size(self.config, height, width)
+        height, width = request.check_size(self.config, height, width)
         loop = Loop(guidance_interval, callback, callback_steps, progress_bar)
         call = Call(
             self.config,

@@ -20,6 +20,9 @@ from k3jax.tokenizer import Tokenizer, warn_of_cut
 
 LongPrompts = Literal["truncate", "error", "average"]
 
+LARGEST_WEIGHT = 1e30
+"""Of words; well inside float32, in which weights are added up and multiplied."""
+
 WEIGHTED = re.compile(r"\\([()])|\(([^()]+?):\s*(\d+(?:\.\d*)?|\.\d+)\s*\)")
 
 
@@ -55,9 +58,13 @@ def mix_prompts(embeds: PromptEmbeds, weights: Sequence[float] | np.ndarray) -> 
     weights = np.atleast_2d(np.asarray(weights, np.float32))
     if weights.ndim != 2 or weights.shape[1] != len(embeds):
         raise ValueError(f"weights has shape {weights.shape} for {len(embeds)} prompts.")
-    if not np.isfinite(weights).all() or (weights < 0).any() or (weights.sum(1) <= 0).any():
-        raise ValueError("weights must be 0 or more, and one of each mixture above 0.")
-    weights /= weights.sum(1, keepdims=True)
+    with np.errstate(over="ignore"):
+        total = weights.sum(1, keepdims=True)
+    if not np.isfinite(total).all() or (weights < 0).any() or (total <= 0).any():
+        raise ValueError(
+            "weights must be 0 or more, and one of each mixture above 0; their sum must be finite."
+        )
+    weights /= total
     parts = [_mixed(embeds, row) for row in weights]
     return PromptEmbeds(*(np.stack(part) for part in zip(*parts, strict=True)))
 
@@ -114,13 +121,22 @@ def join_windows(embeds: PromptEmbeds, prompt_of: np.ndarray) -> PromptEmbeds:
 
 
 def weighted_words(prompt: str) -> tuple[str, list[tuple[int, int, float]]]:
-    """ "a (red:1.5) dot" -> ("a red dot", [(2, 5, 1.5)]): the plain text, and what has a weight."""
+    """ "a (red:1.5) dot" -> ("a red dot", [(2, 5, 1.5)]): the plain text, and what has a weight.
+
+    Raises:
+        ValueError: a weight beyond `LARGEST_WEIGHT`.
+    """
     text, spans, end = "", [], 0
     for found in WEIGHTED.finditer(prompt):
         text += prompt[end : found.start()]
         end = found.end()
         escaped, words, weight = found.groups()
         if words is not None:
+            if float(weight) > LARGEST_WEIGHT:
+                raise ValueError(
+                    f"the weight of the words {words[:80]!r} has {len(weight)} characters "
+                    f"({weight[:10]}...): it must be {LARGEST_WEIGHT:.0e} or less."
+                )
             spans.append((len(text), len(text) + len(words), float(weight)))
         text += escaped or words
     return text + prompt[end:], spans

@@ -2,17 +2,23 @@
 """What a pipeline call asks for, checked and spread out to one row per image."""
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import numpy as np
 
+from k3jax.arguments import finite_array, whole_number
 from k3jax.config import MAX_TOKENS, ModelConfig, SamplerConfig, SamplerName
-from k3jax.samplers import Sampler
+from k3jax.samplers import Sampler, make_sampler
 from k3jax.text_projection import PromptEmbeds
 
 
 OutputType = Literal["pil", "np", "latent"]
+
+
+class StepCountWarning(UserWarning):
+    """A sampler makes another number of steps than it was asked for."""
 
 
 def check_text_to_image(config: ModelConfig, task: str = "text to image") -> None:
@@ -36,16 +42,19 @@ def check_output_type(output_type: str) -> None:
         raise ValueError(f"output_type {output_type!r} is not one of {known}.")
 
 
-def check_size(config: ModelConfig, height: int, width: int) -> None:
-    """Refuses sizes that are no multiples of `size_multiple`; 64 pixels as released."""
-    multiple = size_multiple(config)
-    for name, size in (("height", height), ("width", width)):
-        if not isinstance(size, int | np.integer) or size < multiple or size % multiple:
+def check_size(config: ModelConfig, height: int, width: int) -> tuple[int, int]:
+    """(height, width) as ints; refuses what is no multiple of `size_multiple`, 64 as released."""
+    multiple, sizes = size_multiple(config), []
+    for name, value in (("height", height), ("width", width)):
+        size = whole_number(value, name)
+        if size < multiple or size % multiple:
             near = max(multiple, round(size / multiple) * multiple)
             raise ValueError(
                 f"{name} is {size}; it must be a positive multiple of {multiple} "
                 f"(the nearest is {near})."
             )
+        sizes.append(size)
+    return sizes[0], sizes[1]
 
 
 def prompt_list(prompt: str | Sequence[str], name: str = "prompt") -> list[str]:
@@ -99,11 +108,14 @@ def texts(
 
 
 def image_seeds(seed: int | Sequence[int], count: int) -> list[int]:
-    """One seed per image: `seed + k` for image k, or those given."""
-    seeds = [seed + k for k in range(count)] if isinstance(seed, int | np.integer) else list(seed)
+    """One seed per image, `seed + k` for image k or those given: Python ints, which cannot wrap."""
+    if not np.ndim(seed):
+        first = whole_number(seed, "seed")
+        return [first + k for k in range(count)]
+    seeds = [whole_number(one, "seed") for one in seed]
     if len(seeds) != count:
         raise ValueError(f"seed has {len(seeds)} entries for {count} images.")
-    return [int(s) for s in seeds]
+    return seeds
 
 
 def guidance_scales(guidance_scale: float | Sequence[float], count: int) -> np.ndarray:
@@ -125,6 +137,32 @@ def override(defaults: SamplerConfig, **given) -> SamplerConfig:
     return dataclasses.replace(defaults, **{k: v for k, v in given.items() if v is not None})
 
 
+def chosen_sampler(defaults: SamplerConfig, **given) -> tuple[SamplerConfig, Sampler]:
+    """`override` and the sampler that it describes.
+
+    Warns where that makes another number of steps than was asked for (Flash always makes four, and
+    the original's timesteps do not divide every number), and where a single step removes no noise:
+    those of DDPM and DDIM begin at time 0 or 1, as diffusers has them.
+    """
+    settings = override(defaults, **given)
+    sampler = make_sampler(settings)
+    if sampler.num_steps != settings.num_inference_steps:
+        warnings.warn(
+            f"the sampler {settings.name} makes {sampler.num_steps} steps where "
+            f"{settings.num_inference_steps} were asked for.",
+            StepCountWarning,
+            stacklevel=4,
+        )
+    if sampler.rows["timestep"][0] <= 1:
+        warnings.warn(
+            f"the only step of the sampler {settings.name} is at time "
+            f"{sampler.rows['timestep'][0]:g} of 1000 and removes no noise: ask for more steps.",
+            StepCountWarning,
+            stacklevel=4,
+        )
+    return settings, sampler
+
+
 def check_noise(
     latents: np.ndarray | None,
     step_noise: np.ndarray | None,
@@ -132,17 +170,31 @@ def check_noise(
     count: int,
     steps: int,
 ) -> None:
-    """Shapes of the arrays that replace drawn noise."""
+    """Shapes and values of the arrays that replace drawn noise."""
     for name, array, expected in (
         ("latents", latents, (count, *shape)),
         ("step_noise", step_noise, (steps, count, *shape)),
     ):
-        if array is not None and array.shape != expected:
-            raise ValueError(f"{name} has shape {array.shape}; this call needs {expected}.")
+        if array is None:
+            continue
+        if np.shape(array) != expected:
+            raise ValueError(f"{name} has shape {np.shape(array)}; this call needs {expected}.")
+        finite_array(array, name)
+
+
+def check_latents(latents: np.ndarray, config: ModelConfig, name: str) -> np.ndarray:
+    """Latents (b, h/8, w/8, 4) of images as a host array in float32."""
+    factor, channels = config.movq.scale_factor, config.movq.latent_channels
+    shape = np.shape(latents)
+    if len(shape) != 4 or shape[-1] != channels or 0 in shape:
+        raise ValueError(
+            f"{name} has shape {shape}; it must be (b, h/{factor}, w/{factor}, {channels})."
+        )
+    return finite_array(latents, name)
 
 
 def check_embeds(embeds: PromptEmbeds, config: ModelConfig, name: str) -> None:
-    """Shapes of embeddings that the caller brings."""
+    """Shapes and values of embeddings that the caller brings."""
     rows = (len(embeds), MAX_TOKENS)
     expected = {
         "embeds": (*rows, config.text_encoder.d_model),
@@ -155,6 +207,14 @@ def check_embeds(embeds: PromptEmbeds, config: ModelConfig, name: str) -> None:
         found = np.shape(getattr(embeds, field))
         if found != shape:
             raise ValueError(f"{name}.{field} has shape {found}; this model needs {shape}.")
+    finite_array(embeds.embeds, f"{name}.embeds")
+    if embeds.token_weights is not None:
+        weights = finite_array(embeds.token_weights, f"{name}.token_weights")
+        if (weights < 0).any():
+            raise ValueError(f"{name}.token_weights holds {weights.min()}; all must be 0 or more.")
+    lengths = np.asarray(embeds.lengths)
+    if (lengths < 1).any() or (lengths > MAX_TOKENS).any():
+        raise ValueError(f"{name}.lengths must be between 1 and {MAX_TOKENS}, not {lengths}.")
 
 
 def paired(counts: Mapping[str, int]) -> int:
@@ -172,8 +232,6 @@ def paired(counts: Mapping[str, int]) -> int:
 
 def repeated(count: int, num_inputs: int, num_images_per_prompt: int) -> np.ndarray:
     """Which of `count` (1 or `num_inputs`) each image is made from; images of one side by side."""
-    if num_images_per_prompt < 1:
-        raise ValueError(f"num_images_per_prompt is {num_images_per_prompt}; it must be 1 or more.")
     rows = np.arange(num_inputs) if count == num_inputs else np.zeros(num_inputs, np.int64)
     return np.repeat(rows, num_images_per_prompt)
 

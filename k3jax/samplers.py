@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from k3jax import schedule
+from k3jax.arguments import check_number, whole_number
 from k3jax.config import PredictionType, SamplerConfig
 
 
@@ -37,6 +38,7 @@ class Sampler:
         guided: False where guidance has no meaning (Flash is distilled without it).
         multistep: whether the previous step's prediction is carried.
         prediction_type: what the U-Net's output is.
+        first_step: which step of the whole schedule the first row is; see `last_steps`.
     """
 
     rows: dict[str, np.ndarray]
@@ -46,6 +48,7 @@ class Sampler:
     guided: bool = True
     multistep: bool = False
     prediction_type: PredictionType = "epsilon"
+    first_step: int = 0
 
     @property
     def num_steps(self) -> int:
@@ -58,12 +61,13 @@ def make_sampler(config: SamplerConfig) -> Sampler:
     Raises:
         ValueError: a number of steps the sampler cannot make.
     """
-    steps, limit = config.num_inference_steps, schedule.NUM_TRAIN_TIMESTEPS
+    steps = whole_number(config.num_inference_steps, "num_inference_steps")
+    limit = schedule.NUM_TRAIN_TIMESTEPS
     if not 1 <= steps <= limit:
         raise ValueError(f"num_inference_steps is {steps}; it must be between 1 and {limit}.")
-    if not 0 <= config.eta <= 1:
+    if not 0 <= check_number(config.eta, "eta") <= 1:
         raise ValueError(f"eta is {config.eta}; it must be between 0 and 1.")
-    return _MAKERS[config.name](config)
+    return _MAKERS[config.name](dataclasses.replace(config, num_inference_steps=steps))
 
 
 def _table(**columns) -> dict[str, np.ndarray]:

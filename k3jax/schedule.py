@@ -6,6 +6,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -58,29 +59,53 @@ def kandinsky_timesteps(num_inference_steps: int) -> np.ndarray:
 
 def diffusers_timesteps(config: SamplerConfig, num_inference_steps: int) -> np.ndarray:
     """Timesteps of DDPMScheduler and DDIMScheduler, int64 (n,), falling."""
-    n, total = num_inference_steps, config.num_train_timesteps
-    if config.timestep_spacing == "leading":
-        return _inside(np.arange(n)[::-1] * (total // n) + config.steps_offset, config)
-    if config.timestep_spacing == "trailing":
-        return np.round(np.arange(total, 0, -total / n)).astype(np.int64) - 1
-    return np.linspace(0, total - 1, n).round()[::-1].astype(np.int64)
+    total = config.num_train_timesteps
+
+    def timesteps(n: int) -> np.ndarray:
+        if config.timestep_spacing == "leading":
+            return np.arange(n)[::-1] * (total // n) + config.steps_offset
+        if config.timestep_spacing == "trailing":
+            return _trailing(total, n)
+        return np.linspace(0, total - 1, n).round()[::-1].astype(np.int64)
+
+    return _checked(timesteps, num_inference_steps, config)
 
 
 def dpm_timesteps(config: SamplerConfig, num_inference_steps: int) -> np.ndarray:
     """Timesteps of DPMSolverMultistepScheduler, which leaves room for the end point; int64 (n,)."""
-    n, total = num_inference_steps, config.num_train_timesteps
-    if config.timestep_spacing == "leading":
-        return _inside(np.arange(n + 1)[:0:-1] * (total // (n + 1)) + config.steps_offset, config)
-    if config.timestep_spacing == "trailing":
-        return np.round(np.arange(total, 0, -total / n)).astype(np.int64) - 1
-    return np.linspace(0, total - 1, n + 1).round()[:0:-1].astype(np.int64)
+    total = config.num_train_timesteps
+
+    def timesteps(n: int) -> np.ndarray:
+        if config.timestep_spacing == "leading":
+            return np.arange(n + 1)[:0:-1] * (total // (n + 1)) + config.steps_offset
+        if config.timestep_spacing == "trailing":
+            return _trailing(total, n)
+        return np.linspace(0, total - 1, n + 1).round()[:0:-1].astype(np.int64)
+
+    return _checked(timesteps, num_inference_steps, config)
 
 
-def _inside(timesteps: np.ndarray, config: SamplerConfig) -> np.ndarray:
-    if timesteps[0] >= config.num_train_timesteps:
-        raise ValueError(
-            f"{len(timesteps)} steps with steps_offset {config.steps_offset} begin at time "
-            f"{timesteps[0]}, but the schedule ends at {config.num_train_timesteps - 1}: "
-            "ask for fewer steps."
+def _trailing(total: int, n: int) -> np.ndarray:
+    # For some n (499, 998) the range has n + 1 values, because of rounding; diffusers then makes
+    # one step more, at time -1.
+    return np.round(np.arange(total, 0, -total / n)).astype(np.int64)[:n] - 1
+
+
+def _checked(timesteps: Callable[[int], np.ndarray], n: int, config: SamplerConfig) -> np.ndarray:
+    """`timesteps(n)`, where they fall at every step and lie in the schedule."""
+
+    def fit(found: np.ndarray) -> bool:
+        return (
+            found[0] < config.num_train_timesteps and found[-1] >= 0 and (np.diff(found) < 0).all()
         )
-    return timesteps
+
+    found = timesteps(n)
+    if fit(found):
+        return found
+    most = next((fewer for fewer in range(n - 1, 0, -1) if fit(timesteps(fewer))), None)
+    advice = "" if most is None else f" ({most} is the most below that)"
+    raise ValueError(
+        f"num_inference_steps is {n}, which does not fit the {config.num_train_timesteps} "
+        f"timesteps of the schedule (timestep_spacing {config.timestep_spacing}, steps_offset "
+        f"{config.steps_offset}): ask for fewer steps{advice}."
+    )

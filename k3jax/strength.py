@@ -4,6 +4,7 @@
 import dataclasses
 import math
 
+from k3jax.arguments import check_number
 from k3jax.samplers import Sampler
 
 
@@ -13,7 +14,7 @@ def steps_of_strength(strength: float, num_steps: int) -> int:
     Raises:
         ValueError: outside of 0 to 1, or so small that no step remains.
     """
-    if not 0 <= strength <= 1:
+    if not 0 <= check_number(strength, "strength") <= 1:
         raise ValueError(f"strength is {strength}; it must be between 0 and 1.")
     steps = min(int(num_steps * strength), num_steps)
     if steps == 0 and strength > 0:
@@ -37,4 +38,4 @@ def last_steps(sampler: Sampler, count: int) -> Sampler:
         # There is no step before the first one: that is of first order, as diffusers has it.
         rows["second"] = rows["second"].copy()
         rows["second"][0] = 0
-    return dataclasses.replace(sampler, rows=rows)
+    return dataclasses.replace(sampler, rows=rows, first_step=sampler.first_step + first)

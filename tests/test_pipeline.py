@@ -16,9 +16,13 @@ from diffusers import (
 from diffusers import Kandinsky3Pipeline as TorchPipeline
 from transformers import AutoTokenizer
 
+from k3jax.calls import Call
 from k3jax.config import MAX_TOKENS
 from k3jax.denoising import denoise_program
+from k3jax.img2img import Kandinsky3Img2ImgPipeline
+from k3jax.inpaint import Kandinsky3InpaintPipeline
 from k3jax.pipeline import Kandinsky3Pipeline
+from k3jax.request import StepCountWarning
 from k3jax.sharding import make_mesh
 from k3jax.tokenizer import PromptTruncatedWarning, Tokenizer
 
@@ -391,8 +395,8 @@ def test_output_types(ours):
 def test_guidance_interval(ours):
     everywhere = run_ours(ours, "a cat", guidance_interval=(0, STEPS - 1))
     assert np.abs(everywhere - run_ours(ours, "a cat")).max() <= 1 / 255
-    nowhere = run_ours(ours, "a cat", guidance_interval=(STEPS, STEPS))
-    assert np.abs(nowhere - run_ours(ours, "a cat", guidance_scale=0.0)).max() <= 1 / 255
+    floats = run_ours(ours, "a cat", guidance_interval=[0.0, np.int64(STEPS - 1)])
+    assert np.array_equal(floats, everywhere)
     part = run_ours(ours, "a cat", guidance_interval=(1, 3))
     assert np.abs(part - everywhere).max() > 2 / 255
 
@@ -448,11 +452,56 @@ def test_float32_means_float32(ours, monkeypatch):
         (dict(prompt="a", latents=np.zeros((1, 4, 8, 8))), r"needs \(1, 8, 8, 4\)"),
         (dict(prompt="a", step_noise=np.zeros((2, 1, 8, 8, 4))), r"needs \(6, 1, 8, 8, 4\)"),
         (dict(prompt="a", guidance_interval=(3, 1)), r"guidance_interval is \(3, 1\)"),
+        (dict(prompt="a", guidance_interval=(0.2, 0.8)), "guidance_interval is .* whole numbers"),
+        (dict(prompt="a", guidance_interval=(20, 30)), r"of 6 steps, within \(0, 5\)"),
+        (dict(prompt="a", guidance_interval=5), "guidance_interval is 5; .* two whole numbers"),
+        (dict(prompt="a", seed=[1.7]), "seed is 1.7; it must be a whole number"),
+        (dict(prompt="a", seed=True), "seed is True; it must be a whole number"),
+        (dict(prompt="a", seed=None), "seed is None; it must be a whole number"),
+        (dict(prompt="a", num_images_per_prompt=1.5), "num_images_per_prompt is 1.5; .* whole"),
+        (dict(prompt="a", num_inference_steps=2.5), "num_inference_steps is 2.5; .* whole"),
+        (dict(prompt="a", num_inference_steps="25"), "num_inference_steps is '25'; .* whole"),
+        (dict(prompt="a", height="64"), "height is '64'; it must be a whole number"),
+        (dict(prompt="a", eta=float("nan")), "eta is nan; it must be a finite number"),
+        (dict(prompt="a", latents=np.full((1, 8, 8, 4), np.nan)), "latents holds 256 values that"),
+        (
+            dict(prompt="a", step_noise=np.full((6, 1, 8, 8, 4), np.inf)),
+            r"step_noise holds 1536 .* inf at \(0, 0, 0, 0, 0\)",
+        ),
     ],
 )
 def test_bad_arguments(ours, kwargs, message):
     with pytest.raises(ValueError, match=message):
         run_ours(ours, kwargs.pop("prompt"), **kwargs)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(embeds=np.nan), "prompt_embeds.embeds holds .* not finite"),
+        (dict(token_weights=np.inf), "prompt_embeds.token_weights holds .* not finite"),
+        (dict(token_weights=-1), "prompt_embeds.token_weights holds -1.0; all must be 0 or more"),
+        (dict(lengths=0), "prompt_embeds.lengths must be between 1 and 128"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["", "negative_"])
+def test_embeddings_that_cannot_be(ours, change, message, kind):
+    good = ours.encode_prompt("a cat", word_weights=True)
+    ((field, value),) = change.items()
+    changed = {field: np.full_like(getattr(good, field), value)}
+    embeds = {"prompt_embeds": good, f"{kind}prompt_embeds": dataclasses.replace(good, **changed)}
+    with pytest.raises(ValueError, match=f"^{kind}{message}"):
+        run_ours(ours, None, **embeds)
+
+
+def test_whole_numbers_of_every_kind(ours):
+    """They are the same call; seeds do not wrap in a type of their own."""
+    call = dict(output_type="latent", num_images_per_prompt=2, num_inference_steps=2)
+    expected = run_ours(ours, "a cat", seed=2**32 - 1, **call)
+    floats = {name: float(value) for name, value in call.items() if name != "output_type"}
+    kinds = {**call, **floats, "height": np.int16(SIZE), "width": float(SIZE)}
+    for seed in (np.uint32(2**32 - 1), np.array(2**32 - 1), float(2**32 - 1), [2**32 - 1, 2**32]):
+        assert np.array_equal(run_ours(ours, "a cat", seed=seed, **kinds), expected)
 
 
 def test_bad_mesh_and_batch(components, tokenizer_folder):
@@ -462,6 +511,13 @@ def test_bad_mesh_and_batch(components, tokenizer_folder):
         make_mesh("data=-1,tensor=3")
     with pytest.raises(ValueError, match="batch_size is 3, but the mesh splits a batch over 2"):
         build(components, tokenizer_folder, "data=2", 2, batch_size=3)
+    for size in (0, 1.5, True):
+        with pytest.raises(ValueError, match=f"batch_size is {size}; it must be"):
+            build(components, tokenizer_folder, "data=1", 1, batch_size=size)
+    pipe = build(components, tokenizer_folder, "data=1", 1, batch_size=2.0)
+    assert pipe.batch_size == 2
+    with pytest.raises(ValueError, match="batch_size is 0; it must be 1 or more"):
+        pipe.batch_size = 0
 
 
 def test_a_long_prompt_is_truncated_with_a_warning(ours, theirs):
@@ -475,6 +531,41 @@ def test_a_long_prompt_is_truncated_with_a_warning(ours, theirs):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ours.encode_prompt("word " * 25)
+
+
+class Began(Exception):
+    """All checks are passed."""
+
+    def begin(self, *arguments):
+        raise Began
+
+
+@pytest.mark.parametrize(
+    "sampler, steps, message",
+    [
+        ("kandinsky", 501, "the sampler kandinsky makes 500 steps where 501 were asked for"),
+        ("flash", 8, "the sampler flash makes 4 steps where 8 were asked for"),
+        ("ddpm", 1, "the only step of the sampler ddpm is at time 1 of 1000"),
+    ],
+)
+def test_other_steps_than_asked_for_are_said(ours, monkeypatch, sampler, steps, message):
+    """In every pipeline, at the line that calls it."""
+    monkeypatch.setattr(Call, "images", Began.begin)
+    image = np.zeros((SIZE, SIZE, 3), np.uint8)
+    mask = np.ones((SIZE, SIZE), np.float32)
+    more = {
+        Kandinsky3Pipeline: dict(height=SIZE, width=SIZE),
+        Kandinsky3Img2ImgPipeline: dict(image=image, strength=1),
+        Kandinsky3InpaintPipeline: dict(image=image, mask_image=mask),
+    }
+    for kind, arguments in more.items():
+        pipe = kind.from_pipe(ours)
+        with pytest.warns(StepCountWarning, match=message) as found, pytest.raises(Began):
+            pipe("a cat", num_inference_steps=steps, sampler=sampler, **arguments)
+        assert len(found) == 1 and found[0].filename == __file__
+        with warnings.catch_warnings(), pytest.raises(Began):
+            warnings.simplefilter("error")
+            pipe("a cat", num_inference_steps=4, sampler=sampler, **arguments)
 
 
 def test_an_inpainting_checkpoint_is_refused(ours):

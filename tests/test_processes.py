@@ -74,10 +74,36 @@ def test_generate(tmp_path, monkeypatch, mesh):
         assert pixels[0].std() > 2
 
 
-@pytest.mark.parametrize("text", ["yes", "host,2,0", "host:80,2,2", "host:80,2"])
+@pytest.mark.parametrize("text", ["yes", "host,2,0", "host:80,2,2", "host:80,2", "host:99999,2,1"])
 def test_a_flag_that_cannot_be_read(capsys, text):
     assert main(["generate", "a cat", "--distributed", text]) == 2
     assert "it must be auto, or HOST:PORT,N,I" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "number, message",
+    [
+        (0, "not all of the 2 processes have joined at {address}, after 2 seconds"),
+        (1, "process 0 does not answer at {address}, after 2 seconds"),
+    ],
+)
+def test_processes_that_do_not_join(tmp_path, number, message):
+    address = free_address()
+    run = subprocess.run(
+        [
+            *(sys.executable, "-m", "k3jax", "generate", "a cat"),
+            *("--distributed", f"{address},2,{number}", "--distributed-timeout", "2"),
+        ],
+        cwd=tmp_path,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 1 and run.stdout == ""
+    (line,) = run.stderr.splitlines()
+    assert line.startswith(f"k3jax: error: {message.format(address=address)}: start all of them")
+    assert "--distributed-timeout" in line
 
 
 def test_nobody_else_is_there(tmp_path):

@@ -19,7 +19,7 @@ class Began(Exception):
 
 
 CONFIG = read_checkpoint("tiny").config
-OF_IMAGE = room.MAPS * 16 * 16 * CONFIG.unet.block_out_channels[0] * 2  # 128x128, bfloat16
+OF_IMAGE = int(room.MAPS * 16 * 16 * CONFIG.unet.block_out_channels[0] * 2)  # 128x128, bfloat16
 
 
 @pytest.fixture
@@ -53,6 +53,41 @@ def test_the_largest_batch_is_named(free):
     free(None)  # a device that does not tell
     with pytest.raises(Began):
         pipe("a cat")
+
+
+def test_cpus_have_the_memory_of_the_machine(free, monkeypatch, tmp_path):
+    """Swap included, and all of them the same."""
+    free(None)
+    file = tmp_path / "meminfo"
+    monkeypatch.setattr(room, "MEMINFO", file)
+
+    def memory(total):
+        rows = ("MemTotal", total // 1024 - 5), ("MemFree", 1), ("SwapTotal", 5)
+        text = "".join(f"{name}:  {size} kB\n" for name, size in rows)
+        file.write_text(text + "HugePages_Total: 0\n")
+
+    memory(8 * OF_IMAGE)
+    with pytest.raises(Began):
+        pipeline()("a cat")
+    memory(8 * OF_IMAGE - 1024)
+    with pytest.raises(ValueError, match=r"all that the machine has: the largest .* can fit is 3"):
+        pipeline()("a cat")
+    memory(16 * OF_IMAGE)
+    with pytest.raises(Began):
+        pipeline(mesh="data=2", devices=2, batch_size=8)("a cat")
+    memory(16 * OF_IMAGE - 1024)
+    with pytest.raises(ValueError, match=r"machine has for each of 2: the largest .* fit is 6"):
+        pipeline(mesh="data=2", devices=2, batch_size=8)("a cat")
+    memory(OF_IMAGE)
+    with pytest.raises(ValueError, match=r"one image fits: make smaller ones\.$"):
+        pipeline()("a cat")
+    file.unlink()  # no Linux
+    with pytest.raises(Began):
+        pipeline()("a cat")
+
+
+def test_this_machine():
+    assert room.machine_memory() > 2**28
 
 
 def test_not_even_one(free):

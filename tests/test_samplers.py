@@ -2,6 +2,7 @@
 """The samplers against diffusers' schedulers, with an analytic stand-in for the U-Net."""
 
 import dataclasses
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,10 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from k3jax import schedule
-from k3jax.config import SamplerConfig
+from k3jax.config import SamplerConfig, SamplerName
 from k3jax.denoising import denoise, draw_noise, initial_carry, loop_rows, sample_keys
 from k3jax.samplers import make_sampler
+from k3jax.strength import last_steps
 
 import tiny
 
@@ -163,6 +165,57 @@ def test_timestep_lists():
         assert (timesteps[0], timesteps[-1]) == (first, 1)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 250, 499, 500, 501, 667, 998, 999, 1000, 1001])
+def test_every_table_falls_from_step_to_step(steps):
+    """Or it is refused; diffusers' own are of no use at 1000 steps of DPM-Solver, for one."""
+    for name in get_args(SamplerName):
+        for spacing in ("leading", "trailing", "linspace"):
+            config = SamplerConfig(name, steps, timestep_spacing=spacing)
+            possible = steps <= 1000 and (name, steps) != ("kandinsky30", 1)
+            if (name, spacing) in (("ddpm", "leading"), ("ddim", "leading")):
+                possible = steps <= 999
+            if name == "dpm++2m":
+                possible = steps <= {"leading": 998, "linspace": 999, "trailing": 1000}[spacing]
+            if not possible:
+                with pytest.raises(ValueError, match="step"):
+                    make_sampler(config)
+                continue
+            rows = make_sampler(config).rows
+            assert all(np.isfinite(column).all() for column in rows.values()), config
+            assert (np.diff(rows["timestep"]) < 0).all(), config
+            assert rows["timestep"][0] <= 999 and rows["timestep"][-1] >= 0, config
+            if name not in ("flash", "kandinsky"):
+                assert len(rows["timestep"]) == steps
+
+
+def test_the_most_steps_are_named():
+    with pytest.raises(ValueError, match=r"is 1000, which does not fit .* \(998 is the most"):
+        make_sampler(SamplerConfig("dpm++2m", 1000))
+
+
+def test_a_step_that_diffusers_makes_too_many():
+    """Its 499 trailing steps are 500, the last of them at time -1."""
+    theirs = DDPMScheduler(beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing")
+    theirs.set_timesteps(499)
+    assert theirs.timesteps[-2:].tolist() == [1, -1]
+    ours = make_sampler(SamplerConfig("ddpm", 499, timestep_spacing="trailing"))
+    assert ours.rows["timestep"].tolist() == theirs.timesteps[:-1].tolist()
+
+
+def test_guidance_intervals_count_the_whole_schedule():
+    sampler = make_sampler(SamplerConfig("ddim", 10))
+    assert np.flatnonzero(loop_rows(sampler, (4, 7))["guide"]).tolist() == [4, 5, 6, 7]
+    part = last_steps(last_steps(sampler, 6), 5)
+    rows = loop_rows(part, (4, 7))
+    assert part.first_step == 5
+    assert rows["guide"].tolist() == [True, True, True, False, False]
+    assert rows["index"].tolist() == [0, 1, 2, 3, 4]
+    assert not loop_rows(part, (0, 4))["guide"].any()
+    for each in (sampler, part):
+        with pytest.raises(ValueError, match=r"of 10 steps, within \(0, 9\)"):
+            loop_rows(each, (4, 10))
+
+
 def test_noise_depends_on_the_seed_alone():
     keys = sample_keys([7, 8, 2**63 + 5, 5])
     noise = draw_noise(keys, 3, (4, 4, 2))
@@ -190,6 +243,8 @@ def test_drawn_noise_is_what_injected_noise_would_be():
         (dict(eta=1.5), "eta is 1.5"),
         (dict(name="kandinsky30", num_inference_steps=1), "at least 2 steps"),
         (dict(name="ddpm", num_inference_steps=1000), "ask for fewer steps"),
+        (dict(num_inference_steps=2.5), "num_inference_steps is 2.5; it must be a whole number"),
+        (dict(eta=float("nan")), "eta is nan; it must be a finite number"),
         (dict(name="ddpm", variance_type="learned"), "'learned' is not supported"),
     ],
 )

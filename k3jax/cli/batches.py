@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from k3jax import room
 from k3jax.abstract import COMPONENTS
 from k3jax.base_pipeline import BasePipeline
 from k3jax.checkpoint_format import Checkpoint
@@ -20,10 +21,10 @@ from k3jax.cli.joining import writes
 from k3jax.cli.output import PlannedImage, free_path
 from k3jax.config import to_dict
 from k3jax.images import ContactSheet, write_png
+from k3jax.loaded_model import checked_batch_size
 from k3jax.pipeline import Kandinsky3Pipeline
-from k3jax.programs import image_splits
 from k3jax.run_config import RunConfig
-from k3jax.sharding import data_parallelism, make_meshes
+from k3jax.sharding import make_meshes
 from k3jax.text_projection import PromptEmbeds
 from k3jax.tokenizer import PromptTruncatedWarning
 
@@ -82,10 +83,16 @@ def make_images(
 def checked_mesh(config: RunConfig) -> jax.sharding.Mesh:
     """The mesh, checked with that of the text encoder to split a batch evenly."""
     meshes = make_meshes(config.pipeline.mesh, config.pipeline.encoder_mesh)
-    size = config.pipeline.batch_size or data_parallelism(meshes[0])
-    for mesh in meshes:
-        image_splits(mesh, size)
+    checked_batch_size(config.pipeline.batch_size, *meshes)
     return meshes[0]
+
+
+def check_memory(
+    config: RunConfig, mesh: jax.sharding.Mesh, sizes: Sequence[tuple[int, int]], guided: bool
+) -> None:
+    """Refuses what cannot fit in the devices' memory; see `k3jax.room.check_memory`."""
+    size = checked_batch_size(config.pipeline.batch_size, mesh, mesh)
+    room.check_memory(config.model, mesh, size, config.pipeline.dtype, sizes, guided)
 
 
 def load_and_encode(

@@ -14,7 +14,6 @@ used. It draws scenes of coloured shapes and knows nothing else.
 
 import argparse
 import sys
-import warnings
 from collections.abc import Callable
 from typing import get_args
 
@@ -138,7 +137,7 @@ def add_streaming(add: Callable) -> None:
 
 def run(args: argparse.Namespace) -> None:
     compile_quickly_on_cpus()
-    join(args.distributed)
+    join(args.distributed, args.distributed_timeout)
     settings = {key: getattr(args, flag) for flag, key in SETTINGS.items()}
     values = collect(args.config, args.overrides, settings)
     prompts = read_prompts(args.prompts, args.prompts_file)
@@ -203,36 +202,30 @@ def _check(config: RunConfig, prompts: list[str]):
     check_prompts(prompts, config.generate.negative_prompt)
 
     from k3jax import request
-    from k3jax.cli.batches import checked_mesh
+    from k3jax.cli.batches import check_memory, checked_mesh
     from k3jax.denoising import loop_rows, sample_keys
-    from k3jax.samplers import make_sampler
 
     wanted, model = config.generate, config.model
     request.check_text_to_image(model)
     height = model.sample_size if wanted.height is None else wanted.height
     width = model.sample_size if wanted.width is None else wanted.width
-    request.check_size(model, height, width)
-    sampler = request.override(
+    height, width = request.check_size(model, height, width)
+    sampler, loop = request.chosen_sampler(
         model.sampler,
         name=wanted.sampler,
         num_inference_steps=wanted.num_inference_steps,
         eta=wanted.eta,
         guidance_scale=wanted.guidance_scale,
     )
-    loop = make_sampler(sampler)
     loop_rows(loop, wanted.guidance_interval)
-    if loop.num_steps != sampler.num_inference_steps:
-        warnings.warn(
-            f"the sampler {sampler.name} makes {loop.num_steps} steps where "
-            f"{sampler.num_inference_steps} were asked for.",
-            stacklevel=2,
-        )
     if wanted.num_images_per_prompt < 1:
         raise ValueError(f"--num-images is {wanted.num_images_per_prompt}; it must be 1 or more.")
     count = len(prompts) * wanted.num_images_per_prompt
     request.guidance_scales(sampler.guidance_scale, count)
     sample_keys([wanted.seed, wanted.seed + count - 1])
     mesh = checked_mesh(config)
+    guided = loop.guided and sampler.guidance_scale > 0
+    check_memory(config, mesh, [(width, height)], guided)
     check_lora(config)
     call = {
         "negative_prompt": wanted.negative_prompt,

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from k3jax import request
+from k3jax.arguments import check_number
 from k3jax.base_pipeline import BasePipeline
 from k3jax.calls import Call
-from k3jax.cli.batches import checked_mesh, load_and_encode, run_settings
+from k3jax.cli.batches import check_memory, checked_mesh, load_and_encode, run_settings
 from k3jax.cli.generate import NOTE, asked_checkpoint, check_architecture, check_lora
 from k3jax.cli.image_options import SETTINGS
 from k3jax.cli.output import PlannedImage, check_folder, free_path, plan
@@ -88,7 +90,7 @@ def run_images(args: argparse.Namespace, task: Task) -> None:
     inputs = _inputs(args.image, task, prompts)
     mesh = checked_mesh(config)
     check_lora(config)
-    call = _checked_call(config, task, inputs)
+    call = _checked_call(config, mesh, task, inputs)
     files = {"images": args.image, "masks": task.masks}
     prompts, *files = (_each(x, len(inputs)) for x in (prompts, *files.values()))
     planned = plan(
@@ -128,7 +130,9 @@ def _inputs(images: Sequence[str], task: Task, prompts: Sequence[str]) -> list[P
     return _each([Pair(array, np.zeros(array.shape[:2], np.float32)) for array in arrays], count)
 
 
-def _checked_call(config: RunConfig, task: Task, inputs: Sequence[Pair]) -> dict[str, Any]:
+def _checked_call(
+    config: RunConfig, mesh: Mesh, task: Task, inputs: Sequence[Pair]
+) -> dict[str, Any]:
     """The arguments that are equal for all calls of the pipeline."""
     wanted, edit, model = config.generate, config.edit, config.model
     strength = STRENGTHS[task.name] if edit.strength is None else edit.strength
@@ -147,10 +151,14 @@ def _checked_call(config: RunConfig, task: Task, inputs: Sequence[Pair]) -> dict
         output_type="pil",
         loop=Loop(wanted.guidance_interval),
     )
-    (steps,) = step_counts(checked.sampler, [strength])
+    (steps,) = step_counts(checked, [strength])
     if not steps and task.name != "img2img":
         raise ValueError("--strength is 0, which repaints nothing: give more.")
-    work_sizes(model, [pair.image for pair in inputs], edit.max_area)
+    if edit.feather is not None:
+        check_number(edit.feather, "feather", least=0)
+    sizes = work_sizes(model, [pair.image for pair in inputs], edit.max_area)
+    if steps:
+        check_memory(config, mesh, sizes, checked.guided)
     call = {
         "negative_prompt": wanted.negative_prompt,
         "strength": strength,

@@ -204,10 +204,14 @@ def _raised_in_k3jax(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Warnings as one line each, without the place in the code."""
+    """Warnings as one line each, without the place in the code; each sentence once."""
+    shown = set()
 
     def show(message, category, filename, lineno, file=None, line=None):
-        print(f"k3jax: warning: {' '.join(str(message).split())}", file=sys.stderr)
+        text = " ".join(str(message).split())
+        if text not in shown:
+            shown.add(text)
+            print(f"k3jax: warning: {text}", file=sys.stderr)
 
     with warnings.catch_warnings():
         warnings.showwarning = show

@@ -152,7 +152,7 @@ def size_and_sampler(config: RunConfig):
     height = model.sample_size if wanted.height is None else wanted.height
     width = model.sample_size if wanted.width is None else wanted.width
     request.check_size(model, height, width)
-    sampler = request.override(
+    sampler, _ = request.chosen_sampler(
         model.sampler,
         name=wanted.sampler,
         num_inference_steps=wanted.num_inference_steps,

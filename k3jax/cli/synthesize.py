@@ -19,6 +19,7 @@ slice or jax.distributed. Every image is the same however the work is shared.
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 
 from k3jax.cli.extras import require
 from k3jax.cli.generate import (
@@ -28,6 +29,7 @@ from k3jax.cli.generate import (
     add_streaming,
     asked_checkpoint,
     check_architecture,
+    check_lora,
 )
 from k3jax.run_config import build, collect
 
@@ -131,6 +133,7 @@ def run(args: argparse.Namespace) -> int:
     values = collect(args.config, args.overrides, settings)
 
     from k3jax.components import text_encoder_form
+    from k3jax.synthesis.checking import finished_shards
     from k3jax.synthesis.request import open_data_set, settings_of
     from k3jax.synthesis.shares import find_share
 
@@ -154,7 +157,10 @@ def run(args: argparse.Namespace) -> int:
     if config.checkpoint is None:
         print(NOTE, file=sys.stderr)
     weights = Weights(checkpoint, config.pipeline.lora, config.pipeline.lora_scale)
-    opened = open_data_set(args.source, args.output, share, weights, config, wanted, args.progress)
+    check_lora(config)
+    opened = open_data_set(
+        args.source, args.output, share, weights, config, wanted, args.progress, devices
+    )
     layout = opened.manifest.layout
     mine = len(share.shards(layout.shards))
     print(
@@ -183,10 +189,32 @@ def run(args: argparse.Namespace) -> int:
         ),
     )
     made, failed = state["k3jax_images_total"], state["k3jax_failed_samples_total"]
+    missing = set(range(layout.shards)) - finished_shards(opened.store, layout)
+    end, rest = ending(code, share, sorted(missing), layout.shards)
     print(
-        f"k3jax: {'finished' if code == 0 else 'stopped'}: {made} images made at "
+        f"k3jax: {end}: {made} images made at "
         f"{state['k3jax_images_per_second']:.3g} a second"
-        f"{f', {failed} samples failed (their reasons: k3jax verify)' if failed else ''}.",
+        f"{f', {failed} samples failed (their reasons: k3jax verify)' if failed else ''}{rest}.",
         file=sys.stderr,
     )
     return code
+
+
+def ending(code: int, share, missing: Sequence[int], shards: int) -> tuple[str, str]:
+    """How a run ended, and what of the data set is still to be made.
+
+    Args:
+        share: k3jax.synthesis.shares.Share of this process.
+        missing: shards that are not there.
+    """
+    if code != 0:
+        return "stopped", ""
+    if not missing:
+        return "finished", ""
+    theirs = sorted({shard % share.workers for shard in missing})
+    named = ", ".join(map(str, theirs[:8])) + (", ..." if len(theirs) > 8 else "")
+    return (
+        f"share {share.worker} of {share.workers} is finished",
+        f"; the data set is not whole: {len(missing)} of its {shards} shards are missing, of the "
+        f"shares {named}",
+    )

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     require("train")
-    join(args.distributed)
+    join(args.distributed, args.distributed_timeout)
     settings = {key: getattr(args, flag) for flag, key in SETTINGS.items()}
     values = collect(args.config, args.overrides, settings)
     if "train" not in values:

@@ -16,8 +16,8 @@ from k3jax.checkpoint import leaf_shapes
 from k3jax.checkpoint_format import Checkpoint, as_path
 from k3jax.compilation_cache import enable_compilation_cache
 from k3jax.components import load_component, text_encoder_form
+from k3jax.loaded_model import checked_batch_size
 from k3jax.lora_format import load_lora
-from k3jax.programs import image_splits
 from k3jax.sharding import data_parallelism, make_meshes
 from k3jax.synthesis.image_task import pipeline_class
 from k3jax.synthesis.phases import ALL, Load
@@ -90,8 +90,7 @@ class Devices:
             ValueError: it does not split over the devices.
         """
         chosen = self.batch_size if batch_size is None else batch_size
-        for mesh in (self.mesh, self.encoder_mesh):
-            image_splits(mesh, chosen)
+        chosen = checked_batch_size(chosen, self.mesh, self.encoder_mesh)
         return dataclasses.replace(self, batch_size=chosen)
 
 

@@ -89,6 +89,12 @@ class Phases:
         if batch.bucket.negative:
             negatives = [s.negative_prompt for s in batch.samples]
             arguments["negative_prompt_embeds"] = embeddings.of(negatives)
+        # The pipeline refuses embeddings that are not finite; here they fail their samples alone.
+        failed = np.zeros(len(batch.samples), bool)
+        for embeds in arguments.values():
+            rows = ~np.isfinite(embeds.embeds).all((1, 2))
+            embeds.embeds[rows] = 0
+            failed |= rows
         arguments |= {
             "seed": [s.seed for s in batch.samples],
             "guidance_scale": [s.guidance_scale for s in batch.samples],
@@ -102,8 +108,13 @@ class Phases:
         bucket = batch.bucket
         with self._turn:
             if inputs is not None:
-                return make_images(self._pipe, bucket.task, batch.samples, inputs, arguments)
-            return self._pipe(height=bucket.height, width=bucket.width, **arguments).images
+                images = make_images(self._pipe, bucket.task, batch.samples, inputs, arguments)
+            else:
+                images = self._pipe(height=bucket.height, width=bucket.width, **arguments).images
+        if not failed.any():
+            return images
+        nothing = np.full_like(images[0], np.nan)
+        return [nothing if bad else image for bad, image in zip(failed, images, strict=True)]
 
     def _together(self, plans: Iterator[ShardPlan]) -> Iterator[PreparedShard]:
         self._take(self._load(ALL))

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from k3jax import request
+from k3jax.arguments import check_number
 from k3jax.denoising import loop_rows, sample_keys
+from k3jax.room import check_memory
 from k3jax.run_config import RunConfig
-from k3jax.samplers import make_sampler
 from k3jax.strength import steps_of_strength
 from k3jax.synthesis.encoding import QUALITY, ImageFormat
 from k3jax.synthesis.files import is_remote
 from k3jax.synthesis.layout import INDEX, MANIFEST
-from k3jax.synthesis.loading import Weights
+from k3jax.synthesis.loading import Devices, Weights
 from k3jax.synthesis.locks import LOCK_FILE
 from k3jax.synthesis.prompt_source import PromptIndex, PromptSource, spool
 from k3jax.synthesis.run import indexed, keep_index
@@ -60,14 +61,14 @@ def settings_of(config: RunConfig, size: str | None = None) -> Settings:
     width, height = width or model.sample_size, height or model.sample_size
     for w, h in ((width, height), *map(parse_size, wanted.buckets)):
         request.check_size(model, h, w)
-    sampler = request.override(
+    sampler, loop = request.chosen_sampler(
         model.sampler,
         name=made.sampler,
         num_inference_steps=made.num_inference_steps,
         eta=made.eta,
         guidance_scale=made.guidance_scale,
     )
-    loop_rows(make_sampler(sampler), made.guidance_interval)
+    loop_rows(loop, made.guidance_interval)
     request.guidance_scales(sampler.guidance_scale, 1)
     sample_keys([made.seed])
     if made.negative_prompt is not None:
@@ -79,14 +80,14 @@ def settings_of(config: RunConfig, size: str | None = None) -> Settings:
         ("--shards-per-phase", wanted.shards_per_phase),
         ("--grace", wanted.grace_seconds),
     ):
-        if value <= 0:
+        if check_number(value, name) <= 0:
             raise ValueError(f"{name} is {value}; it must be more than 0.")
     if wanted.lossless and wanted.quality is not None:
         raise ValueError("--quality and --lossless exclude each other: give one of them.")
     quality = QUALITY[wanted.image_format] if wanted.quality is None else wanted.quality
     encoding = ImageFormat(wanted.image_format, None if wanted.lossless else quality)
     if wanted.strength is not None:
-        steps_of_strength(wanted.strength, make_sampler(sampler).num_steps)
+        steps_of_strength(wanted.strength, loop.num_steps)
     columns = _columns(wanted.columns)
     return Settings(
         format=wanted.format,
@@ -125,11 +126,16 @@ def open_data_set(
     config: RunConfig,
     settings: Settings,
     progress: bool = False,
+    devices: Devices | None = None,
 ) -> DataSet:
     """Reads all prompts, and records the data set in its folder or finds it recorded there.
 
+    Args:
+        devices: what will make it; None: not here, and not checked.
+
     Raises:
-        ValueError: bad prompts, a folder that cannot be written, or one of another data set.
+        ValueError: bad prompts, a folder that cannot be written, or one of another data set; images
+            that cannot fit in the devices' memory.
     """
     store, kind = store_at(output), config.synthesize.prompts_format
     _check_folder(store)
@@ -149,6 +155,11 @@ def open_data_set(
     source = open_source(paths, settings, rules, kind)
     index = indexed(store, source, rules, progress)
     _check_prompts(index, settings, config.synthesize.max_sizes)
+    if devices is not None:
+        # Rows may do without guidance.
+        sizes = list(index.sizes)
+        size = devices.batch_size
+        check_memory(config.model, devices.mesh, size, settings.dtype, sizes, guided=False)
     if index.unused:
         names = ", ".join(index.unused[:10])
         print(f"k3jax: note: columns that are not used: {names}.", file=sys.stderr)

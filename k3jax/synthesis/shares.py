@@ -9,6 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 
+FIRST_STEP_WITHOUT_SRUN = 0xFFFFFFF0
+"""Numbers of SLURM's steps from here on mean batch scripts, interactive shells and the like."""
+
+
 @dataclass(frozen=True)
 class Share:
     """Shards `worker`, `worker + workers`, ...
@@ -39,23 +43,26 @@ def find_share(
         job, jobs, host, hosts: from flags; None: as the environment says, or one of one.
 
     Raises:
-        ValueError: a number without its count, or outside of it.
+        ValueError: a number without its count, or outside of it; or one that cannot be told from
+            what the environment says.
     """
     reasons = []
-    host, hosts = _pair("host", host, hosts, _host(environment), reasons)
-    job, jobs = _pair("job", job, jobs, _job(environment, hosts), reasons)
+    said = _host(environment, reasons) if host is None else None
+    host, hosts = _pair("host", host, hosts, said, reasons)
+    said = _job(environment, hosts, jobs) if job is None else None
+    job, jobs = _pair("job", job, jobs, said, reasons)
     reason = ", ".join(reasons) or "nothing says that there are others"
     return Share(job * hosts + host, jobs * hosts, reason)
 
 
-def _job(environment, hosts: int) -> tuple[str, int, int | None] | None:
-    """(where it is said, number, count or None) of this job."""
+def _job(environment, hosts: int, jobs: int | None) -> tuple[str, int, int | None] | None:
+    """(where it is said, number, count or None) of this job.
+
+    Args:
+        jobs: from the flag.
+    """
     if "SLURM_ARRAY_TASK_ID" in environment:
-        task = _number(environment, "SLURM_ARRAY_TASK_ID")
-        first = _number(environment, "SLURM_ARRAY_TASK_MIN", 0)
-        step = _number(environment, "SLURM_ARRAY_TASK_STEP", 1)
-        count = _number(environment, "SLURM_ARRAY_TASK_COUNT", None)
-        return "SLURM_ARRAY_TASK_ID", (task - first) // step, count
+        return "SLURM_ARRAY_TASK_ID", *_array_place(environment, jobs)
     if "MEGASCALE_SLICE_ID" in environment:
         count = _number(environment, "MEGASCALE_NUM_SLICES", None)
         return "MEGASCALE_SLICE_ID", _number(environment, "MEGASCALE_SLICE_ID"), count
@@ -66,18 +73,64 @@ def _job(environment, hosts: int) -> tuple[str, int, int | None] | None:
     return None
 
 
-def _host(environment) -> tuple[str, int, int | None] | None:
+def _array_place(environment, jobs: int | None) -> tuple[int, int]:
+    """(place of this task in its SLURM array, from 0; how many tasks that has).
+
+    An array may start anywhere and leave out numbers evenly (--array=1,5,9 or 0-30:10). A part of
+    an array that is submitted again counts only its own tasks: where --jobs says that there are
+    others, nothing says whether the first array began at 0 or at 1.
+
+    Raises:
+        ValueError: the place cannot be told.
+    """
+    task = _number(environment, "SLURM_ARRAY_TASK_ID")
+    count = _number(environment, "SLURM_ARRAY_TASK_COUNT", None)
+    first = _number(environment, "SLURM_ARRAY_TASK_MIN", 0)
+    step = _number(environment, "SLURM_ARRAY_TASK_STEP", 1)
+    last = _number(environment, "SLURM_ARRAY_TASK_MAX", first + ((count or 1) - 1) * step)
+    if count is None or jobs not in (None, count):
+        tasks = "an unknown number of" if count is None else count
+        shares = "how many jobs there are" if jobs is None else f"{jobs} jobs"
+        raise ValueError(
+            f"SLURM_ARRAY_TASK_ID is {task} in an array of {tasks} tasks, which does not say which "
+            f"of {shares} this is: give its number from 0, and how many there are, with --job and "
+            "--jobs."
+        )
+    gap, uneven = divmod(last - first, max(count - 1, 1))
+    place, between = divmod(task - first, max(gap, 1))
+    if uneven or between or not 0 <= place < count:
+        raise ValueError(
+            f"SLURM_ARRAY_TASK_ID is {task} of {count} tasks from {first} to {last} at uneven "
+            "distances, which does not say which of them this is: submit an array such as "
+            f"--array=0-{count - 1}, or give --job and --jobs."
+        )
+    return place, count
+
+
+def _host(environment, reasons) -> tuple[str, int, int | None] | None:
     """The same of this host (or process) within its job."""
     if "JAX_PROCESS_ID" in environment:
         count = _number(environment, "JAX_NUM_PROCESSES", None)
         return "JAX_PROCESS_ID", _number(environment, "JAX_PROCESS_ID"), count
     if "SLURM_PROCID" in environment:
-        count = _number(environment, "SLURM_NTASKS", 1)
-        return "SLURM_PROCID", _number(environment, "SLURM_PROCID"), count
+        number = _number(environment, "SLURM_PROCID")
+        count = _number(environment, "SLURM_NTASKS", None)
+        if number > 0 or _in_srun(environment):
+            return "SLURM_PROCID", number, _number(environment, "SLURM_STEP_NUM_TASKS", count)
+        # A batch script is one process, whatever --ntasks says: nobody starts the others.
+        if count not in (None, 1):
+            reasons.append(f"SLURM_NTASKS is {count}, but srun did not start this process: alone")
+        return None
     names = [name for name in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if name]
     if "TPU_WORKER_ID" in environment and len(names) > 1:
         return "TPU_WORKER_ID", _number(environment, "TPU_WORKER_ID"), len(names)
     return None
+
+
+def _in_srun(environment) -> bool:
+    """Whether srun started this process: batch scripts and shells of salloc have no step."""
+    step = _number(environment, "SLURM_STEP_ID", None)
+    return step is not None and step < FIRST_STEP_WITHOUT_SRUN
 
 
 def _pair(name, number, count, said, reasons) -> tuple[int, int]:

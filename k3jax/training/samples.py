@@ -165,8 +165,8 @@ def reconstruction_grid(
 ) -> np.ndarray:
     """Pairs of an image and what the autoencoder makes of it; uint8 (b, h, w, 3)."""
     pipe = pipeline_of(BasePipeline, model, {"movq": movq}, mesh, len(images))
-    made = pipe.decode(pipe.encode_arrays(images)).images
-    pairs = np.stack([images, np.stack(made)], axis=1)
+    made = pipe.decode_arrays(pipe.encode_arrays(images), "pil")
+    pairs = np.stack([images, made], axis=1)
     return grid(pairs.reshape(-1, *images.shape[1:]), columns=8)
 
 

@@ -132,6 +132,18 @@ def test_a_checkpoint_has_its_own_defaults(run, demo, asked, tmp_path):
 def test_a_sampler_that_makes_other_steps_says_so(run, demo, asked, tmp_path):
     _, _, err = run("generate", "a", "--checkpoint", demo, "-o", tmp_path, "--sampler", "flash")
     assert err == ["k3jax: warning: the sampler flash makes 4 steps where 25 were asked for."]
+    _, _, err = run("generate", "a", "--checkpoint", demo, "-o", tmp_path, "--steps", "999")
+    assert err == [
+        "k3jax: warning: the sampler kandinsky makes 500 steps where 999 were asked for."
+    ]
+
+
+@pytest.mark.usefixtures("one_device")
+def test_other_steps_are_said_once_for_all_batches(run, demo, tmp_path):
+    small = ("--height", "64", "--width", "64", "--sampler", "flash", "--steps", "2")
+    code, paths, err = run("generate", "a", "b", "--checkpoint", demo, "-o", tmp_path / "o", *small)
+    assert code == 0 and len(paths) == 3
+    assert err == ["k3jax: warning: the sampler flash makes 4 steps where 2 were asked for."]
 
 
 @pytest.mark.usefixtures("one_device")
@@ -170,6 +182,11 @@ def test_what_is_cut_off_long_prompts_is_said_once(run, demo, tmp_path):
         (["a", "--mesh", "data=3"], "mesh 'data=3' takes 3 devices, but there are"),
         (["a", "--mesh", "rows=2"], "'rows=2' is not AXIS=SIZE with AXIS one of data, fsdp"),
         (["a", "--batch-size", "3"], "batch_size is 3, but the mesh splits a batch over"),
+        (["a", "--batch-size", "0"], "batch_size is 0; it must be 1 or more"),
+        (["a", "--guidance-interval", "20", "30"], "of 25 steps, within (0, 24)"),
+        (["a", "--sampler", "dpm++2m", "--steps", "1000"], "ask for fewer steps (998 is the most"),
+        (["a", "--height", "999936", "--width", "999936"], "not even one image fits: make smaller"),
+        (["a", "--distributed-timeout", "0"], "--distributed-timeout is 0.0; it must be 1 or more"),
         (["a", "--output", "{tmp}/empty.txt/out"], "cannot be written: Not a directory"),
         (["a", "--output", "gs://bucket/out"], "gs://bucket/out is not on this machine"),
         (["a", "b", "--output", "{tmp}/one.png"], "one.png is one file, but there are 2 images"),
@@ -237,6 +254,13 @@ def test_with_a_lora(run, refuses, demo, tmp_path):
     pipe.unload_lora()
     (plain,) = pipe(**settings["call"], progress_bar=False).images
     assert (np.asarray(plain) != np.asarray(again)).any()
+
+    before = weights["context_pooling.attention.to_q"]["a"][0, 0]
+    weights["context_pooling.attention.to_q"]["a"][0, 0] = np.nan
+    save_lora(tmp_path / "lora", weights, config, checkpoint.fingerprint, overwrite=True)
+    message = refuses(*args, "-o", tmp_path / "b.png")
+    assert "context_pooling.attention.to_q" in message and "NaN or infini" in message
+    weights["context_pooling.attention.to_q"]["a"][0, 0] = before
 
     del weights["context_pooling.attention.to_q"]
     save_lora(tmp_path / "lora", weights, config, checkpoint.fingerprint, overwrite=True)

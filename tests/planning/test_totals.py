@@ -17,7 +17,7 @@ FLASH = SamplerConfig(name="flash", num_inference_steps=4, guidance_scale=0.0)
 def test_evaluations():
     assert evaluations(BASE) == Evaluations(50, 0) and evaluations(BASE).passes == 100
     assert evaluations(BASE, (10, 29)) == Evaluations(20, 30)
-    assert evaluations(BASE, (40, 99)) == Evaluations(10, 40)
+    assert evaluations(BASE, (40, 49)) == Evaluations(10, 40)
     assert evaluations(dataclasses.replace(BASE, guidance_scale=0.0)) == Evaluations(0, 50)
     assert evaluations(FLASH) == Evaluations(0, 4)
     # Flash's steps are the model's own, and guidance has no meaning there.
@@ -25,8 +25,9 @@ def test_evaluations():
     assert evaluations(asked) == Evaluations(0, 4)
     fewer = dataclasses.replace(BASE, name="dpm++2m", num_inference_steps=20)
     assert evaluations(fewer) == Evaluations(20, 0)
-    with pytest.raises(ValueError, match="guidance_interval"):
-        evaluations(BASE, (3, 1))
+    for interval in ((3, 1), (40, 50), (60, 70), (0.2, 0.8)):
+        with pytest.raises(ValueError, match="guidance_interval"):
+            evaluations(BASE, interval)
 
 
 def totals(seconds, made, against=BASE, price=None, chips=8):

@@ -87,12 +87,16 @@ def test_more_and_fewer_processes(words, whole, tmp_path, made, stubs):
     """Shares of 3, then of 2, then of 1, each stopped early, change nothing in the result."""
     out = tmp_path / "out"
     for job in (0, 2):
-        made(*words, "--job", job, "--jobs", "3")
+        _, err = made(*words, "--job", job, "--jobs", "3")
+        assert err[-1].startswith(f"k3jax: share {job} of 3 is finished: ")
+        assert err[-1].endswith("of the shares 1, 2." if job == 0 else "of the shares 1.")
+        assert "the data set is not whole" in err[-1]
     assert len(list(out.glob("metadata/*"))) == 7
     for name in ("000000", "000006"):
         (out / "metadata" / f"{name}.parquet").unlink()
     made(*words, "--job", "1", "--jobs", "2", "--batch-size", "16")
-    made(*words)
+    _, err = made(*words)
+    assert err[-1].startswith("k3jax: finished: ")
     assert set(contents(out)) == set(whole)
     different = [name for name, digest in contents(out).items() if whole[name] != digest]
     # What another batch shape made says so, and the stub's images do not depend on it.

@@ -6,6 +6,15 @@ import pytest
 from k3jax.synthesis.shares import Share, find_share
 
 
+STEP = {"SLURM_STEP_ID": "0"}
+
+
+def array(task, count, first, last, step=None):
+    """What SLURM tells a task of an array."""
+    values = {"ID": task, "COUNT": count, "MIN": first, "MAX": last, "STEP": step}
+    return {f"SLURM_ARRAY_TASK_{k}": str(v) for k, v in values.items() if v is not None}
+
+
 SLICE = {"TPU_WORKER_ID": "1", "TPU_WORKER_HOSTNAMES": "a,b,c,d"}
 
 
@@ -31,11 +40,35 @@ SLICE = {"TPU_WORKER_ID": "1", "TPU_WORKER_HOSTNAMES": "a,b,c,d"}
                 "SLURM_ARRAY_TASK_STEP": "2",
                 "SLURM_PROCID": "1",
                 "SLURM_NTASKS": "2",
+                "SLURM_STEP_ID": "0",
             },
             {},
             (5, 6),
         ),
+        (array(1, count=4, first=1, last=4), {}, (0, 4)),
+        (array(4, count=4, first=1, last=4), {"jobs": 4}, (3, 4)),
+        (array(9, count=3, first=1, last=9), {}, (2, 3)),  # --array=1,5,9
+        (array(9, count=3, first=1, last=9, step=4), {}, (2, 3)),
+        (array(20, count=4, first=0, last=30, step=10), {}, (2, 4)),
+        # Task 3 of an array is submitted again: alone it makes all that is missing.
+        (array(3, count=1, first=3, last=3), {}, (0, 1)),
+        (array(3, count=1, first=3, last=3), {"job": 3, "jobs": 4}, (3, 4)),
         ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, {}, (3, 4)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}, {}, (0, 4)),
+        # srun -n 2 in an allocation for 4.
+        (
+            {**STEP, "SLURM_PROCID": "1", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "2"},
+            {},
+            (1, 2),
+        ),
+        # A batch script, and a shell of salloc: one process, whatever --ntasks says.
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, {}, (0, 1)),
+        (
+            {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_ID": str(0xFFFFFFFB)},
+            {"job": 1, "jobs": 2},
+            (1, 2),
+        ),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_ID": str(0xFFFFFFFA)}, {}, (0, 1)),
         ({"JAX_PROCESS_ID": "1", "JAX_NUM_PROCESSES": "2"}, {}, (1, 2)),
         ({"TPU_WORKER_ID": "0", "TPU_WORKER_HOSTNAMES": "localhost"}, {}, (0, 1)),
     ],
@@ -55,6 +88,19 @@ def test_shares(environment, flags, expected):
         ({}, {"job": 3}, "not of how many: give --jobs"),
         ({}, {"job": -1, "jobs": 3}, "must be at least 0"),
         ({"JAX_PROCESS_ID": "3"}, {}, "not of how many: give --hosts"),
+        # One task of an array is submitted again, whose numbers may have begun at 0 or at 1.
+        (array(3, count=1, first=3, last=3), {"jobs": 4}, "which of 4 jobs this is: .* --job and"),
+        (
+            array(3, count=2, first=3, last=5),
+            {"jobs": 8},
+            "array of 2 tasks, .* of 8 jobs",
+        ),
+        (array(2, count=3, first=1, last=9), {}, "uneven distances"),  # --array=1,2,9
+        (array(4, count=4, first=0, last=4), {}, r"uneven distances.*--array=0-3, or give --job"),
+        ({"SLURM_ARRAY_TASK_ID": "3"}, {}, "an unknown number of tasks"),
+        ({"SLURM_ARRAY_TASK_ID": "3"}, {"jobs": 4}, "an unknown number of tasks"),
+        ({**STEP, "SLURM_PROCID": "0"}, {}, "not of how many: give --hosts"),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, {"hosts": 4}, "say which of them .* --host"),
     ],
 )
 def test_refusals(environment, flags, reason):

@@ -197,6 +197,11 @@ def test_float_image_and_path_are_the_image(img2img, tmp_path):
         (dict(latents=np.zeros((1, 4, 8, 8))), r"needs \(1, 8, 8, 4\)"),
         (dict(step_noise=np.zeros((6, 1, 8, 8, 4))), r"needs \(3, 1, 8, 8, 4\)"),
         (dict(callback=print, callback_steps=0), "callback_steps is 0"),
+        (dict(callback=print, callback_steps=1.5), "callback_steps is 1.5; .* a whole number"),
+        (dict(max_area=4096.5), "max_area is 4096.5; it must be a whole number"),
+        (dict(max_area=float("nan")), "max_area is nan; it must be a whole number"),
+        (dict(strength=float("nan")), "strength is nan"),
+        (dict(guidance_interval=(3, 6)), r"guidance_interval is \(3, 6\); .* of 6 steps"),
     ],
 )
 def test_bad_arguments(img2img, kwargs, message):
@@ -211,3 +216,26 @@ def test_latents_of_a_bad_shape(img2img):
         img2img("a", image_latents=np.zeros((8, 8, 4)))
     with pytest.raises(ValueError, match="width is 40"):
         img2img("a", image_latents=np.zeros((1, 8, 5, 4)))
+
+
+def test_latents_that_are_not_finite(img2img):
+    latents = np.zeros((1, 8, 8, 4))
+    latents[0, 1, 2, 3] = np.inf
+    with pytest.raises(ValueError, match=r"image_latents holds 1 .* inf at \(0, 1, 2, 3\)"):
+        img2img("a", image_latents=latents)
+    for bad in (latents, np.full((1, 8, 8, 4), 1e39)):
+        with pytest.raises(ValueError, match=r"latents holds .* values that are not finite"):
+            img2img.decode(bad)
+
+
+def test_guidance_intervals_count_the_whole_schedule(img2img):
+    """Of 6 steps strength 0.5 leaves the last three, 3 to 5."""
+    image = picture(0)
+    everywhere = run(img2img, image=image, strength=0.5)
+    without = run(img2img, image=image, strength=0.5, guidance_scale=0)
+    assert np.abs(without - everywhere).max() > 2 / 255
+    same = run(img2img, image=image, strength=0.5, guidance_interval=(3, 5))
+    assert np.abs(same - everywhere).max() <= 1 / 255
+    with pytest.warns(UserWarning, match="guides none of the steps 3 to 5 that strength 0.5"):
+        none = run(img2img, image=image, strength=0.5, guidance_interval=(0, 2))
+    assert np.abs(none - without).max() <= 1 / 255

@@ -294,6 +294,8 @@ def test_bad_sides(sides, message):
         (dict(mask=7), "mask_image must be a path, a PIL image or an array, not int"),
         (dict(mask=[box()] * 2, image=[picture(0)] * 3), "3 images and 2 masks: give one for all"),
         (dict(feather=-1), "feather is -1; it must be 0 or more"),
+        (dict(feather=float("inf")), "feather is inf; it must be a finite number"),
+        (dict(feather="8"), "feather is '8'; it must be a finite number"),
         (dict(strength=0), "strength is 0, which repaints nothing"),
         (dict(strength=0.1), "strength 0.1 leaves none of 6 steps"),
     ],

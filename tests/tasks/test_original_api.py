@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from k3jax import original_api
+from k3jax import original_api, pipeline
 from k3jax.checkpoint import read_checkpoint
+from k3jax.config import SamplerConfig
 from k3jax.convert import from_torch
 from k3jax.inpaint import Kandinsky3InpaintPipeline
 from k3jax.original_api import OriginalInpainting, prepare_mask
@@ -19,6 +20,9 @@ from k3jax.original_api import OriginalInpainting, prepare_mask
 import torch_checkpoints
 from pictures import picture
 from random_checkpoint import write_random_checkpoint
+
+
+MADE = np.zeros((64, 64, 3), np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +151,19 @@ def test_a_mask_is_widened_by_6_pixels():
     expected[14:27, 14:27] = 1
     for form in (mask, mask.astype(np.uint8) * 255, Image.fromarray(mask > 0)):
         assert np.array_equal(prepare_mask(form), expected)
+
+
+def test_flash_passes_over_steps(published, monkeypatch, strict):
+    """The original's default of 50 is nothing that a person has asked for."""
+    flash = original_api.get_T2I_Flash_pipeline("data=8", "float32")
+    sampler = SamplerConfig("flash", num_inference_steps=4)
+    flash.pipe.config = dataclasses.replace(flash.pipe.config, sampler=sampler)
+    seen = []
+    monkeypatch.setattr(
+        pipeline, "make_images", lambda pipe, groups, *rest: seen.append(groups) or {0: MADE}
+    )
+    flash("A cute corgi.", width=64, height=64, seed=1)
+    assert seen[0][0].sampler.num_steps == 4
 
 
 @pytest.mark.parametrize(

@@ -80,11 +80,18 @@ def test_variations_of_an_image(img2img, embeds):
         ([1, -1], "weights must be 0 or more, and one of each mixture above 0"),
         ([0, 0], "weights must be 0 or more"),
         ([1, float("nan")], "weights must be 0 or more"),
+        ([3e38, 3e38], "their sum must be finite"),
     ],
 )
 def test_bad_weights(embeds, weights, message):
     with pytest.raises(ValueError, match=message):
         mix_prompts(embeds, weights)
+
+
+@pytest.mark.parametrize("weight", ["1" * 400, "1" * 40, "2" + "0" * 30])
+def test_a_weight_beyond_float32(base, weight):
+    with pytest.raises(ValueError, match=r"words 'red' has .* it must be 1e.30 or le"):
+        base.encode_prompt(f"a (red:{weight}) dot", word_weights=True)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,12 @@ from k3jax import (
     Kandinsky3InpaintPipeline,
     Kandinsky3Pipeline,
 )
-from k3jax.abstract import COMPONENTS
+from k3jax.abstract import COMPONENTS, abstract_module
 from k3jax.checkpoint import CheckpointWriter, save_module
+from k3jax.components import _dtypes_of
+from k3jax.config import LoraConfig
+from k3jax.lora_format import save_lora
+from k3jax.training.lora import init_lora
 
 from pictures import picture
 from random_checkpoint import (
@@ -162,6 +166,59 @@ def test_the_text_encoder_apart(pipe, checkpoints):
         rest("a cat", **call)
     with pytest.raises(ValueError, match="components names 'vae', which is not one of text_enc"):
         Kandinsky3Pipeline.from_pretrained(checkpoints[0], components=["vae"], **load)
+
+
+@pytest.mark.parametrize("kind", ["lora", "int8", "dtypes"])
+def test_another_checkpoint_has_the_dtypes_of_the_base_weights(checkpoints, tmp_path, kind):
+    """Not those of a LoRA's factors, nor of int8 scales."""
+    dtype = "float32" if kind == "int8" else {"movq": "float32"}
+    load = dict(mesh="data=8", dtype=dtype, int8_text_encoder=kind == "int8")
+    pipe = Kandinsky3Pipeline.from_pretrained(checkpoints[0], **load)
+    assert _dtypes_of(pipe.text_encoder)[1] == ("float32" if kind == "int8" else "bfloat16")
+    if kind == "lora":
+        config = LoraConfig(rank=2)
+        weights = init_lora(abstract_module("unet", MODEL), config)
+        save_lora(tmp_path / "lora", weights, config, pipe.fingerprint)
+        pipe.load_lora(tmp_path / "lora")
+        assert jax.tree.leaves(pipe.unet)[0].dtype == "float32"  # of the LoRA
+    other = Kandinsky3InpaintPipeline.from_pipe(pipe, checkpoints[1])
+    for name in ("unet", "text_projection"):
+        module = getattr(other, name)
+        expected = "float32" if kind == "int8" else "bfloat16"
+        assert {str(leaf.dtype) for leaf in jax.tree.leaves(module)} == {expected}
+        assert module.dtype == expected
+
+
+def test_a_component_that_is_not_there_has_no_dtype(checkpoints):
+    load = dict(mesh="data=8", components=["text_encoder", "movq"])
+    pipe = Kandinsky3Pipeline.from_pretrained(checkpoints[0], **load)
+    with pytest.raises(ValueError, match=r"component that this pipeline lacks .* from_pretrained"):
+        Kandinsky3InpaintPipeline.from_pipe(pipe, checkpoints[1])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(batch_size=0), "batch_size is 0; it must be 1 or more"),
+        (dict(batch_size=12), "batch_size is 12, but the mesh splits a batch over 8 devices"),
+        (dict(batch_size=4, mesh="tensor=-1", encoder_mesh="data=-1"), "over 8 devices"),
+        (dict(dtype="fp16"), "dtype fp16 is not one of bfloat16, float32"),
+        (dict(param_dtype="int8"), "dtype int8 is not one of bfloat16, float32"),
+        (dict(mesh="data=3"), "takes 3 devices"),
+        (dict(int8_text_encoder=True, stream_text_encoder=True), "choose one of int8_text_encoder"),
+    ],
+)
+def test_arguments_are_checked_before_weights_are_read(
+    checkpoints, monkeypatch, arguments, message
+):
+    from k3jax import components
+
+    def read(*args, **kwargs):
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr(components, "restore", read)
+    with pytest.raises(ValueError, match=message):
+        Kandinsky3Pipeline.from_pretrained(checkpoints[0], **arguments)
 
 
 def test_a_lora_stays_with_its_unet(pipe, checkpoints):
