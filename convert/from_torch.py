@@ -17,7 +17,7 @@ from k3jax.convert.rules import ConversionError, Plan, Shape, raise_faults, to_j
 from k3jax.convert.sources import Source, open_source
 from k3jax.convert.tensors import Tensors, shapes
 from k3jax.convert.tokenizer import prepare_tokenizer
-from k3jax.manifest import array_digest, combined_digest
+from k3jax.digests import array_digest, combined_digest
 
 
 PARAM_DTYPES = ("bfloat16", "float16", "float32")

@@ -24,7 +24,8 @@ import numpy as np
 from etils import epath
 
 from k3jax.config import ModelConfig, from_dict, suggestion, to_dict
-from k3jax.manifest import CheckpointError, combined_digest, is_local, read_manifest
+from k3jax.digests import combined_digest, same_weights
+from k3jax.manifest import MANIFEST, CheckpointError, is_local, read_manifest
 from k3jax.packaged import packaged_path
 
 
@@ -45,7 +46,8 @@ class Checkpoint:
     component_paths: dict[str, epath.Path]
     """Component -> its folder, here or in the checkpoint that shares it."""
     fingerprint: str
-    """sha256 of all weights: equal for equal arrays, whoever converted them. Not of the config."""
+    """Digest of all weights: equal for equal arrays, whoever converted them. Not of the config.
+    Those of two kinds cannot be compared, see k3jax/digests.py."""
 
     def component_path(self, component: str) -> epath.Path:
         """The folder of a component; a CheckpointError when the checkpoint has none."""
@@ -86,8 +88,14 @@ def read_checkpoint(path) -> Checkpoint:
         folder = path / name if shared is None else shared_path(path, shared)
         if not folder.exists():
             raise CheckpointError(_missing_component(path, name, folder, shared))
+        if name not in digests:
+            raise CheckpointError(
+                f"{path / MANIFEST} is damaged: it has no digest of {name}; copy the checkpoint "
+                "again."
+            )
         component_paths[name] = folder
-        if digests.get(name) != read_manifest(folder.parent)["components"].get(name):
+        current = read_manifest(folder.parent)["components"].get(name)
+        if not same_weights(digests[name], current, folder):
             raise CheckpointError(
                 f"{path} was made with another {name} than {folder} now holds: "
                 "bring the old one back, or convert the checkpoint again."

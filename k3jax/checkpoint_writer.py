@@ -25,11 +25,10 @@ from k3jax.checkpoint_format import (
     read_checkpoint,
 )
 from k3jax.config import ModelConfig
+from k3jax.digests import array_digest, combined_digest
 from k3jax.manifest import (
     CARD,
     CheckpointError,
-    array_digest,
-    combined_digest,
     file_digest,
     files_below,
     is_local,

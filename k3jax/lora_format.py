@@ -19,8 +19,9 @@ from etils import epath
 
 from k3jax.checkpoint_format import as_path
 from k3jax.config import LoraConfig, from_dict, to_dict
+from k3jax.digests import abbreviated, array_digest, combined_digest, prove_difference
 from k3jax.lora import Weights
-from k3jax.manifest import CheckpointError, array_digest, combined_digest, is_local
+from k3jax.manifest import CheckpointError, is_local
 
 
 SETTINGS, ARRAYS = "lora.json", "weights.npz"
@@ -43,7 +44,7 @@ class Lora:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the weights: equal for equal arrays, wherever they lie."""
+        """Digest of the weights: equal for equal arrays, wherever they lie."""
         return combined_digest(
             {
                 f"{name}.{key}": array_digest(array)
@@ -54,14 +55,20 @@ class Lora:
 
 
 def warn_of_another_base(lora: Lora, fingerprint: str | None) -> None:
-    """Warns where a LoRA is used on other weights than it was trained on."""
-    if fingerprint is not None and lora.base_fingerprint != fingerprint:
-        warnings.warn(
+    """Warns where a LoRA is used on other weights than it was trained on, or may be."""
+    if fingerprint is None or lora.base_fingerprint == fingerprint:
+        return
+    if prove_difference(lora.base_fingerprint, fingerprint):
+        found = (
             f"the LoRA {lora.path} was trained on another checkpoint (fingerprint "
-            f"{lora.base_fingerprint[:12]}..., not {fingerprint[:12]}...): "
-            "its effect may be another.",
-            stacklevel=3,
+            f"{abbreviated(lora.base_fingerprint)}..., not {abbreviated(fingerprint)}...): "
         )
+    else:
+        found = (
+            f"the LoRA {lora.path} may have been trained on another checkpoint (one of the two "
+            "fingerprints was computed by an earlier version of k3jax): "
+        )
+    warnings.warn(f"{found}its effect may be another.", stacklevel=3)
 
 
 def save_lora(
