@@ -18,6 +18,8 @@ from pathlib import Path
 from etils import epath
 from tqdm import tqdm
 
+from k3jax.json_files import read_object
+
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
@@ -86,23 +88,38 @@ def read_manifest(folder: epath.Path) -> dict:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
-        if manifest["version"] != MANIFEST_VERSION:
+        manifest = read_object(path)
+        if manifest.get("version") != MANIFEST_VERSION:
             raise CheckpointError(
-                f"{path} is of version {manifest['version']}, but this k3jax reads version "
+                f"{path} is of version {manifest.get('version')!r}, but this k3jax reads version "
                 f"{MANIFEST_VERSION}: upgrade k3jax."
             )
-        return {"components": dict(manifest["components"]), "files": dict(manifest["files"])}
+        _check_manifest(manifest, path)
     except FileNotFoundError:
         raise CheckpointError(
             f"{path} is missing: the checkpoint was not copied completely; copy it again."
         ) from None
-    except (KeyError, TypeError, ValueError) as error:
+    except ValueError as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(
-            f"{path} is damaged ({error!r}); copy the checkpoint again."
-        ) from None
+        raise CheckpointError(f"{error}; copy the checkpoint again.") from None
+    return {"components": manifest["components"], "files": manifest["files"]}
+
+
+def _check_manifest(manifest: Mapping, path: epath.Path) -> None:
+    """Raises ValueError, a sentence without its full stop, where a manifest is not one."""
+    for part in ("components", "files"):
+        if not isinstance(manifest.get(part), dict):
+            raise ValueError(f"{path} is damaged: it has no object {part!r}")
+    for name, digest in manifest["components"].items():
+        if not isinstance(digest, str):
+            raise ValueError(f"{path} is damaged: the digest of {name} is {digest!r}")
+    for name, entry in manifest["files"].items():
+        size, crc = (entry.get(k) if isinstance(entry, dict) else None for k in ("size", "crc32"))
+        if not isinstance(size, int) or not 0 <= size < 2**63 or not isinstance(crc, str):
+            raise ValueError(f"{path} is damaged: its entry of {name!r} is {entry!r}")
+        if "\0" in name:
+            raise ValueError(f"{path} is damaged: {name!r} is no name of a file")
 
 
 def file_fault(folder: epath.Path, name: str, entry: Mapping, hashed: bool = True) -> str | None:
