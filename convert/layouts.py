@@ -6,18 +6,11 @@ from dataclasses import dataclass, field
 
 from k3jax.convert.rules import ConversionError
 from k3jax.convert.weight_files import ReadText, weight_files
+from k3jax.tokenizer import TOKENIZER_FILES
 
 
 VARIANTS = {"base": "", "flash": "_flash", "inpainting": "_inpainting"}
 """Variant -> what the original files append to their names."""
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "spiece.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
 
 ENCODER_FOLDERS = ("flan_ul2_encoder", "flan-ul2", "google/flan-ul2", "text_encoder")
 """Where people who run the original code keep the encoder (3.0 used google/flan-ul2 itself)."""

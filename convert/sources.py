@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A PyTorch checkpoint of any known layout, opened but not read."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from k3jax.convert.hub import fetch
 from k3jax.convert.layouts import Layout, find_layout
 from k3jax.convert.rules import ConversionError, Table
 from k3jax.convert.tensors import Tensors, flat, from_tensor, open_pickle, open_weights, shapes
+from k3jax.json_files import read_object
 
 
 @dataclass
@@ -148,12 +148,12 @@ def _original(root: Path, found: Layout, variant: str) -> _Opened:
     for key in ("unet", "null_embedding"):
         if key not in content:
             raise ConversionError(
-                f"{main} has no {key!r} (it has {', '.join(map(str, content))}): it is not a "
+                f"{main} has no {key!r} (it has {_names(content)}): it is not a "
                 "Kandinsky 3 checkpoint."
             )
     unknown = content.keys() - {"unet", "null_embedding", "projections"}
     if unknown:
-        raise ConversionError(f"{main} holds {', '.join(sorted(unknown))}, which is not known.")
+        raise ConversionError(f"{main} holds {_names(unknown)}, which is not known.")
     tensors = {
         "unet": flat(_mapping(content, "unet", main), main),
         "movq": open_weights([root / found.weights["movq"][0]]),
@@ -200,6 +200,10 @@ def _split(table: Table, tensors: Tensors) -> tuple[Tensors, Tensors]:
     return mine, {name: tensor for name, tensor in tensors.items() if name not in mine}
 
 
+def _names(keys) -> str:
+    return ", ".join(sorted(str(key)[:80] for key in list(keys)[:20]))
+
+
 def _mapping(content, key, file):
     if not isinstance(content[key], Mapping):
         raise ConversionError(
@@ -208,11 +212,8 @@ def _mapping(content, key, file):
     return content[key]
 
 
-def _json(file: Path):
+def _json(file: Path) -> dict:
     try:
-        values = json.loads(file.read_text())
-    except (ValueError, OSError) as error:
-        raise ConversionError(f"{file} is not readable JSON ({error}): fetch it again.") from None
-    if not isinstance(values, dict):
-        raise ConversionError(f"{file} holds no JSON object.")
-    return values
+        return read_object(file)
+    except ValueError as error:
+        raise ConversionError(f"{error}: fetch it again.") from None

@@ -37,7 +37,7 @@ def test_broken_pickles_and_json(original, tmp_path):
         assert "truncated" in message and str(file) in message
         file.write_bytes(whole)
     (folder / "flan_ul2_encoder" / "config.json").write_text("{")
-    assert "not readable JSON" in refused(folder, tmp_path)
+    assert "is not JSON" in refused(folder, tmp_path)
 
 
 class Code:
