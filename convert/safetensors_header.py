@@ -86,11 +86,7 @@ def _entries(header: bytes, file: Path) -> dict[str, Entry]:
         if not isinstance(values, dict) or values.keys() != {"dtype", "shape", "data_offsets"}:
             raise ConversionError(f"{broken}: {name} is {str(values)[:80]}. Fetch it again.")
         kind, shape, offsets = values["dtype"], values["shape"], values["data_offsets"]
-        if (
-            isinstance(kind, str)
-            and kind not in SAFETENSORS_DTYPES
-            and _OTHER_DTYPE.fullmatch(kind)
-        ):
+        if isinstance(kind, str) and _OTHER_DTYPE.fullmatch(kind):
             raise ConversionError(
                 f"{file} has weights in {kind} ({name}), which is not supported: convert a "
                 "version of them in bfloat16, float16 or float32."
@@ -109,7 +105,7 @@ def _entries(header: bytes, file: Path) -> dict[str, Entry]:
 
 
 _OTHER_DTYPE = re.compile(r"(F8_|F6_|F4)\w*|U16|U32|U64|C64")
-"""Of the safetensors format, besides those that are read here."""
+"""Of the safetensors format, those that are not read here."""
 
 
 def _are_sizes(values) -> bool:
