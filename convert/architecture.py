@@ -5,6 +5,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from k3jax.config import (
     ModelConfig,
     MoVQConfig,
@@ -278,7 +280,10 @@ def model_config(where: str, **parts) -> ModelConfig:
     """ModelConfig of these parts; a ConversionError where they do not belong together."""
     try:
         config = ModelConfig(**parts)
-        make_sampler(config.sampler)  # refuses schedules that it does not know
+        with np.errstate(all="ignore"):
+            rows = make_sampler(config.sampler).rows  # refuses schedules that it does not know
+        if not all(np.isfinite(row).all() for row in rows.values()):
+            raise ValueError("sampler: its betas make infinite or undefined steps.")
         return config
     except ValueError as error:
         raise ConversionError(f"{where}: {error}") from None

@@ -4,6 +4,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from k3jax.convert.own_settings import settings_file
 from k3jax.convert.rules import ConversionError
 from k3jax.convert.weight_files import ReadText, weight_files
 from k3jax.tokenizer import TOKENIZER_FILES
@@ -103,6 +104,8 @@ def _diffusers(names, where, variant, weights_variant, text_encoder, read_text):
             layout.configs[component] = f"{component}/config.json"
         elif files:
             missing.append(f"{component}/config.json")
+    if settings_file("diffusers", "") in names:
+        layout.configs["k3jax"] = settings_file("diffusers", "")
     if "scheduler/scheduler_config.json" in names:
         layout.configs["scheduler"] = "scheduler/scheduler_config.json"
     layout.tokenizer = _tokenizer(names, ["tokenizer/"])
@@ -117,6 +120,8 @@ def _original(names, where, variant, weights_variant, text_encoder, read_text):
     end = VARIANTS[variant]
     root = "" if f"kandinsky3{end}.pt" in names else "weights/"
     layout.weights["unet"] = [f"{root}kandinsky3{end}.pt"]
+    if root + settings_file("original", end) in names:
+        layout.configs["k3jax"] = root + settings_file("original", end)
     missing = []
     if f"{root}movq.pt" in names:
         layout.weights["movq"] = [f"{root}movq.pt"]

@@ -24,6 +24,7 @@ from k3jax.convert.architecture import (
 )
 from k3jax.convert.hub import fetch
 from k3jax.convert.layouts import Layout, find_layout
+from k3jax.convert.own_settings import with_own_settings
 from k3jax.convert.rules import ConversionError, Table
 from k3jax.convert.tensors import Tensors, flat, from_tensor, open_pickle, open_weights, shapes
 from k3jax.json_files import read_object
@@ -125,8 +126,6 @@ def _diffusers(root: Path, found: Layout, variant: str) -> _Opened:
         sampler = sampler_config(json_of["scheduler"], str(root / found.configs["scheduler"]))
     else:
         sampler = SamplerConfig(name="ddpm", num_inference_steps=25)
-    if variant == "flash":
-        sampler = original_sampler("diffusers", variant)
     parts = {
         "text_projection": projection,
         "unet": unet_part,
@@ -134,6 +133,9 @@ def _diffusers(root: Path, found: Layout, variant: str) -> _Opened:
         "conditioning": "diffusers",
         "sampler": sampler,
     }
+    parts = _with_own_settings(parts, root, found)
+    if variant == "flash" and parts["sampler"].name != "flash":
+        parts["sampler"] = original_sampler("diffusers", variant)
     if "text_encoder" in tensors:
         tables["text_encoder"] = text_encoder.table()
         parts["text_encoder"] = text_encoder_config(
@@ -191,7 +193,15 @@ def _original(root: Path, found: Layout, variant: str) -> _Opened:
         file = root / found.configs["text_encoder"]
         parts["text_encoder"] = text_encoder_config(_json(file), str(file))
     parts |= {"conditioning": "original", "sampler": original_sampler(layout, variant)}
+    parts = _with_own_settings(parts, root, found)
     return _Opened(layout, tensors, tables, parts)
+
+
+def _with_own_settings(parts: dict, root: Path, found: Layout) -> dict:
+    if "k3jax" not in found.configs:
+        return parts
+    file = root / found.configs["k3jax"]
+    return with_own_settings(parts, _json(file), str(file))
 
 
 def _split(table: Table, tensors: Tensors) -> tuple[Tensors, Tensors]:

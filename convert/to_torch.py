@@ -27,6 +27,7 @@ from k3jax.convert.diffusers_configs import (
     unet_json,
 )
 from k3jax.convert.layouts import VARIANTS
+from k3jax.convert.own_settings import own_settings, settings_file
 from k3jax.convert.rules import ConversionError, Table, raise_faults, to_torch_array
 from k3jax.convert.safetensors_writer import Entry, SafetensorsWriter, nbytes, shards, write_index
 from k3jax.convert.tensors import open_safetensors
@@ -71,7 +72,7 @@ def export(
     variant = variant or checkpoint.source.get("variant", "base")
     if variant not in VARIANTS:
         raise ConversionError(f"variant is {variant!r}; it must be one of {list(VARIANTS)}.")
-    jsons = _jsons(checkpoint, layout)
+    jsons = _jsons(checkpoint, layout, VARIANTS[variant])
     for component, folder in checkpoint.component_paths.items():
         check_component(folder.parent, component, hashed=is_local(folder))
     with _new_folder(Path(destination).expanduser()) as folder:
@@ -152,12 +153,14 @@ def _table(component: str, layout: str, checkpoint: Checkpoint) -> Table:
     return movq.table(dialect, len(checkpoint.config.movq.block_out_channels))
 
 
-def _jsons(checkpoint: Checkpoint, layout: str) -> dict[str, dict]:
+def _jsons(checkpoint: Checkpoint, layout: str, end: str) -> dict[str, dict]:
     """File -> its content. Refuses what the layout cannot represent."""
     encoder = text_encoder_json(checkpoint.config.text_encoder, checkpoint.dtype)
+    own = {settings_file(layout, end): own_settings(checkpoint.config, layout)}
     if layout != "diffusers":
-        return {"flan_ul2_encoder/config.json": encoder}
+        return {"flan_ul2_encoder/config.json": encoder, **own}
     return {
+        **own,
         "model_index.json": model_index_json(_tokenizer_class(checkpoint)),
         "unet/config.json": unet_json(checkpoint.config),
         "movq/config.json": movq_json(checkpoint.config.movq),

@@ -73,7 +73,7 @@ def check_unet(config: Any) -> None:
                 f"unet has a block of {channels} channels, which do not split into unet.groups = "
                 f"{config.groups} groups."
             )
-    attended = set()
+    attended = {config.time_embedding_dim}
     for i in range(len(levels)):
         j = len(levels) - 1 - i  # the up path reads the flags from their end
         self_flags = {i: config.add_self_attention[i], j: config.add_self_attention[-1 - i]}
