@@ -199,18 +199,27 @@ def _write_original(folder: Path, parts: Mapping[str, _Part], end: str, layout: 
     if layout == "original30":
         content["projections"] = {f"t5.{name}": tensor for name, tensor in projection.items()}
     else:
-        torch.save(projection, encoder / f"projection{end}.pt")
-    torch.save(content, folder / f"kandinsky3{end}.pt")
+        _save(projection, encoder / f"projection{end}.pt")
+    _save(content, folder / f"kandinsky3{end}.pt")
     shutil.rmtree(work)
-    torch.save(state("movq"), folder / "movq.pt")
+    _save(state("movq"), folder / "movq.pt")
     files = _write(work, "pytorch_model", [parts["text_encoder"]], 2 * SHARD_BYTES, bar)
     bins = {file.replace(".safetensors", ".bin"): entries for file, entries in files.items()}
     for file, bin_file in zip(files, bins, strict=True):
-        torch.save(_mapped(work / file), encoder / bin_file)
+        _save(_mapped(work / file), encoder / bin_file)
         (work / file).unlink()
     if len(bins) > 1:
         write_index(bins, encoder / "pytorch_model.bin.index.json")
     shutil.rmtree(work)
+
+
+def _save(content: Mapping, file: Path) -> None:
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:  # what PyTorch makes of a failed write
+        raise ConversionError(
+            f"{file} cannot be written (is the disk full?): {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _mapped(file: Path) -> dict[str, torch.Tensor]:
@@ -251,8 +260,11 @@ def _new_folder(destination: Path) -> Iterator[Path]:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         yield folder
         folder.rename(destination)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            reason = error.strerror or error
+            raise ConversionError(f"{destination} cannot be written: {reason}.") from error
         raise
     finally:
         os.close(lock)

@@ -22,10 +22,16 @@ def prepare_tokenizer(files: Iterable[Path], folder: Path, vocab_size: int | Non
         ConversionError: transformers cannot read the files, or they are another model's; names the
             file of the source.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     files = list(files)
-    for file in files:
-        shutil.copyfile(file, folder / file.name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            shutil.copyfile(file, folder / file.name)
+    except OSError as error:
+        raise ConversionError(
+            f"the tokenizer in {files[0].parent} cannot be copied to {folder}: "
+            f"{error.strerror or error}."
+        ) from None
     fault = tokenizer_fault(folder, vocab_size)
     if fault is not None:
         raise ConversionError(f"{fault.replace(str(folder), str(files[0].parent))}.")
@@ -35,7 +41,13 @@ def prepare_tokenizer(files: Iterable[Path], folder: Path, vocab_size: int | Non
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        T5Tokenizer.from_pretrained(folder).save_pretrained(folder)
+        tokenizer = T5Tokenizer.from_pretrained(folder)
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # of the tokenizers library: no OSError
+            raise ConversionError(
+                f"the tokenizer in {files[0].parent} cannot be written to {folder}: {error}."
+            ) from None
     for file in folder.iterdir():
         if file.name not in TOKENIZER_FILES:
             file.unlink()

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from k3jax import orbax_io
 from k3jax.abstract import abstract_module
-from k3jax.checkpoint_format import TOKENIZER, Checkpoint, as_path, read_checkpoint
+from k3jax.checkpoint_format import CONFIG, TOKENIZER, Checkpoint, as_path, read_checkpoint
 from k3jax.checkpoint_writer import CheckpointWriter
 from k3jax.manifest import (
     CARD,
@@ -91,7 +91,11 @@ def restore(
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = read_checkpoint(checkpoint)
     folder = checkpoint.component_path(component)
-    module = abstract_module(component, checkpoint.config, param_dtype or checkpoint.dtype, dtype)
+    try:
+        kind = param_dtype or checkpoint.dtype
+        module = abstract_module(component, checkpoint.config, kind, dtype)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.path / CONFIG}: {error}") from None
     check_component(
         folder.parent,
         component,

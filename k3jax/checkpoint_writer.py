@@ -157,10 +157,11 @@ class CheckpointWriter:
         folder = as_path(folder)
         if not folder.is_dir() or not any(folder.iterdir()):
             raise CheckpointError(f"{folder} is not a folder with a tokenizer.")
-        for file in files_below(folder):
-            target = self.folder / TOKENIZER / file.relative_to(folder)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            file.copy(target)
+        with self._disk_errors():
+            for file in files_below(folder):
+                target = self.folder / TOKENIZER / file.relative_to(folder)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                file.copy(target)
 
     def commit(self, config: ModelConfig, source: Mapping[str, Any], dtype: str) -> None:
         """Finishes the checkpoint and puts it in its place.
@@ -184,14 +185,24 @@ class CheckpointWriter:
         digests = {c: combined_digest(leaves) for c, leaves in self._digests.items()}
         digests |= {c: digest for c, (_, digest) in self._shared.items()}
         content = config_bytes(config, source, dtype, self._components)
-        (self.folder / _MARK).unlink(missing_ok=True)
-        write_manifest(self.folder, digests, self._digest_of, extra={CONFIG: content})
         card = model_card(config, source, dtype, combined_digest(digests))
-        (self.folder / CARD).write_text(card, encoding="utf-8")
-        (self.folder / CONFIG).write_bytes(content)
+        with self._disk_errors():
+            (self.folder / _MARK).unlink(missing_ok=True)
+            write_manifest(self.folder, digests, self._digest_of, extra={CONFIG: content})
+            (self.folder / CARD).write_text(card, encoding="utf-8")
+            (self.folder / CONFIG).write_bytes(content)
         if self.folder != self.path:
             self._put_in_place()
         self._committed = True
+
+    @contextlib.contextmanager
+    def _disk_errors(self):
+        """Names the destination where a disk is full or may not be written."""
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            raise CheckpointError(f"{self.path} cannot be written: {reason}.") from error
 
     def _flush(self) -> None:
         group, self._group, self._group_size = self._group, {}, 0
@@ -241,7 +252,7 @@ class CheckpointWriter:
             )
 
     def _remove_dead_runs(self) -> None:
-        for folder in self.path.parent.glob(f"{self.path.name}{_MARK}-*"):
+        for folder in self._siblings(f"{_MARK}-"):
             lock = os.open(folder, os.O_RDONLY)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -256,14 +267,22 @@ class CheckpointWriter:
             folder.rmtree()
 
     def _put_in_place(self) -> None:
+        old = f"{self.path}.replaced-{secrets.token_hex(4)}"
         try:
             if looks_like_checkpoint(self.path) and self._overwrite:
-                os.rename(self.path, f"{self.path}.replaced-{secrets.token_hex(4)}")
+                os.rename(self.path, old)
             os.rename(self.folder, self.path)
         except OSError as error:
+            if os.path.exists(old):
+                os.rename(old, self.path)
             raise CheckpointError(f"{self.path} cannot be made: {error}.") from None
-        for old in self.path.parent.glob(f"{self.path.name}.replaced-*"):
+        for old in self._siblings(".replaced-"):
             shutil.rmtree(old, ignore_errors=True)
+
+    def _siblings(self, mark: str) -> list[epath.Path]:
+        """What earlier runs for this path left beside it."""
+        start = f"{self.path.name}{mark}"  # no pattern: a name may have brackets
+        return [path for path in self.path.parent.iterdir() if path.name.startswith(start)]
 
 
 def _identity(path: os.PathLike | str) -> tuple[int, int, int]:
