@@ -9,14 +9,14 @@ from huggingface_hub import HfApi, snapshot_download
 
 from k3jax.convert.layouts import Layout
 from k3jax.convert.rules import ConversionError
-from k3jax.convert.weight_files import ReadText
+from k3jax.convert.weight_files import ReadBytes
 
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 TIMEOUT = 10
 """Seconds that the hub has for its answer; it is asked once."""
 
-Find = Callable[[Iterable[str], str, ReadText], Layout]
+Find = Callable[[Iterable[str], str, ReadBytes], Layout]
 """Names of all files, a name for error messages, and a reader of small files, to a layout."""
 
 
@@ -48,10 +48,10 @@ def fetch(source: str | Path, find: Find) -> tuple[Path, Layout, dict[str, str]]
         root = _downloaded(repo, error)
         return root, find(_files(root), repo, _reader(root)), {"repo": repo}
 
-    def read_text(name: str) -> str:
-        return (_download(repo, [name]) / name).read_text()
+    def read_bytes(name: str) -> bytes:
+        return (_download(repo, [name]) / name).read_bytes()
 
-    layout = find(names, repo, read_text)
+    layout = find(names, repo, read_bytes)
     return _download(repo, layout.files()), layout, {"repo": repo}
 
 
@@ -103,8 +103,8 @@ def _line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _reader(root: Path) -> ReadText:
-    return lambda name: (root / name).read_text()
+def _reader(root: Path) -> ReadBytes:
+    return lambda name: (root / name).read_bytes()
 
 
 def _files(root: Path) -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from k3jax.convert.own_settings import settings_file
 from k3jax.convert.rules import ConversionError
-from k3jax.convert.weight_files import ReadText, weight_files
+from k3jax.convert.weight_files import ReadBytes, weight_files
 from k3jax.tokenizer import TOKENIZER_FILES
 
 
@@ -44,7 +44,7 @@ def find_layout(
     variant: str = "base",
     weights_variant: str | None = None,
     text_encoder: bool = True,
-    read_text: ReadText | None = None,
+    read_bytes: ReadBytes | None = None,
 ) -> Layout:
     """Recognises the layout and picks the files.
 
@@ -54,7 +54,7 @@ def find_layout(
         variant: one of VARIANTS.
         weights_variant: `fp16` for files named *.fp16.*; None: plain files, or the only variant.
         text_encoder: False leaves the text encoder out (another checkpoint has it).
-        read_text: for the indexes of shards; None: shards are told from their names alone.
+        read_bytes: for the indexes of shards; None: shards are told from their names alone.
 
     Raises:
         ConversionError: no known layout, or a component without files; says what was looked for.
@@ -63,10 +63,10 @@ def find_layout(
     if variant not in VARIANTS:
         raise ConversionError(f"variant is {variant!r}; it must be one of {list(VARIANTS)}.")
     if "model_index.json" in names or any(name.startswith("unet/") for name in names):
-        return _diffusers(names, where, variant, weights_variant, text_encoder, read_text)
+        return _diffusers(names, where, variant, weights_variant, text_encoder, read_bytes)
     main = [f"{root}kandinsky3{VARIANTS[variant]}.pt" for root in ("", "weights/")]
     if any(name in names for name in main):
-        return _original(names, where, variant, weights_variant, text_encoder, read_text)
+        return _original(names, where, variant, weights_variant, text_encoder, read_bytes)
     others = [
         v
         for v, end in VARIANTS.items()
@@ -83,7 +83,7 @@ def find_layout(
     )
 
 
-def _diffusers(names, where, variant, weights_variant, text_encoder, read_text):
+def _diffusers(names, where, variant, weights_variant, text_encoder, read_bytes):
     if variant == "inpainting":
         raise ConversionError(
             f"{where} is in the diffusers layout, whose U-Net cannot have the 9 input channels of "
@@ -95,7 +95,7 @@ def _diffusers(names, where, variant, weights_variant, text_encoder, read_text):
         components["text_encoder"] = TEXT_STEMS
     missing = []
     for component, stems in components.items():
-        files = weight_files(names, f"{component}/", stems, where, weights_variant, read_text)
+        files = weight_files(names, f"{component}/", stems, where, weights_variant, read_bytes)
         if files:
             layout.weights[component] = files
         else:
@@ -115,7 +115,7 @@ def _diffusers(names, where, variant, weights_variant, text_encoder, read_text):
     return layout
 
 
-def _original(names, where, variant, weights_variant, text_encoder, read_text):
+def _original(names, where, variant, weights_variant, text_encoder, read_bytes):
     layout = Layout("original")
     end = VARIANTS[variant]
     root = "" if f"kandinsky3{end}.pt" in names else "weights/"
@@ -137,7 +137,7 @@ def _original(names, where, variant, weights_variant, text_encoder, read_text):
     layout.tokenizer = _tokenizer(names, [*folders, f"{root}tokenizer/"])
     if text_encoder:
         for folder in folders:
-            files = weight_files(names, folder, TEXT_STEMS, where, weights_variant, read_text)
+            files = weight_files(names, folder, TEXT_STEMS, where, weights_variant, read_bytes)
             if files:
                 layout.weights["text_encoder"] = files
                 if f"{folder}config.json" in names:

@@ -68,13 +68,13 @@ def open_source(
     """
     root, found, origin = fetch(
         source,
-        lambda names, where, read_text: find_layout(
+        lambda names, where, read_bytes: find_layout(
             names,
             where,
             variant=variant,
             weights_variant=weights_variant,
             text_encoder=shared_text_encoder is None,
-            read_text=read_text,
+            read_bytes=read_bytes,
         ),
     )
     opened = (_diffusers if found.kind == "diffusers" else _original)(root, found, variant)

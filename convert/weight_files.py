@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from k3jax.convert.rules import ConversionError
 
 
-ReadText = Callable[[str], str]
+ReadBytes = Callable[[str], bytes]
 """The content of a file, by its name relative to the root."""
 
 
@@ -35,7 +35,7 @@ def weight_files(
     stems: Mapping[str, str],
     where: str,
     weights_variant: str | None = None,
-    read_text: ReadText | None = None,
+    read_bytes: ReadBytes | None = None,
 ) -> list[str]:
     """The weight file of a model, or all its shards in order; empty when there is none.
 
@@ -46,7 +46,7 @@ def weight_files(
     Args:
         names: of all files.
         stems: extension -> how the names of the files begin; in the order of preference.
-        read_text: for the index; None: the shards are told from their names alone.
+        read_bytes: for the index; None: the shards are told from their names alone.
 
     Raises:
         ConversionError: shards are missing, or more than one set of weights is there.
@@ -64,7 +64,7 @@ def weight_files(
             "with --weights-variant."
         )
     files = next(found[weights_variant][e] for e in stems if e in found[weights_variant])
-    indexed = [] if read_text is None else _indexed(files, names, folder, where, read_text)
+    indexed = [] if read_bytes is None else _indexed(files, names, folder, where, read_bytes)
     return indexed or _by_names(files, folder, where)
 
 
@@ -97,7 +97,7 @@ def _files(found, variant, extension) -> _Files:
     return found.setdefault(variant, {}).setdefault(extension, _Files())
 
 
-def _indexed(files: _Files, names, folder, where, read_text) -> list[str]:
+def _indexed(files: _Files, names, folder, where, read_bytes) -> list[str]:
     """The shards that an index names; empty where there is none, or one that was left behind."""
     if not files.indexes:
         return []
@@ -107,7 +107,7 @@ def _indexed(files: _Files, names, folder, where, read_text) -> list[str]:
             f"{where} has two indexes of the same weights, {' and '.join(files.indexes)}: remove "
             "the one that does not belong to them."
         )
-    shards = [folder + name for name in _shards_of(read_text(index), f"{where}: {index}")]
+    shards = [folder + name for name in _shards_of(read_bytes(index), f"{where}: {index}")]
     absent = [name for name in shards if name not in names]
     if len(absent) == len(shards) and files.weights:
         return []
@@ -120,9 +120,9 @@ def _indexed(files: _Files, names, folder, where, read_text) -> list[str]:
     return shards
 
 
-def _shards_of(text: str, index: str) -> list[str]:
+def _shards_of(content: bytes, index: str) -> list[str]:
     try:
-        shards = sorted(set(json.loads(text)["weight_map"].values()))
+        shards = sorted(set(json.loads(content)["weight_map"].values()))
         plain = re.compile(r"[^/\\]+\.(safetensors|bin)")
         if not shards or not all(map(plain.fullmatch, shards)):
             raise ValueError("its weight_map does not name files of weights")

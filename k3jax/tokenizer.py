@@ -89,9 +89,7 @@ class Tokenizer:
         """
         for number, prompt in enumerate(prompts):
             check_prompt(prompt, number)
-        found = self._tokenizer(
-            list(prompts), truncation=False, verbose=False, return_offsets_mapping=True
-        )
+        found = _tokens(self._tokenizer, list(prompts))
         return list(zip(found["input_ids"], found["offset_mapping"], strict=True))
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -138,7 +136,9 @@ def _loaded(folder: epath.Path, shown: epath.Path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return kind.from_pretrained(str(folder))
+            tokenizer = kind.from_pretrained(str(folder))
+            _tokens(tokenizer, ["A red circle."])  # some faults only show here
+            return tokenizer
     except BaseException as error:  # the tokenizers library panics: no Exception
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
@@ -149,6 +149,10 @@ def _loaded(folder: epath.Path, shown: epath.Path):
             what = f"is damaged, or no tokenizer that transformers reads ({reason.rstrip('.')})"
             what = what.replace(str(folder), str(shown))
         raise ValueError(f"{shown / name} {what}; fetch it again.") from None
+
+
+def _tokens(tokenizer, prompts: list[str]):
+    return tokenizer(prompts, truncation=False, verbose=False, return_offsets_mapping=True)
 
 
 def _file_fault(file: epath.Path) -> str | None:

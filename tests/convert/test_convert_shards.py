@@ -70,14 +70,14 @@ def test_an_index_decides_between_sets_of_shards():
     two = [name.replace("00003", "00002") for name in SHARDS[:2]]
     plain = [name.removeprefix("unet/") for name in SHARDS]
     names = [*SHARDED, *SHARDS, *two, INDEX]
-    layout = find_layout(names, "it", read_text=index_of(*plain))
+    layout = find_layout(names, "it", read_bytes=index_of(*plain))
     assert layout.weights["unet"] == SHARDS
     names = [name for name in names if name != INDEX]
     with pytest.raises(ConversionError, match=r"unet/ holds weights in 2 and 3 shards and no"):
-        find_layout(names, "it", read_text=index_of())
+        find_layout(names, "it", read_bytes=index_of())
     twice = [*SHARDED, *SHARDS, SHARDS[1].replace("00002", "2")]
     with pytest.raises(ConversionError, match="holds the same weights twice, as unet/"):
-        find_layout(twice, "it", read_text=index_of())
+        find_layout(twice, "it", read_bytes=index_of())
 
 
 @pytest.mark.parametrize(
@@ -96,9 +96,9 @@ def test_the_index_of_a_variant_is_of_that_variant(name):
     names.remove("unet/diffusion_pytorch_model.fp16.safetensors")
     text = json.dumps({"weight_map": {str(i): n[len("unet/") :] for i, n in enumerate(fp16)}})
     read = {name: text}.__getitem__
-    found = find_layout(names, "it", weights_variant="fp16", text_encoder=False, read_text=read)
+    found = find_layout(names, "it", weights_variant="fp16", text_encoder=False, read_bytes=read)
     assert found.weights["unet"] == fp16
-    assert find_layout(names, "it", text_encoder=False, read_text=read).weights["unet"] == [single]
+    assert find_layout(names, "it", text_encoder=False, read_bytes=read).weights["unet"] == [single]
 
 
 @pytest.mark.parametrize(
@@ -116,5 +116,5 @@ def test_the_index_of_a_variant_is_of_that_variant(name):
 def test_damaged_indexes_are_named(text, message):
     names = [*SHARDED, INDEX, *(SHARDS[:1] if "0000" in text else [])]
     with pytest.raises(ConversionError, match=message) as error:
-        find_layout(names, "it", text_encoder=False, read_text=lambda name: text)
+        find_layout(names, "it", text_encoder=False, read_bytes=lambda name: text)
     assert INDEX in str(error.value)
