@@ -61,6 +61,18 @@ def open_weights(files: Iterable[Path]) -> dict[str, Tensor]:
                 "together."
             )
         tensors.update(opened)
+    return _unwrapped(tensors)
+
+
+WRAPPERS = ("module.", "_orig_mod.")
+"""What DataParallel and torch.compile put before every name of a model."""
+
+
+def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The names of the model itself, where it was saved in a wrapper, or in several."""
+    for prefix in WRAPPERS:
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            return _unwrapped({name.removeprefix(prefix): t for name, t in tensors.items()})
     return tensors
 
 
@@ -142,7 +154,7 @@ def flat(content: Mapping, file: Path) -> dict[str, Tensor]:
                 f"{file}: {name!r} is a {type(value).__name__}, where a tensor is expected."
             )
         tensors[name] = from_tensor(value, file)
-    return tensors
+    return _unwrapped(tensors)
 
 
 def from_tensor(value: torch.Tensor, file: Path) -> Tensor:

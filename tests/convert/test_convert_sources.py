@@ -4,6 +4,7 @@
 import shutil
 
 import pytest
+import torch
 
 from k3jax.config import SamplerConfig
 from k3jax.convert.architecture import movq_config, sampler_config, text_encoder_config, unet_config
@@ -11,6 +12,7 @@ from k3jax.convert.from_torch import plan
 from k3jax.convert.layouts import find_layout
 from k3jax.convert.rules import ConversionError
 from k3jax.convert.sources import open_source
+from k3jax.convert.tensors import flat, open_weights
 
 import tiny
 import torch_checkpoints
@@ -89,6 +91,17 @@ def test_the_authors_own_names_in_diffusers_layout(tmp_path):
     assert sum(len(p.steps) for p in plans.values()) == sum(map(len, source.tensors.values()))
     with pytest.raises(ConversionError, match="'vae', which is no component"):
         open_source(tmp_path, architecture={"vae": {}})
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module."])
+def test_names_of_wrapped_models(tmp_path, prefix):
+    """As DataParallel and torch.compile save them: in shards, and in a part of a pickle."""
+    state = {f"{prefix}a.weight": torch.ones(2), f"{prefix}module.bias": torch.ones(3)}
+    for number, name in enumerate(state):
+        torch_checkpoints.save({name: state[name]}, tmp_path / f"{number}.safetensors")
+    found = open_weights(sorted(tmp_path.glob("*.safetensors")))
+    assert found.keys() == flat(state, tmp_path).keys() == {"a.weight", "module.bias"}
+    assert flat({**state, "b": torch.ones(1)}, tmp_path).keys() == {*state, "b"}
 
 
 @pytest.mark.parametrize("levels", [2, 3])
