@@ -32,7 +32,7 @@ def damaged_safetensors(content: bytes, rng: random.Random) -> bytes:
     if rng.random() < 0.2:
         header = damaged_bytes(header, rng)
     declared = (
-        len(header) if rng.random() < 0.9 else rng.choice((0, 2**63, 2**64 - 1, len(header) - 1))
+        len(header) if rng.random() < 0.9 else rng.choice((0, 2**63, 2**64 - 1, len(header) // 2))
     )
     return struct.pack("<Q", declared) + header + content[8 + size :]
 
