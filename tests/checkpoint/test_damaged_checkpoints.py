@@ -20,7 +20,7 @@ from damages import damaged_bytes, damaged_json, refusal
 from random_checkpoint import write_byte_tokenizer
 
 
-MANY = int(os.environ.get("K3JAX_FUZZ", "20000"))
+MANY = int(os.environ.get("K3JAX_FUZZ", "12000"))
 """Inputs of the slow tests together, roughly."""
 COMPONENTS = ("text_encoder", "text_projection")
 
