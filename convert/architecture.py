@@ -5,6 +5,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from k3jax.config import (
     ModelConfig,
     MoVQConfig,
@@ -16,6 +18,7 @@ from k3jax.config import (
     suggestion,
 )
 from k3jax.convert.rules import ConversionError, Shape, Table
+from k3jax.samplers import make_sampler
 
 
 Json = Mapping[str, Any]
@@ -56,13 +59,15 @@ def unet_config(values: Json, where: str) -> tuple[UNetConfig, TextProjectionCon
         near = suggestion(key, set(_UNET_DEFAULTS))
         raise ConversionError(f"{where}: {key!r} is no setting of a Kandinsky3UNet{near}.")
     values = {**_UNET_DEFAULTS, **values}
-    projection = TextProjectionConfig(
-        d_model=values.pop("encoder_hid_dim"),
-        cross_attention_dim=values["cross_attention_dim"],
-        null_embedding=False,
-    )
+    projection = {
+        "d_model": values.pop("encoder_hid_dim"),
+        "cross_attention_dim": values["cross_attention_dim"],
+        "null_embedding": False,
+    }
+    projection = _from_dict(TextProjectionConfig, projection, where)
+    (first, *_) = _widths(values, where)
     values["out_channels"] = values["in_channels"]
-    values["init_channels"] = values["block_out_channels"][0] // 2
+    values["init_channels"] = first // 2
     return _from_dict(UNetConfig, values, where), projection
 
 
@@ -82,8 +87,8 @@ _MOVQ_WITHOUT_EFFECT = {"sample_size", "scaling_factor", "force_upcast", "lookup
 def movq_config(values: Json, where: str) -> MoVQConfig:
     """From diffusers' config.json of a VQModel."""
     values = {k: v for k, v in values.items() if not k.startswith("_")}
-    levels = len(values.get("block_out_channels", (64,)))
-    plain = levels - 1
+    values = {"block_out_channels": (64,), **values}
+    plain = len(_widths(values, where)) - 1
     wanted = {
         "norm_type": ("spatial", "group"),
         "act_fn": ("silu", "silu"),
@@ -99,7 +104,7 @@ def movq_config(values: Json, where: str) -> MoVQConfig:
     }
     for key, (needed, default) in wanted.items():
         value = values.pop(key, default)
-        if (list(value) if isinstance(needed, list) else value) != needed:
+        if (list(value) if isinstance(value, tuple) else value) != needed:
             raise ConversionError(
                 f"{where}: {key} is {value!r}; a MoVQ of Kandinsky has {needed!r}."
             )
@@ -126,7 +131,7 @@ _SCHEDULER_UNSUPPORTED = {"trained_betas": None, "rescale_betas_zero_snr": False
 def sampler_config(values: Json, where: str) -> SamplerConfig:
     """From diffusers' scheduler_config.json; 25 steps and w = 3 are its pipeline's defaults."""
     kind = values.get("_class_name", "DDPMScheduler")
-    if kind not in _SCHEDULERS:
+    if not isinstance(kind, str) or kind not in _SCHEDULERS:
         raise ConversionError(
             f"{where}: the scheduler {kind} is not supported; known are {', '.join(_SCHEDULERS)}."
         )
@@ -181,6 +186,10 @@ class Shapes:
             raise ConversionError(
                 f"{self._component}: the architecture cannot be told, since {theirs} is missing or "
                 "has the wrong number of axes."
+            )
+        if 0 in self.shapes[name]:
+            raise ConversionError(
+                f"{self._component}: the architecture cannot be told, since our {name} is empty."
             )
         return self.shapes[name]
 
@@ -270,13 +279,33 @@ def inferred_movq(shapes: Shapes) -> MoVQConfig:
 def model_config(where: str, **parts) -> ModelConfig:
     """ModelConfig of these parts; a ConversionError where they do not belong together."""
     try:
-        return ModelConfig(**parts)
+        config = ModelConfig(**parts)
+        with np.errstate(all="ignore"):
+            rows = make_sampler(config.sampler).rows  # refuses schedules that it does not know
+        if not all(np.isfinite(row).all() for row in rows.values()):
+            raise ValueError("sampler: its betas make infinite or undefined steps.")
+        return config
     except ValueError as error:
         raise ConversionError(f"{where}: {error}") from None
+
+
+def _widths(values: Json, where: str) -> list[int]:
+    """block_out_channels, of which other settings follow."""
+    widths = values["block_out_channels"]
+    if (
+        not isinstance(widths, list | tuple)
+        or not widths
+        or not all(type(w) is int for w in widths)
+    ):
+        raise ConversionError(
+            f"{where}: block_out_channels is {widths!r}, where a list of integers is expected."
+        )
+    return list(widths)
 
 
 def _from_dict(cls, values, where):
     try:
         return from_dict(cls, values, where)
     except ValueError as error:
-        raise ConversionError(str(error)) from None
+        at = "" if where in str(error) else f"{where}: "
+        raise ConversionError(f"{at}{error}") from None

@@ -5,6 +5,7 @@ import dataclasses
 from typing import Any
 
 from k3jax.config import ModelConfig, MoVQConfig, SamplerConfig, TextEncoderConfig
+from k3jax.convert.own_settings import SAMPLER_ALONE
 from k3jax.convert.rules import ConversionError
 
 
@@ -105,12 +106,9 @@ def movq_json(config: MoVQConfig) -> dict[str, Any]:
     }
 
 
-_OURS_ALONE = ("name", "num_inference_steps", "guidance_scale", "eta", "threshold_percentile")
-
-
 def scheduler_json(config: SamplerConfig) -> dict[str, Any]:
     """scheduler_config.json of the DDPM scheduler, which Kandinsky3Pipeline comes with."""
-    fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in _OURS_ALONE}
+    fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in SAMPLER_ALONE}
     return {
         "_class_name": "DDPMScheduler",
         "_diffusers_version": DIFFUSERS_VERSION,

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """PyTorch checkpoint -> ours, planned from the headers and streamed tensor by tensor."""
 
+import contextlib
 import functools
+import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from k3jax.abstract import abstract_module
-from k3jax.checkpoint import CheckpointWriter, read_checkpoint
+from k3jax.checkpoint import Checkpoint, CheckpointWriter, read_checkpoint
+from k3jax.checkpoint_format import TOKENIZER
 from k3jax.config import ModelConfig
 from k3jax.convert.arrays import bits_of, is_finite
 from k3jax.convert.modules import layer_shapes, module_shapes
@@ -17,7 +21,8 @@ from k3jax.convert.rules import ConversionError, Plan, Shape, raise_faults, to_j
 from k3jax.convert.sources import Source, open_source
 from k3jax.convert.tensors import Tensors, shapes
 from k3jax.convert.tokenizer import prepare_tokenizer
-from k3jax.manifest import array_digest, combined_digest
+from k3jax.digests import array_digest, combined_digest
+from k3jax.tokenizer import tokenizer_fault
 
 
 PARAM_DTYPES = ("bfloat16", "float16", "float32")
@@ -70,15 +75,14 @@ def convert(
         architecture=architecture,
     )
     plans = plan(opened, str(source))
-    with CheckpointWriter(destination, overwrite=overwrite) as writer:
+    with (
+        _tokenizer(opened, shared) as tokenizer,
+        CheckpointWriter(destination, overwrite=overwrite) as writer,
+    ):
         if shared is not None:
             writer.share("text_encoder", shared.path)
-        if opened.tokenizer:
-            with tempfile.TemporaryDirectory() as folder:
-                prepare_tokenizer(opened.tokenizer, Path(folder))
-                writer.add_tokenizer(folder)
-        elif shared is not None:
-            writer.add_tokenizer(shared.path / "tokenizer")
+        if tokenizer is not None:
+            writer.add_tokenizer(tokenizer)
         digests = {}
         with tqdm(
             total=sum(t.nbytes for tensors in opened.tensors.values() for t in tensors.values()),
@@ -90,6 +94,8 @@ def convert(
             for component, steps in plans.items():
                 bar.set_description(component)
                 digests |= _stream(steps, opened.tensors[component], writer, param_dtype, bar)
+        if tokenizer is not None:
+            _check_tokenizer(writer.folder / TOKENIZER, opened)
         writer.commit(
             opened.config,
             source={
@@ -100,6 +106,27 @@ def convert(
             },
             dtype=param_dtype or _prevailing_dtype(opened),
         )
+
+
+@contextlib.contextmanager
+def _tokenizer(source: Source, shared: Checkpoint | None) -> Iterator[os.PathLike | None]:
+    """A folder with the tokenizer, which was loaded once: that of the source, or of `shared`."""
+    if source.tokenizer:
+        with tempfile.TemporaryDirectory() as folder:
+            vocab_size = source.config.text_encoder.vocab_size
+            prepare_tokenizer(source.tokenizer, Path(folder), vocab_size)
+            yield Path(folder)
+    elif shared is not None:
+        _check_tokenizer(shared.path / TOKENIZER, source)
+        yield shared.path / TOKENIZER
+    else:
+        yield None
+
+
+def _check_tokenizer(folder: os.PathLike, source: Source) -> None:
+    fault = tokenizer_fault(folder, source.config.text_encoder.vocab_size)
+    if fault is not None:
+        raise ConversionError(f"{fault}.")
 
 
 def plan(source: Source, where: str) -> dict[str, Plan]:

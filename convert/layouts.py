@@ -1,23 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which files of a folder or repository make up a checkpoint, told from their names alone."""
+"""Which files of a folder or repository make up a checkpoint; no weights are opened."""
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from k3jax.convert.own_settings import settings_file
 from k3jax.convert.rules import ConversionError
+from k3jax.convert.weight_files import ReadBytes, weight_files
+from k3jax.tokenizer import TOKENIZER_FILES
 
 
 VARIANTS = {"base": "", "flash": "_flash", "inpainting": "_inpainting"}
 """Variant -> what the original files append to their names."""
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "spiece.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
 
 ENCODER_FOLDERS = ("flan_ul2_encoder", "flan-ul2", "google/flan-ul2", "text_encoder")
 """Where people who run the original code keep the encoder (3.0 used google/flan-ul2 itself)."""
@@ -50,6 +44,7 @@ def find_layout(
     variant: str = "base",
     weights_variant: str | None = None,
     text_encoder: bool = True,
+    read_bytes: ReadBytes | None = None,
 ) -> Layout:
     """Recognises the layout and picks the files.
 
@@ -59,6 +54,7 @@ def find_layout(
         variant: one of VARIANTS.
         weights_variant: `fp16` for files named *.fp16.*; None: plain files, or the only variant.
         text_encoder: False leaves the text encoder out (another checkpoint has it).
+        read_bytes: for the indexes of shards; None: shards are told from their names alone.
 
     Raises:
         ConversionError: no known layout, or a component without files; says what was looked for.
@@ -67,10 +63,10 @@ def find_layout(
     if variant not in VARIANTS:
         raise ConversionError(f"variant is {variant!r}; it must be one of {list(VARIANTS)}.")
     if "model_index.json" in names or any(name.startswith("unet/") for name in names):
-        return _diffusers(names, where, variant, weights_variant, text_encoder)
+        return _diffusers(names, where, variant, weights_variant, text_encoder, read_bytes)
     main = [f"{root}kandinsky3{VARIANTS[variant]}.pt" for root in ("", "weights/")]
     if any(name in names for name in main):
-        return _original(names, where, variant, weights_variant, text_encoder)
+        return _original(names, where, variant, weights_variant, text_encoder, read_bytes)
     others = [
         v
         for v, end in VARIANTS.items()
@@ -87,7 +83,7 @@ def find_layout(
     )
 
 
-def _diffusers(names, where, variant, weights_variant, text_encoder):
+def _diffusers(names, where, variant, weights_variant, text_encoder, read_bytes):
     if variant == "inpainting":
         raise ConversionError(
             f"{where} is in the diffusers layout, whose U-Net cannot have the 9 input channels of "
@@ -99,7 +95,7 @@ def _diffusers(names, where, variant, weights_variant, text_encoder):
         components["text_encoder"] = TEXT_STEMS
     missing = []
     for component, stems in components.items():
-        files = weight_files(names, f"{component}/", stems, where, weights_variant)
+        files = weight_files(names, f"{component}/", stems, where, weights_variant, read_bytes)
         if files:
             layout.weights[component] = files
         else:
@@ -108,6 +104,8 @@ def _diffusers(names, where, variant, weights_variant, text_encoder):
             layout.configs[component] = f"{component}/config.json"
         elif files:
             missing.append(f"{component}/config.json")
+    if settings_file("diffusers", "") in names:
+        layout.configs["k3jax"] = settings_file("diffusers", "")
     if "scheduler/scheduler_config.json" in names:
         layout.configs["scheduler"] = "scheduler/scheduler_config.json"
     layout.tokenizer = _tokenizer(names, ["tokenizer/"])
@@ -117,11 +115,13 @@ def _diffusers(names, where, variant, weights_variant, text_encoder):
     return layout
 
 
-def _original(names, where, variant, weights_variant, text_encoder):
+def _original(names, where, variant, weights_variant, text_encoder, read_bytes):
     layout = Layout("original")
     end = VARIANTS[variant]
     root = "" if f"kandinsky3{end}.pt" in names else "weights/"
     layout.weights["unet"] = [f"{root}kandinsky3{end}.pt"]
+    if root + settings_file("original", end) in names:
+        layout.configs["k3jax"] = root + settings_file("original", end)
     missing = []
     if f"{root}movq.pt" in names:
         layout.weights["movq"] = [f"{root}movq.pt"]
@@ -137,7 +137,7 @@ def _original(names, where, variant, weights_variant, text_encoder):
     layout.tokenizer = _tokenizer(names, [*folders, f"{root}tokenizer/"])
     if text_encoder:
         for folder in folders:
-            files = weight_files(names, folder, TEXT_STEMS, where, weights_variant)
+            files = weight_files(names, folder, TEXT_STEMS, where, weights_variant, read_bytes)
             if files:
                 layout.weights["text_encoder"] = files
                 if f"{folder}config.json" in names:
@@ -165,43 +165,3 @@ def _tokenizer(names, folders):
         if {f"{folder}tokenizer.json", f"{folder}spiece.model"} & names:
             return [folder + file for file in TOKENIZER_FILES if folder + file in names]
     return []
-
-
-def weight_files(names, folder, stems, where, weights_variant=None) -> list[str]:
-    """The weight file of a model, or all its shards in order; empty when there is none.
-
-    Both ways of writing a variant occur: `model.fp16-00001-of-00005.safetensors` and
-    `model-00001-of-00005.fp16.safetensors`. safetensors are preferred to pickles.
-    """
-    found: dict[str | None, dict[str, dict]] = {}
-    for extension, stem in stems.items():
-        pattern = re.compile(
-            rf"{re.escape(folder + stem)}(?:\.(?P<before>[\w-]+?))?"
-            rf"(?:-(?P<shard>\d+)-of-(?P<shards>\d+))?(?:\.(?P<after>[\w-]+))?\.{extension}"
-        )
-        for name in names:
-            match = pattern.fullmatch(name)
-            if match:
-                variant = match["before"] or match["after"]
-                shards = found.setdefault(variant, {}).setdefault(extension, {})
-                shards[(int(match["shards"] or 0), int(match["shard"] or 0))] = name
-    if weights_variant is None and None not in found and len(found) == 1:
-        weights_variant = next(iter(found))
-    if weights_variant not in found:
-        if not found:
-            return []
-        have = ", ".join(sorted(v or "plain" for v in found))
-        raise ConversionError(
-            f"{where}: {folder} has no {weights_variant or 'plain'} weights but {have}; choose "
-            "with --weights-variant."
-        )
-    files = next(found[weights_variant][e] for e in stems if e in found[weights_variant])
-    if (0, 0) in files:
-        return [files[0, 0]]
-    total = max(shards for shards, _ in files)
-    absent = [str(i) for i in range(1, total + 1) if (total, i) not in files]
-    if absent:
-        raise ConversionError(
-            f"{where}: {folder} lacks shard {', '.join(absent)} of {total}; fetch it again."
-        )
-    return [files[total, i] for i in range(1, total + 1)]

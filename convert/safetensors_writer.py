@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from k3jax.convert.rules import Shape
-from k3jax.convert.tensors import SAFETENSORS_DTYPES
+from k3jax.convert.safetensors_header import SAFETENSORS_DTYPES
 
 
 NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}

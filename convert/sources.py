@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A PyTorch checkpoint of any known layout, opened but not read."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +24,10 @@ from k3jax.convert.architecture import (
 )
 from k3jax.convert.hub import fetch
 from k3jax.convert.layouts import Layout, find_layout
+from k3jax.convert.own_settings import with_own_settings
 from k3jax.convert.rules import ConversionError, Table
 from k3jax.convert.tensors import Tensors, flat, from_tensor, open_pickle, open_weights, shapes
+from k3jax.json_files import read_object
 
 
 @dataclass
@@ -67,12 +68,13 @@ def open_source(
     """
     root, found, origin = fetch(
         source,
-        lambda names, where: find_layout(
+        lambda names, where, read_bytes: find_layout(
             names,
             where,
             variant=variant,
             weights_variant=weights_variant,
             text_encoder=shared_text_encoder is None,
+            read_bytes=read_bytes,
         ),
     )
     opened = (_diffusers if found.kind == "diffusers" else _original)(root, found, variant)
@@ -124,8 +126,6 @@ def _diffusers(root: Path, found: Layout, variant: str) -> _Opened:
         sampler = sampler_config(json_of["scheduler"], str(root / found.configs["scheduler"]))
     else:
         sampler = SamplerConfig(name="ddpm", num_inference_steps=25)
-    if variant == "flash":
-        sampler = original_sampler("diffusers", variant)
     parts = {
         "text_projection": projection,
         "unet": unet_part,
@@ -133,6 +133,9 @@ def _diffusers(root: Path, found: Layout, variant: str) -> _Opened:
         "conditioning": "diffusers",
         "sampler": sampler,
     }
+    parts = _with_own_settings(parts, root, found)
+    if variant == "flash" and parts["sampler"].name != "flash":
+        parts["sampler"] = original_sampler("diffusers", variant)
     if "text_encoder" in tensors:
         tables["text_encoder"] = text_encoder.table()
         parts["text_encoder"] = text_encoder_config(
@@ -147,12 +150,12 @@ def _original(root: Path, found: Layout, variant: str) -> _Opened:
     for key in ("unet", "null_embedding"):
         if key not in content:
             raise ConversionError(
-                f"{main} has no {key!r} (it has {', '.join(map(str, content))}): it is not a "
+                f"{main} has no {key!r} (it has {_names(content)}): it is not a "
                 "Kandinsky 3 checkpoint."
             )
     unknown = content.keys() - {"unet", "null_embedding", "projections"}
     if unknown:
-        raise ConversionError(f"{main} holds {', '.join(sorted(unknown))}, which is not known.")
+        raise ConversionError(f"{main} holds {_names(unknown)}, which is not known.")
     tensors = {
         "unet": flat(_mapping(content, "unet", main), main),
         "movq": open_weights([root / found.weights["movq"][0]]),
@@ -190,13 +193,25 @@ def _original(root: Path, found: Layout, variant: str) -> _Opened:
         file = root / found.configs["text_encoder"]
         parts["text_encoder"] = text_encoder_config(_json(file), str(file))
     parts |= {"conditioning": "original", "sampler": original_sampler(layout, variant)}
+    parts = _with_own_settings(parts, root, found)
     return _Opened(layout, tensors, tables, parts)
+
+
+def _with_own_settings(parts: dict, root: Path, found: Layout) -> dict:
+    if "k3jax" not in found.configs:
+        return parts
+    file = root / found.configs["k3jax"]
+    return with_own_settings(parts, _json(file), str(file))
 
 
 def _split(table: Table, tensors: Tensors) -> tuple[Tensors, Tensors]:
     """The tensors that the table knows, and the others."""
     mine = {name: tensor for name, tensor in tensors.items() if table.from_torch(name)}
     return mine, {name: tensor for name, tensor in tensors.items() if name not in mine}
+
+
+def _names(keys) -> str:
+    return ", ".join(sorted(str(key)[:80] for key in list(keys)[:20]))
 
 
 def _mapping(content, key, file):
@@ -207,11 +222,8 @@ def _mapping(content, key, file):
     return content[key]
 
 
-def _json(file: Path):
+def _json(file: Path) -> dict:
     try:
-        values = json.loads(file.read_text())
-    except (ValueError, OSError) as error:
-        raise ConversionError(f"{file} is not readable JSON ({error}): fetch it again.") from None
-    if not isinstance(values, dict):
-        raise ConversionError(f"{file} holds no JSON object.")
-    return values
+        return read_object(file)
+    except ValueError as error:
+        raise ConversionError(f"{error}: fetch it again.") from None

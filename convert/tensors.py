@@ -5,7 +5,6 @@ Data comes as views of a memory map, so opening and reading cost no memory of th
 """
 
 import contextlib
-import json
 import math
 import mmap
 import pickle
@@ -13,26 +12,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import torch
 
 from k3jax.convert.arrays import as_numpy
 from k3jax.convert.rules import ConversionError, Shape
-
-
-SAFETENSORS_DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
+from k3jax.convert.safetensors_header import SAFETENSORS_DTYPES, read_header, refuse_pointer
+from k3jax.json_files import LFS_POINTER
 
 
 @dataclass(frozen=True)
@@ -75,6 +61,18 @@ def open_weights(files: Iterable[Path]) -> dict[str, Tensor]:
                 "together."
             )
         tensors.update(opened)
+    return _unwrapped(tensors)
+
+
+WRAPPERS = ("module.", "_orig_mod.")
+"""What DataParallel and torch.compile put before every name of a model."""
+
+
+def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The names of the model itself, where it was saved in a wrapper, or in several."""
+    for prefix in WRAPPERS:
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            return _unwrapped({name.removeprefix(prefix): t for name, t in tensors.items()})
     return tensors
 
 
@@ -91,39 +89,9 @@ def open_safetensors(file: Path) -> dict[str, Tensor]:
     Raises:
         ConversionError: the file is truncated, or its header is not what it should be.
     """
-    size = file.stat().st_size
     with file.open("rb") as stream:
-        start = stream.read(8)
-        header_size = int.from_bytes(start, "little")
-        if len(start) < 8 or header_size > size - 8:
-            raise ConversionError(
-                f"{file} is truncated or not a safetensors file ({size} bytes): fetch it again."
-            )
-        try:
-            header = json.loads(stream.read(header_size))
-            entries = {
-                name: (SAFETENSORS_DTYPES[e["dtype"]], tuple(e["shape"]), *e["data_offsets"])
-                for name, e in header.items()
-                if name != "__metadata__"
-            }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConversionError(
-                f"{file} has a broken safetensors header ({error!r}): fetch it again."
-            ) from None
+        entries, base = read_header(stream, file)
         mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    base = 8 + header_size
-    end = max((stop for *_, stop in entries.values()), default=0)
-    if base + end != size:
-        raise ConversionError(
-            f"{file} is truncated or damaged: its header declares {base + end} bytes, the file "
-            f"has {size}. Fetch it again."
-        )
-    for name, (dtype, shape, begin, stop) in entries.items():
-        if begin < 0 or stop - begin != math.prod(shape) * dtype.itemsize:
-            raise ConversionError(
-                f"{file} has a broken safetensors header: {name} of shape {shape} and dtype "
-                f"{dtype} does not take {stop - begin} bytes. Fetch it again."
-            )
     mapped.madvise(mmap.MADV_SEQUENTIAL)
 
     def reader(dtype, shape, begin):
@@ -135,8 +103,8 @@ def open_safetensors(file: Path) -> dict[str, Tensor]:
         return read
 
     return {
-        name: Tensor(shape, dtype.name, file, reader(dtype, shape, begin))
-        for name, (dtype, shape, begin, _) in entries.items()
+        name: Tensor(e.shape, e.dtype.name, file, reader(e.dtype, e.shape, e.start))
+        for name, e in entries.items()
     }
 
 
@@ -156,6 +124,8 @@ def open_pickle(file: Path) -> dict:
     Raises:
         ConversionError: the file holds something other than tensors, or is broken.
     """
+    with file.open("rb") as stream:
+        refuse_pointer(file, stream.read(len(LFS_POINTER)))
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
@@ -164,8 +134,8 @@ def open_pickle(file: Path) -> dict:
             f"{file} holds more than tensors and is refused, since loading it could run code "
             f"({reason})"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).split("\n")[0].rstrip(".")
+    except Exception as error:  # of damaged bytes PyTorch's reader raises nearly everything
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")
         raise ConversionError(
             f"{file} is truncated, or no file that torch.save writes today ({reason}): fetch it "
             "again, or save it once more with a current PyTorch."
@@ -179,16 +149,18 @@ def flat(content: Mapping, file: Path) -> dict[str, Tensor]:
     """Tensors of one state dict from a pickle; anything else in it is an error."""
     tensors = {}
     for name, value in content.items():
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise ConversionError(
                 f"{file}: {name!r} is a {type(value).__name__}, where a tensor is expected."
             )
         tensors[name] = from_tensor(value, file)
-    return tensors
+    return _unwrapped(tensors)
 
 
 def from_tensor(value: torch.Tensor, file: Path) -> Tensor:
     dtype = str(value.dtype).removeprefix("torch.")
+    if value.layout != torch.strided or value.device.type != "cpu":
+        raise ConversionError(f"{file}: a tensor is {value.layout} on {value.device}, not dense.")
     if dtype not in SAFETENSORS_SIZES:
         raise ConversionError(f"{file}: dtype {dtype} of a tensor is not supported.")
     return Tensor(tuple(value.shape), dtype, file, lambda: as_numpy(value))

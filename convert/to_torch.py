@@ -27,6 +27,7 @@ from k3jax.convert.diffusers_configs import (
     unet_json,
 )
 from k3jax.convert.layouts import VARIANTS
+from k3jax.convert.own_settings import own_settings, settings_file
 from k3jax.convert.rules import ConversionError, Table, raise_faults, to_torch_array
 from k3jax.convert.safetensors_writer import Entry, SafetensorsWriter, nbytes, shards, write_index
 from k3jax.convert.tensors import open_safetensors
@@ -71,7 +72,7 @@ def export(
     variant = variant or checkpoint.source.get("variant", "base")
     if variant not in VARIANTS:
         raise ConversionError(f"variant is {variant!r}; it must be one of {list(VARIANTS)}.")
-    jsons = _jsons(checkpoint, layout)
+    jsons = _jsons(checkpoint, layout, VARIANTS[variant])
     for component, folder in checkpoint.component_paths.items():
         check_component(folder.parent, component, hashed=is_local(folder))
     with _new_folder(Path(destination).expanduser()) as folder:
@@ -152,12 +153,14 @@ def _table(component: str, layout: str, checkpoint: Checkpoint) -> Table:
     return movq.table(dialect, len(checkpoint.config.movq.block_out_channels))
 
 
-def _jsons(checkpoint: Checkpoint, layout: str) -> dict[str, dict]:
+def _jsons(checkpoint: Checkpoint, layout: str, end: str) -> dict[str, dict]:
     """File -> its content. Refuses what the layout cannot represent."""
     encoder = text_encoder_json(checkpoint.config.text_encoder, checkpoint.dtype)
+    own = {settings_file(layout, end): own_settings(checkpoint.config, layout)}
     if layout != "diffusers":
-        return {"flan_ul2_encoder/config.json": encoder}
+        return {"flan_ul2_encoder/config.json": encoder, **own}
     return {
+        **own,
         "model_index.json": model_index_json(_tokenizer_class(checkpoint)),
         "unet/config.json": unet_json(checkpoint.config),
         "movq/config.json": movq_json(checkpoint.config.movq),
@@ -196,18 +199,27 @@ def _write_original(folder: Path, parts: Mapping[str, _Part], end: str, layout: 
     if layout == "original30":
         content["projections"] = {f"t5.{name}": tensor for name, tensor in projection.items()}
     else:
-        torch.save(projection, encoder / f"projection{end}.pt")
-    torch.save(content, folder / f"kandinsky3{end}.pt")
+        _save(projection, encoder / f"projection{end}.pt")
+    _save(content, folder / f"kandinsky3{end}.pt")
     shutil.rmtree(work)
-    torch.save(state("movq"), folder / "movq.pt")
+    _save(state("movq"), folder / "movq.pt")
     files = _write(work, "pytorch_model", [parts["text_encoder"]], 2 * SHARD_BYTES, bar)
     bins = {file.replace(".safetensors", ".bin"): entries for file, entries in files.items()}
     for file, bin_file in zip(files, bins, strict=True):
-        torch.save(_mapped(work / file), encoder / bin_file)
+        _save(_mapped(work / file), encoder / bin_file)
         (work / file).unlink()
     if len(bins) > 1:
         write_index(bins, encoder / "pytorch_model.bin.index.json")
     shutil.rmtree(work)
+
+
+def _save(content: Mapping, file: Path) -> None:
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:  # what PyTorch makes of a failed write
+        raise ConversionError(
+            f"{file} cannot be written (is the disk full?): {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _mapped(file: Path) -> dict[str, torch.Tensor]:
@@ -248,8 +260,11 @@ def _new_folder(destination: Path) -> Iterator[Path]:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         yield folder
         folder.rename(destination)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            reason = error.strerror or error
+            raise ConversionError(f"{destination} cannot be written: {reason}.") from error
         raise
     finally:
         os.close(lock)

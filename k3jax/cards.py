@@ -118,7 +118,7 @@ def _use(layout: str | None, inpaints: bool) -> str:
 
 
 def _origin(source: Mapping[str, Any]) -> str:
-    """'converted from ai-forever/Kandinsky3.1 (layout original, variant base; sha256 ...)'."""
+    """'converted from ai-forever/Kandinsky3.1 (layout original, variant base; digest ...)'."""
     if source.get("layout") == "k3jax train":
         base = source.get("base", {}).get("source")
         before = f", starting as the weights {_origin(base)}" if base else ""
@@ -127,7 +127,7 @@ def _origin(source: Mapping[str, Any]) -> str:
     place = source.get("repo", "local files")
     facts = [f"{key} {source[key]}" for key in ("layout", "variant") if key in source]
     if "sha256" in source:
-        facts.append(f"sha256 of the tensors `{source['sha256']}`")
+        facts.append(f"digest of the tensors `{source['sha256']}`")
     if "lora" in source:
         facts.append(f"with a LoRA merged into the U-Net at scale {source['lora'].get('scale')}")
     return f"converted from {place}" + (f" ({', '.join(facts)})" if facts else "")

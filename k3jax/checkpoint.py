@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from k3jax import orbax_io
 from k3jax.abstract import abstract_module
-from k3jax.checkpoint_format import Checkpoint, as_path, read_checkpoint
+from k3jax.checkpoint_format import CONFIG, TOKENIZER, Checkpoint, as_path, read_checkpoint
 from k3jax.checkpoint_writer import CheckpointWriter
 from k3jax.manifest import (
     CARD,
@@ -37,6 +37,7 @@ from k3jax.manifest import (
 from k3jax.packaged import packaged_path
 from k3jax.quantization import quantize, with_int8_layers
 from k3jax.sharding import RULES, shardings
+from k3jax.tokenizer import tokenizer_fault
 
 
 __all__ = [
@@ -90,7 +91,11 @@ def restore(
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = read_checkpoint(checkpoint)
     folder = checkpoint.component_path(component)
-    module = abstract_module(component, checkpoint.config, param_dtype or checkpoint.dtype, dtype)
+    try:
+        kind = param_dtype or checkpoint.dtype
+        module = abstract_module(component, checkpoint.config, kind, dtype)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.path / CONFIG}: {error}") from None
     check_component(
         folder.parent,
         component,
@@ -186,10 +191,11 @@ def iterate_leaves(
 
 
 def verify(path: epath.PathLike, progress: bool = False) -> list[str]:
-    """Hashes every file of a checkpoint, shared components included.
+    """Hashes every file of a checkpoint, shared components included, and loads the tokenizer.
 
     Returns:
-        What is wrong, one line each: missing, changed and unknown files. Empty when all is well.
+        What is wrong, one line each: missing, changed and unknown files, a tokenizer that cannot be
+        read or is another model's. Empty when all is well.
 
     Raises:
         CheckpointError: there is no usable manifest that says what should be there.
@@ -203,10 +209,13 @@ def verify(path: epath.PathLike, progress: bool = False) -> list[str]:
     if faults:
         return faults  # config.json may be one of them
     try:
-        component_paths = read_checkpoint(path).component_paths
+        checkpoint = read_checkpoint(path)
     except CheckpointError as error:
         return [str(error)]
-    for component, folder in component_paths.items():
+    if (path / TOKENIZER).exists():
+        fault = tokenizer_fault(path / TOKENIZER, checkpoint.config.text_encoder.vocab_size)
+        faults += [] if fault is None else [fault]
+    for component, folder in checkpoint.component_paths.items():
         if folder.parent != path:
             entries = component_files(read_manifest(folder.parent), component)
             faults += file_faults(folder.parent, entries, progress)

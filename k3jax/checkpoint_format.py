@@ -19,18 +19,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes  # noqa: F401  makes NumPy know bfloat16
-import numpy as np
 from etils import epath
 
 from k3jax.config import ModelConfig, from_dict, suggestion, to_dict
-from k3jax.manifest import CheckpointError, combined_digest, is_local, read_manifest
+from k3jax.digests import combined_digest, same_weights
+from k3jax.json_files import read_object
+from k3jax.manifest import MANIFEST, CheckpointError, is_local, read_manifest
 from k3jax.packaged import packaged_path
 
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer"
 FORMAT_VERSION = 1
+DTYPES = ("bfloat16", "float16", "float32", "float64")
 COMPONENTS = ("text_encoder", "text_projection", "unet", "movq")
 _OWN_KEYS = ("format_version", "source", "dtype", "components")
 
@@ -45,7 +46,8 @@ class Checkpoint:
     component_paths: dict[str, epath.Path]
     """Component -> its folder, here or in the checkpoint that shares it."""
     fingerprint: str
-    """sha256 of all weights: equal for equal arrays, whoever converted them. Not of the config."""
+    """Digest of all weights: equal for equal arrays, whoever converted them. Not of the config.
+    Those of two kinds cannot be compared, see k3jax/digests.py."""
 
     def component_path(self, component: str) -> epath.Path:
         """The folder of a component; a CheckpointError when the checkpoint has none."""
@@ -79,15 +81,22 @@ def read_checkpoint(path) -> Checkpoint:
     try:
         config = from_dict(ModelConfig, values, where=str(path / CONFIG))
     except ValueError as error:
-        raise CheckpointError(str(error)) from None
+        at = "" if str(path / CONFIG) in str(error) else f"{path / CONFIG}: "
+        raise CheckpointError(f"{at}{error}") from None
     digests = read_manifest(path)["components"]
     component_paths = {}
     for name, shared in own["components"].items():
         folder = path / name if shared is None else shared_path(path, shared)
-        if not folder.exists():
+        if not _is_there(folder):
             raise CheckpointError(_missing_component(path, name, folder, shared))
+        if name not in digests:
+            raise CheckpointError(
+                f"{path / MANIFEST} is damaged: it has no digest of {name}; copy the checkpoint "
+                "again."
+            )
         component_paths[name] = folder
-        if digests.get(name) != read_manifest(folder.parent)["components"].get(name):
+        current = read_manifest(folder.parent)["components"].get(name)
+        if not same_weights(digests[name], current, folder):
             raise CheckpointError(
                 f"{path} was made with another {name} than {folder} now holds: "
                 "bring the old one back, or convert the checkpoint again."
@@ -132,11 +141,9 @@ def _read_config(path: epath.Path) -> dict[str, Any]:
             f"{path} is not a k3jax checkpoint: it has no {CONFIG}.{_convert_hint(path)}"
         )
     try:
-        values = json.loads((path / CONFIG).read_text())
-        if not isinstance(values, dict):
-            raise ValueError("not a JSON object")
+        values = read_object(path / CONFIG)
     except ValueError as error:
-        raise CheckpointError(f"{path / CONFIG} is damaged ({error}).") from None
+        raise CheckpointError(f"{error}: copy the checkpoint again.") from None
     if "format_version" not in values:
         raise CheckpointError(
             f"{path} is not a k3jax checkpoint: its {CONFIG} has no format_version."
@@ -151,18 +158,34 @@ def _read_config(path: epath.Path) -> dict[str, Any]:
     missing = [key for key in needed if key not in values]
     if missing:
         raise CheckpointError(f"{path / CONFIG} lacks {', '.join(missing)}.")
-    try:
-        np.dtype(values["dtype"])
-    except TypeError:
+    if values["dtype"] not in DTYPES:
         raise CheckpointError(
-            f"{path / CONFIG} has an unknown dtype {values['dtype']!r}."
-        ) from None
+            f"{path / CONFIG} has an unknown dtype {values['dtype']!r}; it must be one of "
+            f"{', '.join(DTYPES)}."
+        )
+    if not isinstance(values["source"], dict):
+        raise CheckpointError(
+            f"{path / CONFIG}: source is {values['source']!r}, where an object is expected."
+        )
     components = values["components"]
     if not isinstance(components, dict) or not set(components) <= set(COMPONENTS):
         raise CheckpointError(
             f"{path / CONFIG} has components {components!r}; known are {', '.join(COMPONENTS)}."
         )
+    for name, shared in components.items():
+        if shared is not None and (not isinstance(shared, str) or not shared or "\0" in shared):
+            raise CheckpointError(
+                f"{path / CONFIG}: the path of {name} is {shared!r}, where null or the folder of "
+                "another checkpoint is expected."
+            )
     return values
+
+
+def _is_there(folder: epath.Path) -> bool:
+    try:
+        return folder.is_dir()
+    except OSError:  # a name that is too long, or a folder that may not be entered
+        return False
 
 
 def _convert_hint(path: epath.Path) -> str:

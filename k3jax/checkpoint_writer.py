@@ -25,11 +25,10 @@ from k3jax.checkpoint_format import (
     read_checkpoint,
 )
 from k3jax.config import ModelConfig
+from k3jax.digests import array_digest, combined_digest
 from k3jax.manifest import (
     CARD,
     CheckpointError,
-    array_digest,
-    combined_digest,
     file_digest,
     files_below,
     is_local,
@@ -66,6 +65,8 @@ class CheckpointWriter:
 
     def __init__(self, path, overwrite: bool = False, compressed: bool = False):
         self.path = as_path(path)
+        self.folder = self.path
+        """Where the checkpoint is being written; `path` from `commit` on."""
         self._overwrite, self._compressed = overwrite, compressed
         self._components: dict[str, str | None] = {}
         self._digests: dict[str, dict[str, str]] = {}
@@ -84,15 +85,15 @@ class CheckpointWriter:
             if is_local(self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._remove_dead_runs()
-                self._folder = epath.Path(f"{self.path}{_MARK}-{secrets.token_hex(4)}")
-                self._folder.mkdir()
-                self._lock = os.open(self._folder, os.O_RDONLY)
+                self.folder = epath.Path(f"{self.path}{_MARK}-{secrets.token_hex(4)}")
+                self.folder.mkdir()
+                self._lock = os.open(self.folder, os.O_RDONLY)
                 with contextlib.suppress(OSError):  # a file system without locks
                     fcntl.flock(self._lock, fcntl.LOCK_EX)
             else:
-                self._folder, self._lock = self.path, None
-                self._folder.mkdir(parents=True, exist_ok=True)
-                (self._folder / _MARK).touch()
+                self.folder, self._lock = self.path, None
+                self.folder.mkdir(parents=True, exist_ok=True)
+                (self.folder / _MARK).touch()
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be made: {error}.") from None
         self._writer = ThreadPoolExecutor(1)  # one: Orbax saves do not overlap
@@ -105,7 +106,7 @@ class CheckpointWriter:
         if self._lock is not None:
             os.close(self._lock)
         if not self._committed:
-            self._folder.rmtree(missing_ok=True)
+            self.folder.rmtree(missing_ok=True)
             if kind is None:
                 raise RuntimeError(f"the writer of {self.path} was closed without commit().")
 
@@ -156,10 +157,11 @@ class CheckpointWriter:
         folder = as_path(folder)
         if not folder.is_dir() or not any(folder.iterdir()):
             raise CheckpointError(f"{folder} is not a folder with a tokenizer.")
-        for file in files_below(folder):
-            target = self._folder / TOKENIZER / file.relative_to(folder)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            file.copy(target)
+        with self._disk_errors():
+            for file in files_below(folder):
+                target = self.folder / TOKENIZER / file.relative_to(folder)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                file.copy(target)
 
     def commit(self, config: ModelConfig, source: Mapping[str, Any], dtype: str) -> None:
         """Finishes the checkpoint and puts it in its place.
@@ -179,18 +181,28 @@ class CheckpointWriter:
         self._flush()
         self._wait()
         for component in self._digests:
-            orbax_io.finish(self._folder / component)
+            orbax_io.finish(self.folder / component)
         digests = {c: combined_digest(leaves) for c, leaves in self._digests.items()}
         digests |= {c: digest for c, (_, digest) in self._shared.items()}
         content = config_bytes(config, source, dtype, self._components)
-        (self._folder / _MARK).unlink(missing_ok=True)
-        write_manifest(self._folder, digests, self._digest_of, extra={CONFIG: content})
         card = model_card(config, source, dtype, combined_digest(digests))
-        (self._folder / CARD).write_text(card, encoding="utf-8")
-        (self._folder / CONFIG).write_bytes(content)
-        if self._folder != self.path:
+        with self._disk_errors():
+            (self.folder / _MARK).unlink(missing_ok=True)
+            write_manifest(self.folder, digests, self._digest_of, extra={CONFIG: content})
+            (self.folder / CARD).write_text(card, encoding="utf-8")
+            (self.folder / CONFIG).write_bytes(content)
+        if self.folder != self.path:
             self._put_in_place()
         self._committed = True
+
+    @contextlib.contextmanager
+    def _disk_errors(self):
+        """Names the destination where a disk is full or may not be written."""
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            raise CheckpointError(f"{self.path} cannot be written: {reason}.") from error
 
     def _flush(self) -> None:
         group, self._group, self._group_size = self._group, {}, 0
@@ -205,14 +217,14 @@ class CheckpointWriter:
 
     def _save(self, component: str, group: dict[str, np.ndarray]) -> None:
         group = {name: np.ascontiguousarray(array) for name, array in group.items()}
-        with orbax_io.saving(self._folder / component, group, self._compressed):
+        with orbax_io.saving(self.folder / component, group, self._compressed):
             digests = self._digests[component]
             digests |= {n: array_digest(a) for n, a in group.items() if not digests[n]}
-        if is_local(self._folder):
+        if is_local(self.folder):
             self._hash_new_files()
 
     def _hash_new_files(self) -> None:
-        for folder, _, names in os.walk(self._folder):
+        for folder, _, names in os.walk(self.folder):
             for path in (os.path.join(folder, name) for name in names):
                 if path not in self._seen:
                     self._seen.add(path)
@@ -240,7 +252,7 @@ class CheckpointWriter:
             )
 
     def _remove_dead_runs(self) -> None:
-        for folder in self.path.parent.glob(f"{self.path.name}{_MARK}-*"):
+        for folder in self._siblings(f"{_MARK}-"):
             lock = os.open(folder, os.O_RDONLY)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -255,14 +267,22 @@ class CheckpointWriter:
             folder.rmtree()
 
     def _put_in_place(self) -> None:
+        old = f"{self.path}.replaced-{secrets.token_hex(4)}"
         try:
             if looks_like_checkpoint(self.path) and self._overwrite:
-                os.rename(self.path, f"{self.path}.replaced-{secrets.token_hex(4)}")
-            os.rename(self._folder, self.path)
+                os.rename(self.path, old)
+            os.rename(self.folder, self.path)
         except OSError as error:
+            if os.path.exists(old):
+                os.rename(old, self.path)
             raise CheckpointError(f"{self.path} cannot be made: {error}.") from None
-        for old in self.path.parent.glob(f"{self.path.name}.replaced-*"):
+        for old in self._siblings(".replaced-"):
             shutil.rmtree(old, ignore_errors=True)
+
+    def _siblings(self, mark: str) -> list[epath.Path]:
+        """What earlier runs for this path left beside it."""
+        start = f"{self.path.name}{mark}"  # no pattern: a name may have brackets
+        return [path for path in self.path.parent.iterdir() if path.name.startswith(start)]
 
 
 def _identity(path: os.PathLike | str) -> tuple[int, int, int]:

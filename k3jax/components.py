@@ -11,6 +11,7 @@ from flax import nnx
 from k3jax.abstract import COMPONENTS
 from k3jax.checkpoint import restore
 from k3jax.checkpoint_format import Checkpoint
+from k3jax.digests import same_weights
 from k3jax.manifest import read_manifest
 from k3jax.quantization import is_int8
 from k3jax.streaming import StreamedTextEncoder
@@ -110,7 +111,11 @@ def share_components(
     """
     digests = component_digests(checkpoint)
     modules = {name: getattr(pipe, name) for name in COMPONENTS}
-    new = [name for name in COMPONENTS if digests[name] != pipe.digests.get(name)]
+    new = [
+        name
+        for name in COMPONENTS
+        if not same_weights(pipe.digests.get(name), digests[name], checkpoint.component_path(name))
+    ]
     dtypes = {name: _dtypes_of(modules[name]) for name in new}
     forms = {name: _form_of(modules[name]) for name in new}
     for name in new:

@@ -13,9 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from k3jax.config_limits import check_movq, check_sizes, check_text_encoder, check_unet
+
 
 MAX_TOKENS = 128
 """Tokens of a prompt that the model sees, end-of-sequence included; the same in all references."""
+
+MOST_FLOAT = 10**300
 
 Conditioning = Literal["original", "diffusers"]
 SamplerName = Literal["kandinsky", "kandinsky30", "ddpm", "ddim", "dpm++2m", "flash"]
@@ -138,6 +142,10 @@ class ModelConfig:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
     def __post_init__(self):
+        check_sizes(self)
+        check_text_encoder(self.text_encoder)
+        check_unet(self.unet)
+        check_movq(self.movq)
         widths = {
             "text_encoder.d_model": (self.text_encoder.d_model, self.text_projection.d_model),
             "unet.cross_attention_dim": (
@@ -225,6 +233,8 @@ def _coerce(hint, value, where):
             raise ValueError(f"{where} must have {len(hint.__args__)} values, not {value!r}.")
         return tuple(_coerce(element, v, where) for v in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) > MOST_FLOAT:
+            raise ValueError(f"{where} must be a float of at most 300 digits.")
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ValueError(f"{where} must be {hint.__name__}, not {value!r}.")

@@ -7,10 +7,9 @@ weights.npz    float32, `<layer>.a` (in, rank) and `<layer>.b` (rank, out)
 
 import io
 import json
+import math
 import secrets
 import warnings
-import zipfile
-import zlib
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -19,8 +18,10 @@ from etils import epath
 
 from k3jax.checkpoint_format import as_path
 from k3jax.config import LoraConfig, from_dict, to_dict
+from k3jax.digests import abbreviated, array_digest, combined_digest, prove_difference
+from k3jax.json_files import LFS_ADVICE, LFS_POINTER, read_object
 from k3jax.lora import Weights
-from k3jax.manifest import CheckpointError, array_digest, combined_digest, is_local
+from k3jax.manifest import CheckpointError, is_local
 
 
 SETTINGS, ARRAYS = "lora.json", "weights.npz"
@@ -43,7 +44,7 @@ class Lora:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the weights: equal for equal arrays, wherever they lie."""
+        """Digest of the weights: equal for equal arrays, wherever they lie."""
         return combined_digest(
             {
                 f"{name}.{key}": array_digest(array)
@@ -54,14 +55,20 @@ class Lora:
 
 
 def warn_of_another_base(lora: Lora, fingerprint: str | None) -> None:
-    """Warns where a LoRA is used on other weights than it was trained on."""
-    if fingerprint is not None and lora.base_fingerprint != fingerprint:
-        warnings.warn(
+    """Warns where a LoRA is used on other weights than it was trained on, or may be."""
+    if fingerprint is None or lora.base_fingerprint == fingerprint:
+        return
+    if prove_difference(lora.base_fingerprint, fingerprint):
+        found = (
             f"the LoRA {lora.path} was trained on another checkpoint (fingerprint "
-            f"{lora.base_fingerprint[:12]}..., not {fingerprint[:12]}...): "
-            "its effect may be another.",
-            stacklevel=3,
+            f"{abbreviated(lora.base_fingerprint)}..., not {abbreviated(fingerprint)}...): "
         )
+    else:
+        found = (
+            f"the LoRA {lora.path} may have been trained on another checkpoint (one of the two "
+            "fingerprints was computed by an earlier version of k3jax): "
+        )
+    warnings.warn(f"{found}its effect may be another.", stacklevel=3)
 
 
 def save_lora(
@@ -129,37 +136,67 @@ def load_lora(path) -> Lora:
         what = f"it has no {SETTINGS}" if path.exists() else "the folder does not exist"
         raise CheckpointError(f"There is no LoRA at {path}: {what}.")
     try:
-        settings = json.loads((path / SETTINGS).read_text())
-        if settings["format_version"] != FORMAT_VERSION:
+        settings = read_object(path / SETTINGS)
+        if settings.get("format_version") != FORMAT_VERSION:
             raise CheckpointError(
-                f"{path} has format version {settings['format_version']}, but this k3jax reads "
-                f"{FORMAT_VERSION}: upgrade k3jax."
+                f"{path} has format version {settings.get('format_version')!r}, but this k3jax "
+                f"reads {FORMAT_VERSION}: upgrade k3jax."
             )
+        if not isinstance(settings.get("lora"), dict):
+            raise ValueError(f"{path / SETTINGS} is damaged: it has no settings of a LoRA")
+        if not isinstance(settings.get("base_fingerprint"), str):
+            raise ValueError(f"{path / SETTINGS} is damaged: it has no base_fingerprint")
         config = from_dict(LoraConfig, settings["lora"], where=str(path / SETTINGS))
-        with np.load(io.BytesIO((path / ARRAYS).read_bytes()), allow_pickle=False) as arrays:
-            weights: dict[str, dict[str, np.ndarray]] = {}
-            for name in arrays.files:  # the zip file checks the CRC-32 of each
-                layer, _, key = name.rpartition(".")
-                with np.errstate(over="ignore"):  # found below
-                    array = np.asarray(arrays[name], np.float32)
-                weights.setdefault(layer, {})[key] = array
-        fingerprint = str(settings["base_fingerprint"])
+        alpha = config.rank if config.alpha is None else config.alpha
+        if config.rank < 1 or not 0 < alpha < math.inf:
+            raise ValueError(
+                f"{path / SETTINGS}: rank is {config.rank} and alpha {alpha}; both must be above 0"
+            )
     except CheckpointError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        raise CheckpointError(f"The LoRA {path} is damaged ({error!r}); copy it again.") from None
+    except ValueError as error:
+        raise CheckpointError(f"{str(error).rstrip('.')}; copy the LoRA again.") from None
+    weights = _read_weights(path)
     for layer, pair in weights.items():
         if pair.keys() != {"a", "b"} or any(x.ndim != 2 for x in pair.values()):
             raise CheckpointError(f"The LoRA {path} is damaged: {layer} is not a pair a, b.")
-        if pair["a"].shape[1] != config.rank:
+        ranks = {pair["a"].shape[1], pair["b"].shape[0], config.rank}
+        if ranks != {config.rank}:
             raise CheckpointError(
-                f"The LoRA {path} is damaged: {layer} has rank {pair['a'].shape[1]}, but "
-                f"{SETTINGS} says {config.rank}."
+                f"The LoRA {path} is damaged: {layer} has rank {pair['a'].shape[1]} and "
+                f"{pair['b'].shape[0]}, but {SETTINGS} says {config.rank}."
             )
-        for key, array in pair.items():
-            if not np.isfinite(array).all():
-                raise CheckpointError(
-                    f"The LoRA {path} is damaged: {layer}.{key} holds values that are not finite "
-                    "(NaN or infinity); take another copy, or train it again."
-                )
-    return Lora(path, weights, config, fingerprint)
+        if not all(np.isfinite(x).all() for x in pair.values()):
+            raise CheckpointError(
+                f"The LoRA {path} has NaN or infinite values in {layer}: train it again."
+            )
+    return Lora(path, weights, config, settings["base_fingerprint"])
+
+
+def _read_weights(path: epath.Path) -> dict[str, dict[str, np.ndarray]]:
+    """Layer -> name -> array of a LoRA's folder."""
+    weights: dict[str, dict[str, np.ndarray]] = {}
+    try:
+        content = (path / ARRAYS).read_bytes()
+        if content.startswith(LFS_POINTER):
+            raise CheckpointError(f"{path / ARRAYS} {LFS_ADVICE}.")
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            for name in arrays.files:  # the zip file checks the CRC-32 of each
+                layer, _, key = name.rpartition(".")
+                weights.setdefault(layer, {})[key] = _float32(arrays[name], name)
+    except CheckpointError:
+        raise
+    except Exception as error:  # of damaged bytes zipfile and NumPy raise nearly everything
+        raise CheckpointError(
+            f"{path / ARRAYS} is damaged ({str(error)[:200] or type(error).__name__}); copy the "
+            "LoRA again."
+        ) from None
+    if not weights:
+        raise CheckpointError(f"{path / ARRAYS} is damaged: it holds no weights.")
+    return weights
+
+
+def _float32(array: np.ndarray, name: str) -> np.ndarray:
+    if array.dtype != np.float32:
+        raise ValueError(f"{name} is {array.dtype}, not float32")
+    return array

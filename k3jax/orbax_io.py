@@ -10,6 +10,7 @@ import ctypes
 import gc
 import logging
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -34,25 +35,48 @@ def saving(folder: epath.Path, arrays: Mapping[str, np.ndarray], compressed: boo
 
     They must be contiguous, are not copied, and must not change meanwhile.
     """
-    with _writing(folder), _context({jax.process_index()}, compressed=compressed):
-        response = ocp.partial.save_async(folder, _nested(arrays))
-    yield
-    with _writing(folder):
+
+    def start():
+        with _context({jax.process_index()}, compressed=compressed):
+            return ocp.partial.save_async(folder, _nested(arrays))
+
+    def wait():
         response.result()
         # Each save reads and merges what all saves before it left, which took half a minute for
         # 60 saves of 1,000 arrays. Names are unique here, so what is finished is put out of sight.
         if is_local(folder):
             _move_all(_beside(folder, ".partial_save"), _beside(folder, ".saved"))
+
+    logs = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    for log in logs:
+        log.addFilter(_is_news)
+    try:
+        response = _write(folder, start)
+        yield
+        _write(folder, wait)
+    finally:
+        for log in logs:
+            log.removeFilter(_is_news)
     _give_memory_back()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not the tracebacks of Orbax's threads and tasks, whose errors `saving` raises."""
+    echoes = ("_SignalingThread.run() raised", "exception was never retrieved")
+    return not any(echo in record.getMessage() for echo in echoes)
 
 
 def finish(folder: epath.Path) -> None:
     """Makes what `saving` wrote readable, by a rename."""
-    with _writing(folder), _context({jax.process_index()}):
+
+    def rename():
         if is_local(folder):
             _move_all(_beside(folder, ".saved"), _beside(folder, ".partial_save"))
             _beside(folder, ".saved").rmdir()
-        ocp.partial.finalize(folder)
+        with _context({jax.process_index()}):
+            ocp.partial.finalize(folder)
+
+    _write(folder, rename)
 
 
 def array_structs(folder: epath.Path) -> dict[str, jax.ShapeDtypeStruct]:
@@ -111,7 +135,14 @@ def iterate_arrays(folder: epath.Path, batch_bytes: int) -> Iterator[tuple[str, 
 
 
 def _load_numpy(folder, batch):
-    arrays = _read(folder, {jax.process_index()}, lambda: _flat(ocp.load(folder, _nested(batch))))
+    def read():
+        arrays = _flat(ocp.load(folder, _nested(batch)))
+        lost = [name for name in batch if not isinstance(arrays.get(name), np.ndarray)]
+        if lost:
+            raise ValueError(f"it does not hold {', '.join(lost)}")
+        return arrays
+
+    arrays = _read(folder, {jax.process_index()}, read)
     while arrays:
         name = next(iter(arrays))
         yield name, arrays.pop(name)
@@ -139,7 +170,14 @@ def _move_all(source: epath.Path, target: epath.Path) -> None:
 
 
 def _metadata(folder: epath.Path) -> dict[str, object]:
-    return _read(folder, {jax.process_index()}, lambda: _flat(ocp.metadata(folder).metadata))
+    def read():
+        leaves = _flat(ocp.metadata(folder).metadata)
+        for leaf in leaves.values():
+            jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype))
+            math.prod(leaf.shape)
+        return leaves
+
+    return _read(folder, {jax.process_index()}, read)
 
 
 @contextlib.contextmanager
@@ -159,7 +197,26 @@ def _context(processes: set[int], read_bytes: int | None = None, compressed: boo
 
 
 def _read(folder: epath.Path, processes: set[int], read: Callable, read_bytes: int | None = None):
-    """Calls `read` in a context, and makes one sentence of whatever Orbax raises.
+    """Calls `read` in a context, and makes one sentence of whatever Orbax raises."""
+
+    def in_context():
+        with _context(processes, read_bytes):
+            return read()
+
+    return _call(
+        in_context,
+        f"{folder} cannot be read ({{}}): a file is missing or damaged; "
+        "copy or convert the checkpoint again.",
+    )
+
+
+def _write(folder: epath.Path, write: Callable):
+    """Calls `write`, and makes one sentence of whatever Orbax raises."""
+    return _call(write, f"{folder} cannot be written: {{}}.")
+
+
+def _call(function: Callable, sentence: str):
+    """Calls a function of Orbax; raises a CheckpointError of `sentence`, with the reason in it.
 
     After the first failure others follow in TensorStore's threads and in abandoned coroutines;
     asyncio and the interpreter would report them in hundreds of lines.
@@ -169,12 +226,11 @@ def _read(folder: epath.Path, processes: set[int], read: Callable, read_bytes: i
     sys.unraisablehook = unraisable.append
     try:
         try:
-            with _context(processes, read_bytes):
-                return read()
+            return function()
         except Exception as error:
             message = _first_line(error)
         log.setLevel(logging.CRITICAL + 1)
-        time.sleep(0.5)  # until the reads under way have failed too
+        time.sleep(0.5)  # until the reads and writes under way have failed too
         gc.collect()
         unraisable.clear()
     finally:
@@ -182,23 +238,15 @@ def _read(folder: epath.Path, processes: set[int], read: Callable, read_bytes: i
         sys.unraisablehook = hook
         for other in unraisable:
             hook(other)
-    raise CheckpointError(
-        f"{folder} cannot be read ({message}): a file is missing or damaged; "
-        "copy or convert the checkpoint again."
-    )
-
-
-@contextlib.contextmanager
-def _writing(folder: epath.Path):
-    try:
-        yield
-    except Exception as error:
-        raise CheckpointError(f"{folder} cannot be written: {_first_line(error)}.") from error
+    raise CheckpointError(sentence.format(message))
 
 
 def _first_line(error: BaseException) -> str:
     while error.__cause__ is not None:  # TensorStore's own words
         error = error.__cause__
+    operating_system = re.search(r"([^:]+) \[os_error_code=", str(error))
+    if operating_system is not None:
+        return operating_system[1].strip()
     text = str(error).partition(" [")[0].partition(" See full ")[0].strip()
     return text.splitlines()[0].rstrip(".")[:400] if text else type(error).__name__
 

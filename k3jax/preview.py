@@ -128,4 +128,4 @@ def _store(digest: str, map: np.ndarray) -> None:
 
 
 def _file(digest: str):
-    return user_cache() / "previews" / f"{digest.split()[-1]}.json"
+    return user_cache() / "previews" / f"{digest.rpartition(':')[2]}.json"

@@ -10,7 +10,18 @@ import numpy as np
 from etils import epath
 
 from k3jax.config import MAX_TOKENS
+from k3jax.json_files import LFS_ADVICE, LFS_POINTER, read_object
 from k3jax.manifest import is_local
+
+
+TOKENIZERS = ("tokenizer.json", "spiece.model")
+"""One of them holds the vocabulary; the first one that is there is read."""
+TOKENIZER_FILES = (
+    *TOKENIZERS,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 
 
 class PromptTruncatedWarning(UserWarning):
@@ -28,23 +39,22 @@ class Tokenizer:
         Args:
             folder: holds tokenizer.json, or only spiece.model as the published folders do; local or
                 in a bucket.
-        """
-        from transformers import AutoTokenizer, T5Tokenizer
 
+        Raises:
+            ValueError: it holds no tokenizer, or one that cannot be read; names the file.
+        """
         folder = epath.Path(folder)
-        if not any((folder / name).exists() for name in ("tokenizer.json", "spiece.model")):
+        if not any((folder / name).exists() for name in TOKENIZERS):
             raise ValueError(
                 f"{folder} is not a tokenizer: it holds neither tokenizer.json nor spiece.model."
             )
         with tempfile.TemporaryDirectory() as copy:
+            local = folder
             if not is_local(folder):  # transformers reads local files
+                local = epath.Path(copy)
                 for file in folder.iterdir():
-                    file.copy(epath.Path(copy) / file.name)
-                folder = epath.Path(copy)
-            # Without tokenizer.json, AutoTokenizer does not know that it is T5's.
-            described = (folder / "tokenizer.json").exists()
-            kind = AutoTokenizer if described else T5Tokenizer
-            self._tokenizer = kind.from_pretrained(str(folder))
+                    file.copy(local / file.name)
+            self._tokenizer = _loaded(local, folder)
 
     @property
     def vocab_size(self) -> int:
@@ -79,14 +89,83 @@ class Tokenizer:
         """
         for number, prompt in enumerate(prompts):
             check_prompt(prompt, number)
-        found = self._tokenizer(
-            list(prompts), truncation=False, verbose=False, return_offsets_mapping=True
-        )
+        found = _tokens(self._tokenizer, list(prompts))
         return list(zip(found["input_ids"], found["offset_mapping"], strict=True))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens."""
         return self._tokenizer.decode(tokens)
+
+
+def tokenizer_fault(folder: epath.PathLike, vocab_size: int | None = None) -> str | None:
+    """What keeps a folder from being a tokenizer of a text encoder, or None.
+
+    Args:
+        vocab_size: of the text encoder, where there is one.
+
+    Returns:
+        A clause that begins with the file or folder.
+    """
+    try:
+        tokenizer = Tokenizer(folder)
+        ((ids, _),) = tokenizer.whole(["A red circle."])
+    except ValueError as error:
+        return str(error).rstrip(".")
+    if len(ids) < 2:
+        return f"{folder} makes no tokens of text"
+    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
+        return (
+            f"{folder} has {tokenizer.vocab_size} tokens, and the text encoder only {vocab_size}: "
+            "it is the tokenizer of another model"
+        )
+    return None
+
+
+def _loaded(folder: epath.Path, shown: epath.Path):
+    """The tokenizer of transformers in a local folder; errors say that it is in `shown`."""
+    from transformers import AutoTokenizer, T5Tokenizer
+
+    for file in folder.iterdir():
+        if file.name in TOKENIZER_FILES:
+            fault = _file_fault(file)
+            if fault is not None:
+                raise ValueError(f"{fault.replace(str(folder), str(shown))}; fetch it again.")
+    # Without tokenizer.json, AutoTokenizer does not know that it is T5's.
+    name = next(name for name in TOKENIZERS if (folder / name).exists())
+    kind = AutoTokenizer if name == "tokenizer.json" else T5Tokenizer
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tokenizer = kind.from_pretrained(str(folder))
+            _tokens(tokenizer, ["A red circle."])  # some faults only show here
+            return tokenizer
+    except BaseException as error:  # the tokenizers library panics: no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
+        if name == "spiece.model":  # the error is that of a reader of other files, tried last
+            what = "is damaged, or not a T5 vocabulary"
+        else:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            what = f"is damaged, or no tokenizer that transformers reads ({reason.rstrip('.')})"
+            what = what.replace(str(folder), str(shown))
+        raise ValueError(f"{shown / name} {what}; fetch it again.") from None
+
+
+def _tokens(tokenizer, prompts: list[str]):
+    return tokenizer(prompts, truncation=False, verbose=False, return_offsets_mapping=True)
+
+
+def _file_fault(file: epath.Path) -> str | None:
+    if file.suffix == ".json":
+        try:
+            read_object(file)
+        except ValueError as error:
+            return str(error)
+        return None
+    start = file.read_bytes()[: len(LFS_POINTER)]
+    if start == LFS_POINTER:
+        return f"{file} {LFS_ADVICE}"
+    return None if start else f"{file} is damaged: it is empty"
 
 
 def warn_of_cut(number: int, count: int, text: str) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from k3jax.digests import abbreviated
 from k3jax.image_files import opened
 from k3jax.synthesis.checking import finished_shards
 from k3jax.synthesis.layout import DATA
@@ -169,7 +170,7 @@ def _page(
     facts = (
         f"{shown} \u00b7 {sampler.name}, {sampler.num_inference_steps} steps, guidance "
         f"{sampler.guidance_scale:g} \u00b7 run seed {settings.seed} \u00b7 weights "
-        f"{manifest.weights['fingerprint'][:12]}"
+        f"{abbreviated(manifest.weights['fingerprint'])}"
     )
     data = {
         "name": name,

@@ -77,7 +77,7 @@ def test_bucket_gets_its_config_last(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         with CheckpointWriter(tmp_path / "c") as writer:
             writer.write("text_projection", disk_arrays("text_projection"))
-            monkeypatch.setattr(type(writer._folder), "rmtree", lambda *a, **k: None)  # killed
+            monkeypatch.setattr(type(writer.folder), "rmtree", lambda *a, **k: None)  # killed
             raise KeyboardInterrupt
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match="is not a k3jax checkpoint"):

@@ -23,6 +23,11 @@ def test_truncated_and_broken_safetensors(copy, tmp_path):
         assert "truncated" in message and str(file) in message
     file.write_bytes(whole[:8] + b"#" + whole[9:])
     assert "broken safetensors header" in refused(copy, tmp_path)
+    header = whole.replace(b'"dtype":"F32"', b'"dtype":"F8_E4M3"', 1)
+    file.write_bytes((int.from_bytes(whole[:8], "little") + 4).to_bytes(8, "little") + header[8:])
+    assert "has weights in F8_E4M3" in refused(copy, tmp_path)
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n")
+    assert f"{file} is a git-lfs pointer instead of the file" in refused(copy, tmp_path)
     file.write_bytes(whole.replace(b'"F32"', b'"F99"', 1))
     assert "broken safetensors header" in refused(copy, tmp_path)
 
@@ -35,9 +40,11 @@ def test_broken_pickles_and_json(original, tmp_path):
         file.write_bytes(whole[: len(whole) // 2])
         message = refused(folder, tmp_path)
         assert "truncated" in message and str(file) in message
+        file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n")
+        assert f"{file} is a git-lfs pointer instead of the file" in refused(folder, tmp_path)
         file.write_bytes(whole)
     (folder / "flan_ul2_encoder" / "config.json").write_text("{")
-    assert "not readable JSON" in refused(folder, tmp_path)
+    assert "is not JSON" in refused(folder, tmp_path)
 
 
 class Code:

@@ -4,18 +4,19 @@
 import shutil
 
 import pytest
+import torch
 
 from k3jax.config import SamplerConfig
-from k3jax.convert import hub
 from k3jax.convert.architecture import movq_config, sampler_config, text_encoder_config, unet_config
 from k3jax.convert.from_torch import plan
 from k3jax.convert.layouts import find_layout
 from k3jax.convert.rules import ConversionError
 from k3jax.convert.sources import open_source
+from k3jax.convert.tensors import flat, open_weights
 
 import tiny
 import torch_checkpoints
-from conversions import refused
+from conversions import PUBLISHED, refused
 from torch_checkpoints import ARCHITECTURE, write_diffusers, write_original
 
 
@@ -61,7 +62,8 @@ def test_original_in_a_weights_folder_and_without_config_json(original, tmp_path
     source = open_source(tmp_path, architecture=ARCHITECTURE)
     assert source.config.text_encoder == tiny.TEXT_ENCODER  # read off the shapes
     assert source.config.unet.attention_head_dim == tiny.UNET.attention_head_dim
-    assert open_source(tmp_path).config.unet.attention_head_dim == 64
+    with pytest.raises(ConversionError, match=r"do not split into unet\.groups = 32"):
+        open_source(tmp_path)  # what leaves no trace in shapes is that of the released model
 
 
 def test_original_30_has_its_projection_inside(tmp_path):
@@ -89,6 +91,17 @@ def test_the_authors_own_names_in_diffusers_layout(tmp_path):
     assert sum(len(p.steps) for p in plans.values()) == sum(map(len, source.tensors.values()))
     with pytest.raises(ConversionError, match="'vae', which is no component"):
         open_source(tmp_path, architecture={"vae": {}})
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module."])
+def test_names_of_wrapped_models(tmp_path, prefix):
+    """As DataParallel and torch.compile save them: in shards, and in a part of a pickle."""
+    state = {f"{prefix}a.weight": torch.ones(2), f"{prefix}module.bias": torch.ones(3)}
+    for number, name in enumerate(state):
+        torch_checkpoints.save({name: state[name]}, tmp_path / f"{number}.safetensors")
+    found = open_weights(sorted(tmp_path.glob("*.safetensors")))
+    assert found.keys() == flat(state, tmp_path).keys() == {"a.weight", "module.bias"}
+    assert flat({**state, "b": torch.ones(1)}, tmp_path).keys() == {*state, "b"}
 
 
 @pytest.mark.parametrize("levels", [2, 3])
@@ -133,21 +146,6 @@ def test_configs_that_are_not_kandinsky():
 
 
 # Files
-
-
-PUBLISHED = [
-    "model_index.json",
-    "scheduler/scheduler_config.json",
-    "tokenizer/spiece.model",
-    "tokenizer/tokenizer_config.json",
-    "unet/config.json",
-    "unet/diffusion_pytorch_model.fp16.safetensors",
-    "movq/config.json",
-    "movq/diffusion_pytorch_model.fp16.safetensors",
-    "text_encoder/config.json",
-    "text_encoder/model.safetensors.index.fp16.json",
-    *(f"text_encoder/model.fp16-0000{i}-of-00005.safetensors" for i in range(1, 6)),
-]
 
 
 def test_only_what_is_needed_is_picked():
@@ -207,39 +205,3 @@ def test_places_that_are_no_checkpoint(tmp_path):
     assert "is a file" in refused(tmp_path / "file", tmp_path)
     for place in ("nowhere", "./no/where", "a/b/c", str(tmp_path / "none")):
         assert "neither a folder nor a Hugging Face id" in refused(place, tmp_path)
-
-
-def test_hugging_face_id(tmp_path, monkeypatch, diffusers):
-    """The listing tells what is needed; only that is fetched; a folder of that name would win."""
-    calls = []
-
-    def snapshot_download(repo, **kwargs):
-        calls.append((repo, kwargs))
-        return str(diffusers)
-
-    names = [p.relative_to(diffusers).as_posix() for p in diffusers.rglob("*") if p.is_file()]
-    monkeypatch.setattr(hub, "list_repo_files", lambda repo: [*names, "README.md", "images/a.png"])
-    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
-    source = open_source("someone/kandinsky-3")
-    assert source.origin == {"repo": "someone/kandinsky-3"}
-    ((repo, kwargs),) = calls
-    assert repo == "someone/kandinsky-3"
-    assert set(kwargs["allow_patterns"]) == set(names) - {"model_index.json"}
-
-    # Without a network, an earlier download is used.
-    def unreachable(repo):
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr(hub, "list_repo_files", unreachable)
-    open_source("someone/kandinsky-3")
-    assert calls[-1] == (repo, {"local_files_only": True})
-
-    def nothing(repo, **kwargs):
-        raise FileNotFoundError("not in the cache")
-
-    monkeypatch.setattr(hub, "snapshot_download", nothing)
-    assert "cannot be fetched" in refused("someone/kandinsky-3", tmp_path)
-
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(diffusers, tmp_path / "someone" / "kandinsky-3")
-    assert "path" in open_source("someone/kandinsky-3").origin

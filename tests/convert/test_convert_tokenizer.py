@@ -25,7 +25,9 @@ def test_spiece_alone_becomes_a_whole_tokenizer(tmp_path):
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
 
     (tmp_path / "published" / "spiece.model").write_bytes(b"not a model")
-    with pytest.raises(ConversionError, match="not a T5 vocabulary"):
+    with pytest.raises(
+        ConversionError, match=r"published/spiece\.model is damaged, or not a T5 vocabulary"
+    ):
         prepare_tokenizer((tmp_path / "published").iterdir(), tmp_path / "broken")
 
 

@@ -17,6 +17,7 @@ from k3jax.abstract import COMPONENTS, abstract_module
 from k3jax.checkpoint import CheckpointError, CheckpointWriter, read_checkpoint, save_module
 from k3jax.config import LoraConfig, UNetConfig
 from k3jax.denoising import denoise_program
+from k3jax.json_files import LFS_POINTER
 from k3jax.lora_format import load_lora, save_lora
 from k3jax.pipeline import Kandinsky3Pipeline
 from k3jax.sharding import make_mesh, shardings
@@ -216,9 +217,26 @@ def test_what_cannot_be_read_is_refused(weights, tmp_path):
     settings.write_text(json.dumps(values | {"format_version": 2}))
     refused("has format version 2, but this k3jax reads 1: upgrade")
     settings.write_text(json.dumps(values | {"lora": {**values["lora"], "rank": 3}}))
-    refused("has rank 2, but lora.json says 3")
+    refused("has rank 2 and 2, but lora.json says 3")
+    for wrong in ({"rank": 0}, {"alpha": 0.0}, {"alpha": float("nan")}):
+        settings.write_text(json.dumps(values | {"lora": {**values["lora"], **wrong}}))
+        refused(r"lora\.json: rank is .* and alpha .*; both must be above 0")
+    settings.write_text(json.dumps(values | {"lora": [2]}))
+    refused(r"lora\.json is damaged: it has no settings of a LoRA")
     settings.write_text("{")
     refused("is damaged")
+    settings.write_text(json.dumps(values))
+    arrays.write_bytes(LFS_POINTER + b"v1")
+    refused(r"weights\.npz is a git-lfs pointer")
+
+
+def test_values_that_are_no_numbers_are_refused(weights, tmp_path):
+    name = next(iter(weights))
+    for number in (np.nan, np.inf):
+        pair = {**weights[name], "b": np.full_like(weights[name]["b"], number)}
+        save_lora(tmp_path / "lora", {**weights, name: pair}, CONFIG, "", overwrite=True)
+        with pytest.raises(CheckpointError, match=f"has NaN or infinite values in {name}: train"):
+            load_lora(tmp_path / "lora")
 
 
 def test_another_architecture_is_refused(unet, weights):
@@ -309,6 +327,6 @@ def test_pipeline(checkpoint, weights, tmp_path):
 
     with pytest.raises(ValueError, match="scale is nan; it must be a finite number"):
         pipe.load_lora(tmp_path / "lora", scale=float("nan"))
-    save_lora(tmp_path / "other", weights, CONFIG, "0" * 64)
+    save_lora(tmp_path / "other", weights, CONFIG, f"sha256:{0:064}")
     with pytest.warns(UserWarning, match="was trained on another checkpoint"):
         pipe.load_lora(tmp_path / "other")
