@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from k3jax import schedule
+from k3jax.abstract import COMPONENTS, abstract_module
 from k3jax.checkpoint import read_checkpoint
 from k3jax.sharding import make_mesh
 from k3jax.text_projection import Context, PromptEmbeds
@@ -19,10 +20,13 @@ from k3jax.training.objective import (
     noise_prediction_loss,
     training_context,
 )
-from k3jax.training.optimizer import learning_rate, make_optimizer
+from k3jax.training.optimizer import decayed, learning_rate, make_optimizer, matrices
+from k3jax.training.scene_text import ReadingHeads
 from k3jax.training.setup import first_weights, frozen_modules, prepare
-from k3jax.training.state import TrainState, new_state, state_shardings
+from k3jax.training.state import TrainState, new_state, state_shardings, weights_of
 from k3jax.training.step import make_step
+
+import random_checkpoint
 
 
 ROUNDING = 1e-3  # of a weight's largest update (1e-2 a step): float32, summed in another order
@@ -130,16 +134,51 @@ def test_learning_rates():
     np.testing.assert_allclose([cosine(10), cosine(55), cosine(100)], [1, 0.55, 0.1], rtol=1e-5)
 
 
+DECAYED = {
+    "text_encoder.embed_tokens.embedding": (6, 4),
+    "text_encoder.layers.attention.q.kernel": (3, 4, 4),
+    "unet.conv_in.kernel": (3, 3, 4, 4),
+    "unet.time_embedding.linear_1.kernel": (4, 4),
+    "reading_heads.kernels.color": (4, 2),
+    "down_blocks.0.attention.to_q.a": (4, 2),
+    "down_blocks.0.attention.to_q.b": (2, 4),
+}
+NOT_DECAYED = {
+    "text_encoder.relative_attention_bias.embedding": (6, 4),
+    "text_encoder.layers.attention_norm.scale": (3, 4),
+    "text_encoder.final_norm.scale": (4,),
+    "text_projection.null_embedding": (4,),
+    "text_projection.norm.bias": (4,),
+    "unet.layers.conv.bias": (3, 4),
+}
+
+
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
-def test_only_kernels_decay(name):
+def test_what_decays(name):
+    """Kernels, token embeddings and LoRA factors; nothing else, stacked or not."""
     config = OptimizerConfig(
         name=name, learning_rate=0.1, warmup_steps=0, weight_decay=0.5, max_grad_norm=None
     )
     rule = make_optimizer(config, 10)
-    weights = {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}
+    weights = {name: jnp.ones(shape) for name, shape in {**DECAYED, **NOT_DECAYED}.items()}
     updates, _ = rule.update(jax.tree.map(jnp.zeros_like, weights), rule.init(weights), weights)
-    np.testing.assert_allclose(updates["kernel"], -0.05, rtol=1e-5)
-    np.testing.assert_array_equal(updates["bias"], 0)
+    for name in weights:
+        expected = -0.05 if name in DECAYED else 0
+        np.testing.assert_allclose(updates[name], expected, rtol=1e-5, err_msg=name)
+
+
+def test_every_weight_of_the_model_decays_or_does_not_as_its_kind_says():
+    modules = {name: abstract_module(name, random_checkpoint.MODEL) for name in COMPONENTS}
+    weights = weights_of({**modules, "reading_heads": ReadingHeads(8, 0)})
+    kept = {name for name, decays in decayed(weights).items() if not decays}
+    assert {name for name in kept if not name.endswith((".bias", ".scale"))} == {
+        "text_encoder.relative_attention_bias.embedding",
+        "text_projection.null_embedding",
+    }
+    assert not any(name.endswith((".bias", ".scale")) for name in weights.keys() - kept)
+    turned = [name for name, how in matrices(weights).items() if how is not None]
+    assert {name.split(".")[-1] for name in turned} == {"kernel"}
+    assert sum(name.startswith("text_encoder.layers.") for name in turned) == 7
 
 
 def test_muon_turns_matrices_evenly_and_leaves_both_ends_to_adam():
@@ -162,6 +201,37 @@ def test_muon_turns_matrices_evenly_and_leaves_both_ends_to_adam():
         assert 0.1 < np.sqrt((matrix**2).mean()) < 0.3
     sizes = np.abs(updates["conv_in.kernel"])  # Adam's first step has one size for all
     assert sizes.max() < 1.01 * sizes.min()
+
+
+def test_muon_turns_each_layer_of_a_stack_by_itself():
+    config = OptimizerConfig(name="muon", learning_rate=1.0, warmup_steps=0, max_grad_norm=None)
+    rule = make_optimizer(config, 10)
+    rng = np.random.default_rng(0)
+    for shape in ((8, 12), (3, 3, 4, 8)):
+        weights = jnp.asarray(rng.standard_normal((3, *shape)), jnp.float32)
+        grads = jnp.asarray(rng.standard_normal((3, *shape)), jnp.float32)
+
+        def update(grads, weights):
+            grads, weights = {"a.kernel": grads}, {"a.kernel": weights}
+            return rule.update(grads, rule.init(weights), weights)[0]["a.kernel"]
+
+        stacked = update(grads, weights)
+        for layer in range(3):
+            alone = update(grads[layer], weights[layer])
+            np.testing.assert_allclose(stacked[layer], alone, rtol=1e-4, atol=1e-6)
+
+
+def test_muon_leaves_norms_and_lora_to_adam():
+    config = OptimizerConfig(name="muon", learning_rate=1.0, warmup_steps=0, weight_decay=0)
+    rule = make_optimizer(config, 10)
+    rng = np.random.default_rng(0)
+    shapes = {name: shape for name, shape in DECAYED.items() if name[-2:] in (".a", ".b")}
+    shapes["layers.attention_norm.scale"] = (3, 4)
+    weights = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+    grads = {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in shapes.items()}
+    updates, _ = rule.update(grads, rule.init(weights), weights)
+    for name, value in updates.items():  # Adam's first step has one size for all
+        np.testing.assert_allclose(np.abs(value), np.abs(value).max(), rtol=1e-3, err_msg=name)
 
 
 def test_adafactor_remembers_rows_and_columns_only():
