@@ -16,6 +16,7 @@ from PIL import Image
 
 from k3jax.images import write_png
 from k3jax.manifest import is_local
+from k3jax.training.files import naming, write_whole
 
 
 METRICS = "metrics.jsonl"
@@ -68,9 +69,8 @@ class MetricWriter:
         if not self.path.exists():
             return
         kept = [record for record in read_metrics(self.path) if record["step"] <= step]
-        part = self.path.with_name(f".{METRICS}.part")
-        part.write_text("".join(map(_line, kept)))
-        os.replace(part, self.path)
+        text = "".join(map(_line, kept))
+        write_whole(self.path, lambda file: file.write(text.encode()))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes the metrics of a step; a second call for the same step adds to its line.
@@ -109,7 +109,9 @@ class MetricWriter:
         folder = self.folder / "samples"
         folder.mkdir(exist_ok=True)
         suffix = "" if name == "samples" else f"_{name}"
-        write_png(Image.fromarray(grid), folder / f"step_{step:08d}{suffix}.png")
+        path = folder / f"step_{step:08d}{suffix}.png"
+        with naming(path):
+            write_png(Image.fromarray(grid), path)
         tensorboard = self._open_tensorboard()
         if tensorboard is not None:
             tensorboard.add_image(name, grid, step, dataformats="HWC")
@@ -129,7 +131,7 @@ class MetricWriter:
         if self._last is not None and step < self._last["step"]:
             raise ValueError(f"Metrics of step {step} after those of step {self._last['step']}.")
         record = {"step": step, "time": round(time.time(), 3)}
-        with open(self.path, "ab") as file:
+        with naming(self.path), open(self.path, "ab") as file:
             if self._last is not None and step == self._last["step"]:
                 record = self._last
                 file.truncate(self._last_offset)
@@ -161,8 +163,8 @@ class MetricWriter:
 
 
 def read_metrics(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
-    """The records of a metrics.jsonl, without a last line that was not written to its end."""
-    with open(path) as file:
+    """The records of a metrics.jsonl, without lines that were not written to their end."""
+    with open(path, errors="replace") as file:
         for line in file:
             try:
                 record = json.loads(line)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The optimiser that a config describes, made of optax's parts."""
 
-import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 

@@ -10,14 +10,16 @@ import pytest
 from k3jax import schedule
 from k3jax.abstract import COMPONENTS, abstract_module
 from k3jax.checkpoint import read_checkpoint
+from k3jax.config import SamplerConfig
 from k3jax.sharding import make_mesh
 from k3jax.text_projection import Context, PromptEmbeds
 from k3jax.training.config import DataConfig, LossConfig, OptimizerConfig, TrainConfig
 from k3jax.training.loop import put_batch
 from k3jax.training.objective import (
+    check_loss,
+    denoising_loss,
     layout_weight,
     min_snr_weight,
-    noise_prediction_loss,
     training_context,
 )
 from k3jax.training.optimizer import decayed, learning_rate, make_optimizer, matrices
@@ -30,6 +32,9 @@ import random_checkpoint
 
 
 ROUNDING = 1e-3  # of a weight's largest update (1e-2 a step): float32, summed in another order
+
+
+COSINE = SamplerConfig()  # the original's
 
 
 class Echo:
@@ -46,7 +51,7 @@ class Echo:
 def test_the_loss_is_that_of_the_noise():
     latents = jnp.asarray(np.random.default_rng(0).standard_normal((64, 8, 8, 4)), jnp.float32)
     nothing = Echo(0.0)
-    loss, metrics = noise_prediction_loss(nothing, None, latents, jax.random.key(1), LossConfig())
+    loss, metrics = denoising_loss(nothing, None, latents, jax.random.key(1), LossConfig(), COSINE)
     assert loss == metrics["noise_mse"] and abs(float(loss) - 1) < 0.02  # variance of the noise
     noisy, timesteps = nothing.seen[0]
     assert timesteps.min() >= 0 and timesteps.max() < 1000 and len(set(timesteps.tolist())) > 50
@@ -58,8 +63,8 @@ def test_the_loss_is_that_of_the_noise():
     np.testing.assert_allclose(np.asarray(noise)[high].var(), 1, atol=0.03)
 
     weight = jnp.zeros(64).at[3].set(64.0)
-    one, _ = noise_prediction_loss(
-        Echo(0.0), None, latents, jax.random.key(1), LossConfig(), weight=weight
+    one, _ = denoising_loss(
+        Echo(0.0), None, latents, jax.random.key(1), LossConfig(), COSINE, weight=weight
     )
     np.testing.assert_allclose(one, np.square(noise[3]).mean(), rtol=1e-3)
 
@@ -68,18 +73,84 @@ def test_min_snr_weights():
     a = jnp.asarray([0.999, 0.5, 0.01])
     np.testing.assert_allclose(min_snr_weight(a, 5.0), [5 / 999, 1, 1], rtol=1e-4)
     latents = jnp.zeros((256, 8, 8, 4))
-    plain, metrics = noise_prediction_loss(
-        Echo(0.0), None, latents, jax.random.key(0), LossConfig(snr_gamma=5.0)
+    plain, metrics = denoising_loss(
+        Echo(0.0), None, latents, jax.random.key(0), LossConfig(snr_gamma=5.0), COSINE
     )
     assert plain < metrics["noise_mse"]
+
+
+SCHEDULES = {
+    "squaredcos_cap_v2": lambda: schedule.cosine_betas(1000),
+    "linear": lambda: np.linspace(1e-4, 0.02, 1000, dtype=np.float32),
+    "scaled_linear": lambda: np.linspace(0.01, 0.02**0.5, 1000, dtype=np.float32) ** 2,
+}
+
+
+def knowing(sampler, betas, error):
+    """A U-Net that predicts what diffusers' schedulers want of it, for clean latents of 0.5."""
+    a_bar = np.cumprod(1 - betas.astype(np.float64))
+
+    def unet(sample, timesteps, context):
+        a = jnp.asarray(a_bar, jnp.float32)[timesteps][:, None, None, None]
+        noise = (sample - jnp.sqrt(a) * 0.5) / jnp.sqrt(1 - a)
+        exact = {
+            "epsilon": noise,
+            "sample": jnp.full_like(noise, 0.5),
+            "v_prediction": jnp.sqrt(a) * noise - jnp.sqrt(1 - a) * 0.5,
+        }[sampler.prediction_type]
+        return exact + error
+
+    return unet, a_bar
+
+
+@pytest.mark.parametrize("betas", SCHEDULES)
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+def test_the_loss_follows_the_checkpoints_schedule_and_prediction(kind, betas):
+    sampler = SamplerConfig(
+        name="ddim", prediction_type=kind, beta_schedule=betas, beta_start=1e-4, beta_end=0.02
+    )
+    latents = jnp.full((64, 4, 4, 4), 0.5)
+    # From step 100 on: below, the noise cannot be told from rounding.
+    span = {"timesteps": (100, 101)}
+
+    def loss(error, **config):
+        unet, a_bar = knowing(sampler, SCHEDULES[betas](), error)
+        config = LossConfig(**span, **config)
+        value, metrics = denoising_loss(unet, None, latents, jax.random.key(0), config, sampler)
+        return float(value), float(metrics["noise_mse"]), a_bar[100]
+
+    assert loss(0.0)[0] < 1e-6
+    plain, noise_mse, a = loss(0.1)
+    np.testing.assert_allclose(plain, 0.01, rtol=2e-3)
+    snr = a / (1 - a)
+    # What the error of the prediction is as one of the noise, and the published min-SNR weights.
+    of_noise = {"epsilon": 1, "sample": snr, "v_prediction": a}[kind]
+    weight = {"epsilon": min(snr, 5) / snr, "sample": min(snr, 5)}
+    weight["v_prediction"] = min(snr, 5) / (snr + 1)
+    np.testing.assert_allclose(noise_mse, 0.01 * of_noise, rtol=2e-3)
+    np.testing.assert_allclose(loss(0.1, snr_gamma=5.0)[0], 0.01 * weight[kind], rtol=2e-3)
+
+
+def test_timesteps_and_samplers_that_contradict_each_other_are_refused():
+    short = SamplerConfig(name="ddpm", num_train_timesteps=500)
+    check_loss(LossConfig(timesteps=(0, 500)), short)
+    check_loss(LossConfig(), SamplerConfig(name="ddim", prediction_type="v_prediction"))
+    with pytest.raises(ValueError, match=r"timesteps is \(0, 1000\): .* within 0 and 500"):
+        check_loss(LossConfig(), short)
+    with pytest.raises(ValueError, match=r"sampler is kandinsky, .* its prediction_type is sample"):
+        check_loss(LossConfig(), SamplerConfig(prediction_type="sample"))
+    with pytest.raises(ValueError, match=r"sampler is kandinsky, .* its beta_schedule is linear"):
+        check_loss(LossConfig(), SamplerConfig(beta_schedule="linear"))
+    with pytest.raises(ValueError, match="beta_schedule 'sigmoid' is not known"):
+        check_loss(LossConfig(), SamplerConfig(name="ddpm", beta_schedule="sigmoid"))
 
 
 def test_errors_at_high_noise_weigh_as_those_of_the_image():
     a = jnp.asarray([0.999, 0.5, 0.2, 0.001])
     np.testing.assert_allclose(layout_weight(a, 30.0), [1, 1, 4, 30], rtol=1e-4)
     latents = jnp.zeros((256, 8, 8, 4))
-    loss, metrics = noise_prediction_loss(
-        Echo(0.0), None, latents, jax.random.key(0), LossConfig(layout_weight=30.0)
+    loss, metrics = denoising_loss(
+        Echo(0.0), None, latents, jax.random.key(0), LossConfig(layout_weight=30.0), COSINE
     )
     assert loss > 2 * metrics["noise_mse"]
 
@@ -93,9 +164,9 @@ def test_the_timesteps_that_are_trained():
         return sample
 
     for span in ((0, 1000), (600, 970)):
-        noise_prediction_loss(
-            unet, None, jnp.zeros((4096, 1, 1, 4)), jax.random.key(0), LossConfig(timesteps=span)
-        )
+        latents = jnp.zeros((4096, 1, 1, 4))
+        config = LossConfig(timesteps=span)
+        denoising_loss(unet, None, latents, jax.random.key(0), config, COSINE)
         assert seen[-1].min() - span[0] in range(8) and span[1] - seen[-1].max() in range(1, 8)
 
 
