@@ -32,7 +32,6 @@ from k3jax.training.batches import (
 )
 from k3jax.training.checkpoints import RunCheckpoints
 from k3jax.training.config import TrainConfig
-from k3jax.training.data.index import bucket_index
 from k3jax.training.data.sources import open_source
 from k3jax.training.limits import checked
 from k3jax.training.loop import put_batch, run_loop
@@ -42,7 +41,7 @@ from k3jax.training.mfu import flops_of
 from k3jax.training.objective import check_loss
 from k3jax.training.optimizer import learning_rate, make_optimizer
 from k3jax.training.plot import plot_losses
-from k3jax.training.precompute import open_cache
+from k3jax.training.precompute import index_of, open_cache
 from k3jax.training.result import final_weights, save_result
 from k3jax.training.run_folder import RunFolder
 from k3jax.training.setup import (
@@ -219,7 +218,7 @@ def open_data(start: Start, tokenizer_folder: Path | None, progress: bool) -> _D
     if config.data.crop is not None:
         data = dataclasses.replace(config.data, resolution=config.data.crop)
         config = dataclasses.replace(config, data=data)
-    index = bucket_index(source, config.data)
+    index = index_of(source, config.data)
     used, held_out = split_validation(len(source), config)
     size = config.batch_size
     if config.data.cache is not None and config.task != "movq":
@@ -237,7 +236,7 @@ def open_data(start: Start, tokenizer_folder: Path | None, progress: bool) -> _D
         classes = open_source(prior.data)
         batches = WithPrior(
             make_loader(config, source, index, tokenizer, size - count, used),
-            make_loader(prior, classes, bucket_index(classes, prior.data), tokenizer, count),
+            make_loader(prior, classes, index_of(classes, prior.data), tokenizer, count),
             prior.prior.weight,
         )
         kept = None
