@@ -35,7 +35,7 @@ class Limit:
     def __str__(self) -> str:
         low = f"more than {self.low}" if self.open_low else f"{self.low} or more"
         if self.high is None:
-            return f"{low}, and finite"
+            return low
         return f"{low}, and {'less than' if self.open_high else 'at most'} {self.high}"
 
 
@@ -95,7 +95,8 @@ def checked(config: TrainConfig) -> TrainConfig:
     for name, limit in LIMITS.items():
         value = _value(config, name)
         if value is not None and value not in limit:
-            raise ValueError(f"train.{name} is {value}; it must be {limit}.")
+            finite = "" if math.isfinite(value) else "finite and "
+            raise ValueError(f"train.{name} is {value}; it must be {finite}{limit}.")
     if not config.output:
         raise ValueError("train.output (--output) is empty: name a folder for the run.")
     return config
