@@ -20,6 +20,7 @@ from k3jax.training.files import naming, write_whole
 
 
 METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
 RESERVED = ("step", "time", "nonfinite")
 
 
@@ -89,10 +90,11 @@ class MetricWriter:
         self._append(step, values)
         if self.progress:
             print(_readable(step, values), flush=True)
-        tensorboard = self._open_tensorboard()
-        if tensorboard is not None:
-            for name, value in values.items():
-                tensorboard.add_scalar(name, value, step)
+        with naming(self.folder / TENSORBOARD):
+            tensorboard = self._open_tensorboard()
+            if tensorboard is not None:
+                for name, value in values.items():
+                    tensorboard.add_scalar(name, value, step)
 
     def images(self, step: int, name: str, grid: np.ndarray) -> None:
         """Writes a picture: `samples/step_00000010.png`, or `step_00000010_name.png` beside it.
@@ -112,9 +114,10 @@ class MetricWriter:
         path = folder / f"step_{step:08d}{suffix}.png"
         with naming(path):
             write_png(Image.fromarray(grid), path)
-        tensorboard = self._open_tensorboard()
-        if tensorboard is not None:
-            tensorboard.add_image(name, grid, step, dataformats="HWC")
+        with naming(self.folder / TENSORBOARD):
+            tensorboard = self._open_tensorboard()
+            if tensorboard is not None:
+                tensorboard.add_image(name, grid, step, dataformats="HWC")
 
     def close(self) -> None:
         if self._tensorboard:
@@ -157,7 +160,7 @@ class MetricWriter:
             else:
                 # TensorBoard hides what an earlier process wrote from this step on.
                 purge = self._first_step or None
-                folder = str(self.folder / "tensorboard")
+                folder = str(self.folder / TENSORBOARD)
                 self._tensorboard = SummaryWriter(folder, purge_step=purge, flush_secs=30)
         return self._tensorboard or None
 
