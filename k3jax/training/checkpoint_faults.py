@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -109,14 +110,23 @@ def reason_of(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def without_tracebacks() -> Iterator[None]:
-    """Keeps Orbax from logging exceptions that it also raises, which are told in a sentence."""
+    """Keeps the tracebacks of exceptions that Orbax also raises, and we put in a sentence, quiet.
+
+    It logs them, and its event loop ends before all of TensorStore's writes have been told to fail.
+    """
 
     def wanted(record: logging.LogRecord) -> bool:
         return not (record.levelno >= logging.ERROR and "orbax" in record.pathname)
 
-    logger = logging.getLogger("absl")
+    def hook(kind, error, trace) -> None:
+        if str(error) != "Event loop is closed":
+            before(kind, error, trace)
+
+    logger, before = logging.getLogger("absl"), sys.excepthook
     logger.addFilter(wanted)
+    sys.excepthook = hook
     try:
         yield
     finally:
         logger.removeFilter(wanted)
+        sys.excepthook = before

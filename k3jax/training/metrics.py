@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Metrics of a training run: lines on stdout, metrics.jsonl, TensorBoard and sample grids."""
 
+import contextlib
 import json
 import math
 import os
@@ -90,11 +91,9 @@ class MetricWriter:
         self._append(step, values)
         if self.progress:
             print(_readable(step, values), flush=True)
-        with naming(self.folder / TENSORBOARD):
-            tensorboard = self._open_tensorboard()
-            if tensorboard is not None:
-                for name, value in values.items():
-                    tensorboard.add_scalar(name, value, step)
+        tensorboard = self._open_tensorboard()
+        if tensorboard is not None:
+            tensorboard.scalars(step, values)
 
     def images(self, step: int, name: str, grid: np.ndarray) -> None:
         """Writes a picture: `samples/step_00000010.png`, or `step_00000010_name.png` beside it.
@@ -114,21 +113,22 @@ class MetricWriter:
         path = folder / f"step_{step:08d}{suffix}.png"
         with naming(path):
             write_png(Image.fromarray(grid), path)
-        with naming(self.folder / TENSORBOARD):
-            tensorboard = self._open_tensorboard()
-            if tensorboard is not None:
-                tensorboard.add_image(name, grid, step, dataformats="HWC")
+        tensorboard = self._open_tensorboard()
+        if tensorboard is not None:
+            tensorboard.image(step, name, grid)
 
     def close(self) -> None:
-        if self._tensorboard:
-            self._tensorboard.close()
-        self._tensorboard = None
+        tensorboard, self._tensorboard = self._tensorboard, None
+        if tensorboard:
+            tensorboard.close()
 
     def __enter__(self) -> "MetricWriter":
         return self
 
-    def __exit__(self, *exception) -> None:
-        self.close()
+    def __exit__(self, kind, *exception) -> None:
+        # Of a disk that is full the first error says what could not be written.
+        with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
+            self.close()
 
     def _append(self, step: int, values: dict[str, float]) -> None:
         if self._last is not None and step < self._last["step"]:
@@ -149,7 +149,7 @@ class MetricWriter:
     def _open_tensorboard(self):
         if self._tensorboard is None:
             try:
-                from tensorboardX import SummaryWriter
+                from k3jax.training.tensorboard import TensorBoard
             except ImportError:
                 warnings.warn(
                     "No TensorBoard files are written, because tensorboardX is not installed: "
@@ -158,10 +158,7 @@ class MetricWriter:
                 )
                 self._tensorboard = False  # warned once, never asked again
             else:
-                # TensorBoard hides what an earlier process wrote from this step on.
-                purge = self._first_step or None
-                folder = str(self.folder / TENSORBOARD)
-                self._tensorboard = SummaryWriter(folder, purge_step=purge, flush_secs=30)
+                self._tensorboard = TensorBoard(self.folder / TENSORBOARD, self._first_step)
         return self._tensorboard or None
 
 
