@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What can be wrong with a run's checkpoints: which are damaged, and what an error says of it."""
 
-import contextlib
 import json
 import logging
 import math
 import re
-import sys
+import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from etils import epath
 
-from k3jax.manifest import CheckpointError
+from k3jax.manifest import CheckpointError, is_local
 from k3jax.training.signals import agree
 
 
@@ -68,6 +67,24 @@ def set_aside(folder: epath.Path, step: int, reason: str, steps: list[int]) -> N
     agree(False)  # and no process goes on before it is moved
 
 
+def check_space(folder: epath.Path, size: int) -> None:
+    """Checks that the disk has room for a checkpoint of `size` bytes.
+
+    Before Orbax begins: when its writes fail, TensorStore prints a traceback for each of them.
+
+    Raises:
+        CheckpointError: it has not, on every process of the job.
+    """
+    first = jax.process_index() == 0 and is_local(folder)
+    free = shutil.disk_usage(folder).free if first else size
+    if agree(free < size):
+        raise CheckpointError(
+            f"A checkpoint in {folder} needs {size / 1e9:.3g} GB, and {free / 1e9:.3g} GB are "
+            "free: make room; the checkpoints before it are whole, and the same command goes on "
+            "from the newest."
+        )
+
+
 def loss_of(metrics: Mapping[str, float | None] | None) -> float:
     loss = (metrics or {}).get(LOSS)
     return math.inf if loss is None else loss
@@ -108,25 +125,22 @@ def reason_of(error: BaseException) -> str:
     return text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
 
 
-@contextlib.contextmanager
-def without_tracebacks() -> Iterator[None]:
-    """Keeps the tracebacks of exceptions that Orbax also raises, and we put in a sentence, quiet.
+def silence_orbax() -> Callable[[], None]:
+    """Keeps Orbax from logging exceptions that it also raises, which are put in a sentence.
 
-    It logs them, and its event loop ends before all of TensorStore's writes have been told to fail.
+    Returns:
+        Makes it loud again.
     """
 
     def wanted(record: logging.LogRecord) -> bool:
-        return not (record.levelno >= logging.ERROR and "orbax" in record.pathname)
+        told = "orbax" in record.pathname or "never retrieved" in record.getMessage()
+        return not (told and record.levelno >= logging.ERROR)
 
-    def hook(kind, error, trace) -> None:
-        if str(error) != "Event loop is closed":
-            before(kind, error, trace)
+    def undo() -> None:
+        for logger in loggers:
+            logger.removeFilter(wanted)
 
-    logger, before = logging.getLogger("absl"), sys.excepthook
-    logger.addFilter(wanted)
-    sys.excepthook = hook
-    try:
-        yield
-    finally:
-        logger.removeFilter(wanted)
-        sys.excepthook = before
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    for logger in loggers:
+        logger.addFilter(wanted)
+    return undo

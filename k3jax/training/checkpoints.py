@@ -6,7 +6,6 @@ pytree), `position` (JSON) and `metrics`. Orbax writes into a folder with anothe
 it (in a bucket: marks it as whole at the end), so a checkpoint is there whole or not at all.
 """
 
-import contextlib
 import json
 import math
 import time
@@ -25,12 +24,13 @@ from k3jax.orbax_io import CHUNK_BYTES
 from k3jax.training.checkpoint_faults import (
     LOSS,
     DamagedCheckpoint,
+    check_space,
     differences,
     loss_of,
     reason_of,
     set_aside,
     set_aside_unreadable_losses,
-    without_tracebacks,
+    silence_orbax,
 )
 from k3jax.training.config import CheckpointConfig
 from k3jax.training.signals import agree
@@ -83,8 +83,7 @@ class RunCheckpoints:
         self._manager = ocp.CheckpointManager(
             self.folder, options=options, handler_registry=_handlers()
         )
-        self._quiet = contextlib.ExitStack()
-        self._quiet.enter_context(without_tracebacks())
+        self._end_silence = silence_orbax()
         self._losses = {step: loss_of(self._manager.metrics(step)) for step in self.steps()}
         self._saved_at = time.monotonic()
         self._due: tuple[int, bool] | None = None
@@ -142,6 +141,8 @@ class RunCheckpoints:
                 f"A checkpoint's position must be what JSON can hold: {error}."
             ) from error
         arrays = _named(state)
+        self.wait()
+        check_space(self.folder, sum(array.nbytes for array in arrays.values()))
         args = ocp.args.Composite(
             **{
                 STATE: ocp.args.PyTreeSave(
@@ -257,11 +258,12 @@ class RunCheckpoints:
 
     def close(self) -> None:
         """Waits, and ends Orbax's threads. Raises as `wait` does."""
-        with self._quiet:
-            try:
-                self._manager.close()
-            except Exception as error:
-                raise self._not_written(error) from error
+        try:
+            self._manager.close()
+        except Exception as error:
+            raise self._not_written(error) from error
+        finally:
+            self._end_silence()
 
     def __enter__(self) -> "RunCheckpoints":
         return self
@@ -270,6 +272,7 @@ class RunCheckpoints:
         self.close()
 
     def _not_written(self, error: Exception) -> CheckpointError:
+        self._end_silence = lambda: None  # Orbax's threads go on failing for a while
         return CheckpointError(
             f"A checkpoint in {self.folder} could not be written ({reason_of(error)}); the ones "
             "before it are whole, and the same command goes on from the newest."

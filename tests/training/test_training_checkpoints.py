@@ -244,6 +244,20 @@ def test_the_only_checkpoint_is_damaged(two_checkpoints, tmp_path, name):
     assert (tmp_path / "checkpoints" / "2").is_dir()
 
 
+def test_a_checkpoint_that_has_no_room_is_not_begun(tmp_path, monkeypatch):
+    state = {"w": jnp.zeros(1000), "b": jnp.zeros(3, jnp.bfloat16)}
+    with RunCheckpoints(tmp_path, EVERY) as checkpoints:
+        for free, step in ((4005, 1), (4006, 2)):
+            usage = type("Usage", (), {"free": free})
+            monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
+            if free < 4006:
+                with pytest.raises(CheckpointError, match=r"needs 4.01e-06 GB, and 4e-06 GB are f"):
+                    checkpoints.save(step, state, {})
+            else:
+                checkpoints.save(step, state, {})
+        assert checkpoints.steps() == [2]
+
+
 def test_a_full_disk_is_one_sentence_with_its_reason(tmp_path):
     """TensorStore meets a limit of the size of files, which is all that a test can set."""
     code = """
