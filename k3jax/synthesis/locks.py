@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who works on what: byte-range locks in one empty file of the data set's folder.
 
-A lock ends with its process, however that ends, so there is nothing to clean up and no clock to
-trust. Where the file system has no locks, or is a bucket, two processes that make the same shard
-write the same bytes, and the later one replaces the earlier's file whole.
+Where the file system has no locks, or is a bucket, two processes that make the same shard write the
+same bytes, and the later one replaces the earlier's file whole.
 """
 
-import fcntl
-import os
-
+from k3jax.locks import LockFile
 from k3jax.synthesis.local_store import LocalStore
 from k3jax.synthesis.storage import Store
 
@@ -21,15 +18,13 @@ class Locks:
     """Locks that this process holds until `close`."""
 
     def __init__(self, store: Store):
-        self._file = None
-        if isinstance(store, LocalStore):
-            # Only one descriptor a process: closing any other would end all locks.
-            self._file = os.open(store.root / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+        local = isinstance(store, LocalStore)
+        self._lock = LockFile(store.root / LOCK_FILE) if local else None
 
     @property
     def work(self) -> bool:
         """Whether the file system has locks; known after the first was asked for."""
-        return self._file is not None
+        return self._lock is not None and self._lock.work
 
     def share(self, worker: int, workers: int) -> bool:
         """Takes a share of the work; whether it was free."""
@@ -40,22 +35,12 @@ class Locks:
         return self._take(shard)
 
     def release_shard(self, shard: int) -> None:
-        if self._file is not None:
-            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, shard)
+        if self._lock is not None:
+            self._lock.release(shard)
 
     def close(self) -> None:
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+        if self._lock is not None:
+            self._lock.close()
 
     def _take(self, byte: int) -> bool:
-        if self._file is None:
-            return True
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
-        except (BlockingIOError, PermissionError):
-            return False
-        except OSError:
-            os.close(self._file)
-            self._file = None
-        return True
+        return self._lock is None or self._lock.take(byte)

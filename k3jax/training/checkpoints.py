@@ -21,12 +21,23 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from k3jax.checkpoint_format import as_path
 from k3jax.manifest import CheckpointError
 from k3jax.orbax_io import CHUNK_BYTES
+from k3jax.training.checkpoint_faults import (
+    LOSS,
+    DamagedCheckpoint,
+    check_space,
+    differences,
+    loss_of,
+    reason_of,
+    set_aside,
+    set_aside_unreadable_losses,
+    silence_orbax,
+)
 from k3jax.training.config import CheckpointConfig
 from k3jax.training.signals import agree
 
 
 FOLDER = "checkpoints"
-STATE, POSITION, LOSS = "state", "position", "loss"
+STATE, POSITION = "state", "position"
 CLOCK_EVERY = 10  # steps; processes ask each other whether it is time, which waits for the devices
 
 
@@ -44,6 +55,10 @@ class RunCheckpoints:
 
         Raises:
             ValueError: settings that would never save, or keep nothing to resume from.
+            CheckpointError: none of the checkpoints that are there can be read.
+
+        Warns:
+            UserWarning: a checkpoint cannot be read, and was moved out of the way.
         """
         if config.keep_last < 1 or config.keep_best < 0:
             raise ValueError(
@@ -57,17 +72,19 @@ class RunCheckpoints:
             )
         self.folder = as_path(folder) / FOLDER
         self._config = config
-        best = BestN(get_metric_fn=_loss, reverse=True, n=config.keep_best)
+        best = BestN(get_metric_fn=loss_of, reverse=True, n=config.keep_best)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy([LatestN(config.keep_last), best]),
-            best_fn=_loss,
+            best_fn=loss_of,
             best_mode="min",
             cleanup_tmp_directories=True,
         )
+        set_aside_unreadable_losses(self.folder)
         self._manager = ocp.CheckpointManager(
             self.folder, options=options, handler_registry=_handlers()
         )
-        self._losses = {step: _loss(self._manager.metrics(step)) for step in self.steps()}
+        self._end_silence = silence_orbax()
+        self._losses = {step: loss_of(self._manager.metrics(step)) for step in self.steps()}
         self._saved_at = time.monotonic()
         self._due: tuple[int, bool] | None = None
 
@@ -124,6 +141,8 @@ class RunCheckpoints:
                 f"A checkpoint's position must be what JSON can hold: {error}."
             ) from error
         arrays = _named(state)
+        self.wait()
+        check_space(self.folder, sum(array.nbytes for array in arrays.values()))
         args = ocp.args.Composite(
             **{
                 STATE: ocp.args.PyTreeSave(
@@ -167,8 +186,9 @@ class RunCheckpoints:
             (state, position)
 
         Raises:
-            CheckpointError: there is no such checkpoint, its arrays are not those of
-                `abstract_state`, or it cannot be read.
+            CheckpointError: there is no such checkpoint, or its arrays are not those of
+                `abstract_state`.
+            DamagedCheckpoint: it cannot be read.
         """
         self.wait()
         step = self.latest_step() if step is None else step
@@ -179,8 +199,10 @@ class RunCheckpoints:
         structs = {name: _placed(leaf) for name, leaf in _named(abstract_state).items()}
         try:
             found = self._manager.item_metadata(step)[STATE]
-            faults = None if found is None else _differences(dict(found.tree), structs)
-            if faults == []:
+            if found is None:
+                raise FileNotFoundError(f"no metadata in {STATE}")
+            faults = differences(dict(found.tree), structs)
+            if not faults:
                 restore_args = ocp.checkpoint_utils.construct_restore_args(structs)
                 args = {
                     STATE: ocp.args.PyTreeRestore(structs, restore_args=restore_args),
@@ -188,8 +210,8 @@ class RunCheckpoints:
                 }
                 restored = self._manager.restore(step, args=ocp.args.Composite(**args))
         except Exception as error:
-            raise CheckpointError(
-                f"{self.folder / str(step)} cannot be read ({_first_line(error)}): a file is "
+            raise DamagedCheckpoint(
+                f"{self.folder / str(step)} cannot be read ({reason_of(error)}): a file is "
                 "missing or damaged; remove that folder to resume from the checkpoint before it."
             ) from error
         if faults:
@@ -201,6 +223,27 @@ class RunCheckpoints:
         return jax.tree.unflatten(tree, [restored[STATE][name] for name in structs]), restored[
             POSITION
         ]
+
+    def restore_newest(self, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+        """Reads the newest checkpoint that is whole, as `restore` does.
+
+        Raises:
+            CheckpointError: as `restore`; a damaged checkpoint only where there is no other.
+
+        Warns:
+            UserWarning: newer ones are damaged, and were moved out of the way.
+        """
+        while True:
+            step, damaged = self.latest_step(), None
+            try:
+                restored = self.restore(abstract_state, step)
+            except DamagedCheckpoint as error:
+                damaged = error
+            if not agree(damaged is not None):
+                return restored
+            reason = "by another process" if damaged is None else reason_of(damaged)
+            set_aside(self.folder, step, reason, self.steps())
+            self._manager.reload()
 
     def wait(self) -> None:
         """Returns when the checkpoint being written is on disk and old ones are gone.
@@ -219,6 +262,8 @@ class RunCheckpoints:
             self._manager.close()
         except Exception as error:
             raise self._not_written(error) from error
+        finally:
+            self._end_silence()
 
     def __enter__(self) -> "RunCheckpoints":
         return self
@@ -227,9 +272,10 @@ class RunCheckpoints:
         self.close()
 
     def _not_written(self, error: Exception) -> CheckpointError:
+        self._end_silence = lambda: None  # Orbax's threads go on failing for a while
         return CheckpointError(
-            f"A checkpoint in {self.folder} could not be written ({_first_line(error)}); "
-            "the ones before it are whole."
+            f"A checkpoint in {self.folder} could not be written ({reason_of(error)}); the ones "
+            "before it are whole, and the same command goes on from the newest."
         )
 
 
@@ -245,11 +291,6 @@ def _handlers() -> ocp.handlers.DefaultCheckpointHandlerRegistry:
     return registry
 
 
-def _loss(metrics: Mapping[str, float | None] | None) -> float:
-    loss = (metrics or {}).get(LOSS)
-    return math.inf if loss is None else loss
-
-
 def _named(tree: Any) -> dict[str, Any]:
     """Leaves by their dotted path: names that any kind of container can be read back into."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
@@ -262,31 +303,3 @@ def _named(tree: Any) -> dict[str, Any]:
 def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
     sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _differences(found: Mapping[str, Any], wanted: Mapping[str, jax.ShapeDtypeStruct]) -> list[str]:
-    """What is not alike, a phrase for each kind, with the first few names."""
-    missing = [name for name in wanted if name not in found]
-    unknown = [name for name in found if name not in wanted]
-    unlike = [
-        f"{name} ({_kind(found[name])} instead of {_kind(struct)})"
-        for name, struct in wanted.items()
-        if name in found and _kind(found[name]) != _kind(struct)
-    ]
-    kinds = {"missing": missing, "unknown": unknown, "of another shape or dtype": unlike}
-    return [
-        f"{len(names)} {kind}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
-        for kind, names in kinds.items()
-        if names
-    ]
-
-
-def _kind(array: Any) -> str:
-    return f"{jax.numpy.dtype(array.dtype).name} {tuple(array.shape)}"
-
-
-def _first_line(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = str(error).partition(" [")[0].strip()
-    return text.splitlines()[0].rstrip(".")[:300] if text else type(error).__name__

@@ -27,7 +27,7 @@ class OptimizerConfig:
     final_learning_rate: float = 0.0
     warmup_steps: int = 1000
     weight_decay: float = 0.01
-    """Of kernels and embeddings; never of biases and norm scales."""
+    """Of kernels, token embeddings and LoRA factors; never of biases and norm scales."""
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Metrics of a training run: lines on stdout, metrics.jsonl, TensorBoard and sample grids."""
 
+import contextlib
 import json
 import math
 import os
@@ -16,9 +17,11 @@ from PIL import Image
 
 from k3jax.images import write_png
 from k3jax.manifest import is_local
+from k3jax.training.files import naming, write_whole
 
 
 METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
 RESERVED = ("step", "time", "nonfinite")
 
 
@@ -68,9 +71,8 @@ class MetricWriter:
         if not self.path.exists():
             return
         kept = [record for record in read_metrics(self.path) if record["step"] <= step]
-        part = self.path.with_name(f".{METRICS}.part")
-        part.write_text("".join(map(_line, kept)))
-        os.replace(part, self.path)
+        text = "".join(map(_line, kept))
+        write_whole(self.path, lambda file: file.write(text.encode()))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes the metrics of a step; a second call for the same step adds to its line.
@@ -91,8 +93,7 @@ class MetricWriter:
             print(_readable(step, values), flush=True)
         tensorboard = self._open_tensorboard()
         if tensorboard is not None:
-            for name, value in values.items():
-                tensorboard.add_scalar(name, value, step)
+            tensorboard.scalars(step, values)
 
     def images(self, step: int, name: str, grid: np.ndarray) -> None:
         """Writes a picture: `samples/step_00000010.png`, or `step_00000010_name.png` beside it.
@@ -109,27 +110,31 @@ class MetricWriter:
         folder = self.folder / "samples"
         folder.mkdir(exist_ok=True)
         suffix = "" if name == "samples" else f"_{name}"
-        write_png(Image.fromarray(grid), folder / f"step_{step:08d}{suffix}.png")
+        path = folder / f"step_{step:08d}{suffix}.png"
+        with naming(path):
+            write_png(Image.fromarray(grid), path)
         tensorboard = self._open_tensorboard()
         if tensorboard is not None:
-            tensorboard.add_image(name, grid, step, dataformats="HWC")
+            tensorboard.image(step, name, grid)
 
     def close(self) -> None:
-        if self._tensorboard:
-            self._tensorboard.close()
-        self._tensorboard = None
+        tensorboard, self._tensorboard = self._tensorboard, None
+        if tensorboard:
+            tensorboard.close()
 
     def __enter__(self) -> "MetricWriter":
         return self
 
-    def __exit__(self, *exception) -> None:
-        self.close()
+    def __exit__(self, kind, *exception) -> None:
+        # Of a disk that is full the first error says what could not be written.
+        with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
+            self.close()
 
     def _append(self, step: int, values: dict[str, float]) -> None:
         if self._last is not None and step < self._last["step"]:
             raise ValueError(f"Metrics of step {step} after those of step {self._last['step']}.")
         record = {"step": step, "time": round(time.time(), 3)}
-        with open(self.path, "ab") as file:
+        with naming(self.path), open(self.path, "ab") as file:
             if self._last is not None and step == self._last["step"]:
                 record = self._last
                 file.truncate(self._last_offset)
@@ -144,7 +149,7 @@ class MetricWriter:
     def _open_tensorboard(self):
         if self._tensorboard is None:
             try:
-                from tensorboardX import SummaryWriter
+                from k3jax.training.tensorboard import TensorBoard
             except ImportError:
                 warnings.warn(
                     "No TensorBoard files are written, because tensorboardX is not installed: "
@@ -153,16 +158,13 @@ class MetricWriter:
                 )
                 self._tensorboard = False  # warned once, never asked again
             else:
-                # TensorBoard hides what an earlier process wrote from this step on.
-                purge = self._first_step or None
-                folder = str(self.folder / "tensorboard")
-                self._tensorboard = SummaryWriter(folder, purge_step=purge, flush_secs=30)
+                self._tensorboard = TensorBoard(self.folder / TENSORBOARD, self._first_step)
         return self._tensorboard or None
 
 
 def read_metrics(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
-    """The records of a metrics.jsonl, without a last line that was not written to its end."""
-    with open(path) as file:
+    """The records of a metrics.jsonl, without lines that were not written to their end."""
+    with open(path, errors="replace") as file:
         for line in file:
             try:
                 record = json.loads(line)

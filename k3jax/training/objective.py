@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss of a denoising U-Net: mean squared error of the predicted noise (arXiv:2006.11239).
+"""The loss of a denoising U-Net: mean squared error of what it predicts (arXiv:2006.11239).
 
-Cosine schedule of 1000 steps, uniform timesteps, captions dropped to the checkpoint's own
-unconditional input, as the reference's samplers imply (its training code was never released).
+Noise schedule and kind of prediction are those of the checkpoint's sampler; the original's are the
+cosine schedule of 1000 steps and the noise. Uniform timesteps, captions dropped to the checkpoint's
+own unconditional input, as the reference's samplers imply (its training code was never released).
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from k3jax import schedule
-from k3jax.config import Conditioning
+from k3jax.config import Conditioning, PredictionType, SamplerConfig
 from k3jax.text_projection import Context, PromptEmbeds, TextProjection
 from k3jax.training.config import LossConfig
 from k3jax.unet import UNet
@@ -39,6 +41,48 @@ def training_context(
     return jax.tree.map(choose, context, unconditional)
 
 
+def noise_schedule(sampler: SamplerConfig) -> tuple[np.ndarray, PredictionType]:
+    """(alphas_cumprod of every timestep, what the U-Net predicts) of a checkpoint's sampler.
+
+    Only diffusers' samplers read the scheduler's settings; Kandinsky's own have one schedule.
+
+    Raises:
+        ValueError: an unknown schedule of betas.
+    """
+    if sampler.name in ("ddpm", "ddim", "dpm++2m"):
+        return schedule.alphas_cumprod(schedule.betas(sampler)), sampler.prediction_type
+    betas = schedule.cosine_betas(schedule.NUM_TRAIN_TIMESTEPS)
+    return schedule.alphas_cumprod(betas), "epsilon"
+
+
+def check_loss(config: LossConfig, sampler: SamplerConfig) -> None:
+    """Checks the timesteps that are trained against the checkpoint's schedule.
+
+    Raises:
+        ValueError: timesteps outside of the schedule, or settings that contradict each other.
+    """
+    own = sampler.name in ("kandinsky", "kandinsky30", "flash")
+    table, kind = noise_schedule(sampler)
+    if own and sampler.prediction_type != kind:
+        raise ValueError(
+            f"the checkpoint's sampler is {sampler.name}, whose U-Net predicts the noise, but its "
+            f"prediction_type is {sampler.prediction_type}: set the checkpoint's sampler.name to "
+            "ddpm or ddim, or its prediction_type to epsilon."
+        )
+    if own and sampler.beta_schedule != "squaredcos_cap_v2":
+        raise ValueError(
+            f"the checkpoint's sampler is {sampler.name}, which has the cosine schedule, but its "
+            f"beta_schedule is {sampler.beta_schedule}: set the checkpoint's sampler.name to ddpm "
+            "or ddim, or its beta_schedule to squaredcos_cap_v2."
+        )
+    first, end = config.timesteps
+    if not 0 <= first < end <= len(table):
+        raise ValueError(
+            f"train.loss.timesteps is ({first}, {end}): give the first timestep and the one after "
+            f"the last, within 0 and {len(table)}."
+        )
+
+
 def min_snr_weight(alphas_cumprod: jax.Array, gamma: float) -> jax.Array:
     """min(SNR, gamma) / SNR: the weight of a noise-prediction error (arXiv:2303.09556)."""
     snr = alphas_cumprod / (1 - alphas_cumprod)
@@ -55,39 +99,65 @@ def layout_weight(alphas_cumprod: jax.Array, most: float) -> jax.Array:
     return jnp.clip(1 / snr, 1, most)
 
 
-def noise_prediction_loss(
+def as_noise_error(alphas_cumprod: jax.Array, kind: PredictionType) -> jax.Array:
+    """What a squared error of a prediction is multiplied by to be that of the noise it implies.
+
+    1, or the SNR for `sample`, or alpha^2 for v = alpha noise - sigma image. Times `min_snr_weight`
+    these are the published min-SNR weights of each kind: min(SNR, gamma) for `sample` and
+    min(SNR, gamma) / (SNR + 1) for `v_prediction`.
+    """
+    if kind == "sample":
+        return alphas_cumprod / (1 - alphas_cumprod)
+    return alphas_cumprod if kind == "v_prediction" else jnp.ones_like(alphas_cumprod)
+
+
+def denoising_loss(
     unet: UNet,
     context: Context | None,
     latents: jax.Array,
     key: jax.Array,
     config: LossConfig,
+    sampler: SamplerConfig,
     *,
     extra_channels: jax.Array | None = None,
     weight: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of a batch at timesteps and with noise drawn from `key`.
 
+    Without weights it is the mean squared error of what the U-Net predicts. The weights of `config`
+    are those of the noise error, so they mean the same whatever is predicted.
+
     Args:
         latents: clean, (b, h, w, 4).
+        sampler: of the checkpoint.
         extra_channels: (b, h, w, c) behind the latents' (inpainting: mask and masked latents).
         weight: float32 (b,), of each sample.
 
     Returns:
-        Scalar loss; metric `noise_mse`, the error without any weights.
+        Scalar loss; metric `noise_mse`, the error of the noise without any weights.
     """
     key_time, key_noise = jax.random.split(key)
-    table = schedule.alphas_cumprod(schedule.cosine_betas(schedule.NUM_TRAIN_TIMESTEPS))
+    table, kind = noise_schedule(sampler)
     timesteps = jax.random.randint(key_time, latents.shape[:1], *config.timesteps)
     noise = jax.random.normal(key_noise, latents.shape, jnp.float32)
     a_bar = jnp.asarray(table)[timesteps]
     alpha, sigma = (jnp.sqrt(s)[:, None, None, None] for s in (a_bar, 1 - a_bar))
-    noisy = alpha * latents.astype(jnp.float32) + sigma * noise
+    latents = latents.astype(jnp.float32)
+    noisy = alpha * latents + sigma * noise
+    target = {
+        "epsilon": noise,
+        "sample": latents,
+        "v_prediction": alpha * noise - sigma * latents,
+    }[kind]
     if extra_channels is not None:
         noisy = jnp.concatenate([noisy, extra_channels.astype(jnp.float32)], axis=-1)
-    error = jnp.square(unet(noisy, timesteps, context) - noise).mean((1, 2, 3))
+    error = jnp.square(unet(noisy, timesteps, context) - target).mean((1, 2, 3))
+    of_noise = as_noise_error(a_bar, kind)
     total = jnp.ones_like(error) if weight is None else weight
+    if config.snr_gamma is not None or config.layout_weight is not None:
+        total = total * of_noise
     if config.snr_gamma is not None:
         total = total * min_snr_weight(a_bar, config.snr_gamma)
     if config.layout_weight is not None:
         total = total * layout_weight(a_bar, config.layout_weight)
-    return (total * error).mean(), {"noise_mse": error.mean()}
+    return (total * error).mean(), {"noise_mse": (of_noise * error).mean()}

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The optimiser that a config describes, made of optax's parts."""
 
-import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
@@ -10,6 +9,11 @@ from k3jax.training.config import OptimizerConfig
 
 NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
 """The quintic of Muon's iteration (Jordan et al. 2024, kellerjordan.github.io/posts/muon)."""
+
+ENDS = {"conv_in", "conv_out", "time_embedding", "reading_heads"}
+"""Layers at the ends of a network, whose inputs or outputs are not features: not for Muon."""
+
+LORA_FACTORS = ("a", "b")
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -49,20 +53,25 @@ def make_optimizer(
         rule = optax.chain(
             optax.scale_by_factored_rms(),
             optax.clip_by_block_rms(1.0),
-            optax.add_decayed_weights(config.weight_decay, mask=_decayed),
+            optax.add_decayed_weights(config.weight_decay, mask=decayed),
             optax.scale_by_learning_rate(rate),
         )
     elif config.name == "muon":
-        rule = muon(
-            rate,
+        direction = muon(
+            1.0,
             # Given once per iteration, they make a loop, which compiles a tenth of the operations.
             ns_coeffs=(NEWTON_SCHULZ,) * 5,
-            weight_decay=config.weight_decay,
-            weight_decay_mask=_decayed,
-            muon_weight_dimension_numbers=_matrices,
+            muon_weight_dimension_numbers=matrices,
             consistent_rms=0.2,
             adam_b1=config.b1,
             adam_b2=config.b2,
+        )
+        # optax's own decay would leave out what it gives to Adam, such as embeddings.
+        rule = optax.chain(
+            direction,
+            optax.scale(-1.0),
+            optax.add_decayed_weights(config.weight_decay, mask=decayed),
+            optax.scale_by_learning_rate(rate),
         )
     else:
         rule = optax.adamw(
@@ -71,7 +80,7 @@ def make_optimizer(
             b2=config.b2,
             eps=config.eps,
             weight_decay=config.weight_decay,
-            mask=_decayed,
+            mask=decayed,
         )
     parts = [rule]
     if config.max_grad_norm is not None:
@@ -86,22 +95,39 @@ def make_optimizer(
     return parts[0] if len(parts) == 1 else optax.chain(*parts)
 
 
-def _matrices(weights):
+def _is_kernel(name: str) -> bool:
+    """Of a linear layer, (in, out), or a convolution, (h, w, in, out); stacked or not."""
+    parts = name.split(".")
+    return parts[-1] == "kernel" or parts[-2:-1] == ["kernels"]
+
+
+def matrices(weights):
     """What Muon orthogonalises, and along which axes; Adam does the rest, and both ends.
 
-    A convolution (h, w, in, out) is the matrix of its patches. LoRA's factors are left to Adam:
-    orthogonal factors would all have full rank at once.
+    A convolution (h, w, in, out) is the matrix of its patches. Stacked layers have an axis more in
+    front, and each layer is a matrix of its own. LoRA's factors are left to Adam: orthogonal
+    factors would all have full rank at once.
     """
 
     def one(name, weight):
-        outer = any(part in name for part in ("conv_in.", "conv_out.", "lora", "embedding"))
-        if outer or getattr(weight, "ndim", 0) not in (2, 4):  # optax masks some of them
+        ndim = getattr(weight, "ndim", 0)  # optax masks some of them
+        if not _is_kernel(name) or ENDS.intersection(name.split(".")) or ndim < 2:
             return None
-        return MuonDimensionNumbers(tuple(range(weight.ndim - 1)), weight.ndim - 1)
+        layers = ndim % 2
+        return MuonDimensionNumbers(tuple(range(layers, ndim - 1)), ndim - 1)
 
     return {name: one(name, weight) for name, weight in weights.items()}
 
 
-def _decayed(weights):
-    """Kernels and embeddings, but no vectors: biases, norm scales, the null embedding."""
-    return jax.tree.map(lambda w: w.ndim > 1, weights)
+def decayed(weights):
+    """Kernels, token embeddings and LoRA's factors.
+
+    Not biases (the one by relative position is a table of them), norm scales, the null embedding.
+    """
+
+    def one(name):
+        parts = name.split(".")
+        embedding = parts[-1] == "embedding" and "relative_attention_bias" not in parts
+        return _is_kernel(name) or embedding or parts[-1] in LORA_FACTORS
+
+    return {name: one(name) for name in weights}

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from k3jax.images import write_png
+from k3jax.training.files import naming
 from k3jax.training.metrics import read_metrics
 
 
@@ -57,7 +58,8 @@ def plot_losses(
         x, y = plane.pixel(step, value)
         draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill=VALIDATION)
     _draw_legend(draw, font, train, smooth, validation)
-    write_png(image, Path(png_path))
+    with naming(png_path):
+        write_png(image, Path(png_path))
 
 
 class _Plane:

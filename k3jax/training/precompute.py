@@ -17,10 +17,11 @@ from k3jax.sharding import batch_sharding, make_mesh
 from k3jax.text_projection import PromptEmbeds, window_length
 from k3jax.tokenizer import Tokenizer
 from k3jax.training.batches import trimmed
-from k3jax.training.config import TrainConfig
+from k3jax.training.config import DataConfig, TrainConfig
 from k3jax.training.data.cache import LatentCache, cache_fingerprint
-from k3jax.training.data.index import BucketIndex
+from k3jax.training.data.index import BucketIndex, bucket_index
 from k3jax.training.data.source import Source
+from k3jax.training.files import only_run
 from k3jax.training.inpainting import draw_masks
 from k3jax.training.tasks import encode_images
 
@@ -47,6 +48,37 @@ def open_cache(
     cache = LatentCache(config.data.cache, cache_fingerprint(source, index, weights))
     if cache.complete:
         return cache
+    lock = cache.folder.with_name(f".{cache.folder.name}.lock")
+    busy = (
+        f"another process is computing {cache.folder} now: wait for it to end, or set "
+        "train.data.cache to another folder."
+    )
+    with only_run(lock, busy):
+        _compute(cache, config, checkpoint, source, index, tokenizer, progress)
+    return cache
+
+
+def index_of(source: Source, config: DataConfig) -> BucketIndex:
+    """`bucket_index` on every process; what is kept beside a cache is read by the first alone."""
+    first = jax.process_index() == 0 or config.cache is None
+    if not first:
+        _barrier()
+    index = bucket_index(source, config)
+    if first and config.cache is not None:
+        _barrier()
+    return index
+
+
+def _compute(
+    cache: LatentCache,
+    config: TrainConfig,
+    checkpoint: Checkpoint,
+    source: Source,
+    index: BucketIndex,
+    tokenizer: Tokenizer,
+    progress: bool,
+) -> None:
+    """Makes the cache, or what is left of it."""
     mesh = make_mesh("data=-1", jax.local_devices())
     kwargs = dict(mesh=mesh, param_dtype=config.frozen_dtype, dtype=config.frozen_dtype)
     movq = restore(checkpoint, "movq", **kwargs)
@@ -88,7 +120,6 @@ def open_cache(
             barrier=_barrier,
             progress=show,
         )
-    return cache
 
 
 @jax.jit

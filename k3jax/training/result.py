@@ -54,7 +54,11 @@ def save_result(
     if start.config.lora is not None:
         path = Path(folder) / LORA_FOLDER
         if jax.process_index() == 0:
-            save_lora(path, nested(whole), start.config.lora, start.base.fingerprint)
+            for part in ("incomplete", "replaced"):  # of a run that was killed at this point
+                for left in Path(folder).glob(f"{LORA_FOLDER}.{part}-*"):
+                    shutil.rmtree(left)
+            fingerprint = start.base.fingerprint
+            save_lora(path, nested(whole), start.config.lora, fingerprint, overwrite=True)
         return path
     path = Path(folder) / FOLDER
     if jax.process_index() != 0:

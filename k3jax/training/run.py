@@ -6,7 +6,7 @@ config, checkpoint -> start -> data -> state -> loop -> result
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from k3jax.checkpoint_format import as_path, read_checkpoint
+from k3jax.checkpoint_format import read_checkpoint
 from k3jax.compilation_cache import enable_compilation_cache
 from k3jax.config import to_dict
 from k3jax.programs import computing
 from k3jax.run_config import RunConfig, build, collect
-from k3jax.schedule import NUM_TRAIN_TIMESTEPS
 from k3jax.sharding import data_parallelism, make_mesh
 from k3jax.tokenizer import Tokenizer
 from k3jax.training import samples
@@ -32,18 +31,19 @@ from k3jax.training.batches import (
     split_validation,
 )
 from k3jax.training.checkpoints import RunCheckpoints
-from k3jax.training.config import LossConfig, TrainConfig
-from k3jax.training.data.index import bucket_index
+from k3jax.training.config import TrainConfig
 from k3jax.training.data.sources import open_source
+from k3jax.training.limits import checked
 from k3jax.training.loop import put_batch, run_loop
 from k3jax.training.masks import check_masks
-from k3jax.training.metrics import METRICS, MetricWriter
+from k3jax.training.metrics import METRICS, MetricWriter, read_metrics
 from k3jax.training.mfu import flops_of
+from k3jax.training.objective import check_loss
 from k3jax.training.optimizer import learning_rate, make_optimizer
 from k3jax.training.plot import plot_losses
-from k3jax.training.precompute import open_cache
+from k3jax.training.precompute import index_of, open_cache
 from k3jax.training.result import final_weights, save_result
-from k3jax.training.run_folder import check_same_run
+from k3jax.training.run_folder import RunFolder
 from k3jax.training.setup import (
     Start,
     architecture,
@@ -92,40 +92,68 @@ def _stage(name: str) -> RunConfig:
 
 
 def _train(run: RunConfig, stop: Stop, progress: bool) -> Path | None:
-    config = run.train
-    folder = Path(as_path(config.output))
+    config = checked(run.train)
+    folder = RunFolder(config.output)
     base = None if run.checkpoint is None else read_checkpoint(run.checkpoint)
     if base is None and run.model is None:
         raise ValueError("train needs a checkpoint (--checkpoint DIR) or a config with a `model`.")
     mesh = make_mesh(run.pipeline.mesh)
     _check_batch(config, data_parallelism(mesh))
-    _check_timesteps(config.loss)
     check_masks(config.masks, config.data)
     start = prepare(config, architecture(config, run.model, base), base, mesh)
     check_base(start)
     config = start.config
-    check_same_run(folder, _description(start))
+    if config.task in ("text_to_image", "inpainting"):
+        check_loss(config.loss, start.model.sampler)
+    description = _description(start)
+    folder.check(description)
+    if (result := folder.finished(config.steps)) is not None:
+        if jax.process_index() == 0:
+            print(f"{folder.path} has made its {config.steps} steps: there is nothing left to do.")
+        return result
     tokenizer_folder = base.path / "tokenizer" if base is not None else None
-    if config.task == "text_encoder":
-        tokenizer_folder = own_tokenizer(folder, config.seed)
+    with folder.lock():
+        folder.check(description)  # again, for what another process did meanwhile
+        if config.task == "text_encoder":
+            tokenizer_folder = own_tokenizer(folder.path, config.seed, anew=not folder.started())
+        state = _steps(start, folder, description, tokenizer_folder, stop, progress)
+        _plot(folder.path)
+        if int(state.step) < config.steps:
+            return None
+        source = {"layout": "k3jax train", "task": config.task, "steps": config.steps}
+        if base is not None:
+            source["base"] = {"fingerprint": base.fingerprint, "source": base.source}
+        result = save_result(start, folder.path, final_weights(state), tokenizer_folder, source)
+        folder.record_result(config.steps, result)
+    return result
+
+
+def _steps(
+    start: Start,
+    folder: RunFolder,
+    description: Mapping[str, Any],
+    tokenizer_folder: Path | None,
+    stop: Stop,
+    progress: bool,
+) -> TrainState:
+    """Makes the steps that are left, from the newest checkpoint if there is one."""
+    config, mesh = start.config, start.mesh
     optimizer = make_optimizer(config.optimizer, config.steps, start.task.fixed)
     placed = state_shardings(
         start.shapes, start.placed, optimizer, mesh, config.ema_decay is not None
     )
-
     with contextlib.ExitStack() as stack:
         data = open_data(start, tokenizer_folder, progress)
         stack.callback(data.batches.close)
-        checkpoints = stack.enter_context(RunCheckpoints(folder, config.checkpoint))
-        writer = stack.enter_context(MetricWriter(folder))
+        checkpoints = stack.enter_context(RunCheckpoints(folder.path, config.checkpoint))
+        writer = stack.enter_context(MetricWriter(folder.path))
         stack.enter_context(computing(mesh, config.dtype))
         if checkpoints.latest_step() is None:
             state, position = new_state(first_weights(start), optimizer, placed), {}
         else:
             abstract = abstract_state(start.shapes, optimizer, placed)
-            state, position = checkpoints.restore(abstract)
+            state, position = checkpoints.restore_newest(abstract)
             data.batches.restore(position["data"])
-        writer.resume(int(state.step))
         frozen = frozen_modules(start)
         step = make_step(
             start.task.loss,
@@ -136,7 +164,11 @@ def _train(run: RunConfig, stop: Stop, progress: bool) -> Path | None:
         )
         first = data.batches.batch(0)
         timer = StepTimer(config.batch_size, _model_flops(start, frozen, first), mesh.devices.flat)
-        state = run_loop(
+        validate = _validation(start, frozen, data.validation)
+        sample = _sampling(start, first, tokenizer_folder, writer)
+        folder.record(description)
+        writer.resume(int(state.step))
+        return run_loop(
             config,
             mesh,
             jax.jit(step, donate_argnums=0, out_shardings=(placed, None)),
@@ -149,17 +181,17 @@ def _train(run: RunConfig, stop: Stop, progress: bool) -> Path | None:
             position=position,
             learning_rate=learning_rate(config.optimizer, config.steps),
             timer=timer,
-            validate=_validation(start, frozen, data.validation),
-            sample=_sampling(start, first, tokenizer_folder, writer),
+            validate=validate,
+            sample=sample,
         )
-    if jax.process_index() == 0 and (folder / METRICS).exists():
-        plot_losses(folder / METRICS, folder / "loss.png")
-    if int(state.step) < config.steps:
-        return None
-    source = {"layout": "k3jax train", "task": config.task, "steps": config.steps}
-    if base is not None:
-        source["base"] = {"fingerprint": base.fingerprint, "source": base.source}
-    return save_result(start, folder, final_weights(state), tokenizer_folder, source)
+
+
+def _plot(folder: Path) -> None:
+    """Draws the losses of the run, as far as its metrics are there."""
+    metrics = folder / METRICS
+    if jax.process_index() == 0 and metrics.exists():
+        if any(record.get("loss") is not None for record in read_metrics(metrics)):
+            plot_losses(metrics, folder / "loss.png")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +218,7 @@ def open_data(start: Start, tokenizer_folder: Path | None, progress: bool) -> _D
     if config.data.crop is not None:
         data = dataclasses.replace(config.data, resolution=config.data.crop)
         config = dataclasses.replace(config, data=data)
-    index = bucket_index(source, config.data)
+    index = index_of(source, config.data)
     used, held_out = split_validation(len(source), config)
     size = config.batch_size
     if config.data.cache is not None and config.task != "movq":
@@ -204,7 +236,7 @@ def open_data(start: Start, tokenizer_folder: Path | None, progress: bool) -> _D
         classes = open_source(prior.data)
         batches = WithPrior(
             make_loader(config, source, index, tokenizer, size - count, used),
-            make_loader(prior, classes, bucket_index(classes, prior.data), tokenizer, count),
+            make_loader(prior, classes, index_of(classes, prior.data), tokenizer, count),
             prior.prior.weight,
         )
         kept = None
@@ -260,15 +292,6 @@ def _check_batch(config: TrainConfig, splits: int) -> None:
             f"train.batch_size is {config.batch_size}, but the mesh splits a batch over {splits} "
             f"devices (data x fsdp) and gradient accumulation into {parts} parts: choose a "
             f"multiple of {splits * parts}."
-        )
-
-
-def _check_timesteps(config: LossConfig) -> None:
-    first, end = config.timesteps
-    if not 0 <= first < end <= NUM_TRAIN_TIMESTEPS:
-        raise ValueError(
-            f"train.loss.timesteps is ({first}, {end}): choose a first timestep and the one behind "
-            f"the last, within 0 and {NUM_TRAIN_TIMESTEPS}."
         )
 
 

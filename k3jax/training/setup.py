@@ -2,6 +2,7 @@
 """What a run begins with: the model, abstract modules, the task, and the first weights."""
 
 import dataclasses
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from k3jax.training.config import TrainConfig
 from k3jax.training.initialise import random_weights
 from k3jax.training.inpainting import inpainting_config, inpainting_unet
 from k3jax.training.lora import init_lora
+from k3jax.training.signals import agree
 from k3jax.training.state import Weights, weight_shardings, weights_of
 from k3jax.training.tasks import Task, denoising_task, flattened, lora_task, movq_task, reading_task
 
@@ -157,11 +159,20 @@ def result_components(start: Start) -> tuple[str, ...]:
     return tuple(name for name in start.task.trained if name in COMPONENTS)
 
 
-def own_tokenizer(folder: Path, seed: int) -> Path:
-    """The tokenizer of a text encoder from scratch, trained once in the run's folder."""
+def own_tokenizer(folder: Path, seed: int, anew: bool = False) -> Path:
+    """The tokenizer of a text encoder from scratch, trained once in the run's folder.
+
+    Args:
+        anew: although there is one, of an earlier run that made nothing else.
+    """
     path = Path(folder) / "tokenizer"
-    if not (path / "tokenizer_config.json").exists():
-        scene_text.write_tokenizer(path, scene_text.captions_to_learn(seed))
+    if jax.process_index() == 0 and (anew or not (path / "tokenizer_config.json").exists()):
+        part = Path(folder) / ".tokenizer.part"
+        for old in (part, path):
+            shutil.rmtree(old, ignore_errors=True)
+        scene_text.write_tokenizer(part, scene_text.captions_to_learn(seed))
+        part.rename(path)
+    agree(False)  # no process reads it before it is whole
     return path
 
 

@@ -27,7 +27,7 @@ from k3jax.text_projection import PromptEmbeds, window_length
 from k3jax.training import scene_text
 from k3jax.training.config import TrainConfig
 from k3jax.training.movq import movq_loss
-from k3jax.training.objective import noise_prediction_loss, training_context
+from k3jax.training.objective import denoising_loss, training_context
 from k3jax.training.state import Weights, with_weights
 
 
@@ -181,12 +181,13 @@ def _denoising_loss(config, model, modules, batch, key):
         config.loss.caption_dropout,
     )
     extra = extra_channels_of(batch, modules) if config.task == "inpainting" else None
-    return noise_prediction_loss(
+    return denoising_loss(
         modules["unet"],
         context,
         latents_of(batch, modules),
         key_noise,
         config.loss,
+        model.sampler,
         extra_channels=extra,
         weight=batch.get("weight"),
     )

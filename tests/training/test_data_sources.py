@@ -3,6 +3,7 @@
 
 import io
 import json
+import os
 import pickle
 from typing import get_args, get_type_hints
 
@@ -63,6 +64,44 @@ def test_a_fingerprint_depends_on_captions_and_files(tmp_path):
     assert len({before, changed, open_source(config).fingerprint()}) == 3
 
 
+def rewritten(path, change) -> None:
+    """Other bytes at the same length and, where the system's clock is coarse, another time."""
+    before = os.stat(path)
+    data = bytearray(path.read_bytes())
+    change(data)
+    path.write_bytes(data)
+    assert os.stat(path).st_size == before.st_size
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+
+
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_an_edit_of_the_same_size_makes_other_data(kind, tmp_path):
+    """Other pixels in as many bytes, in a file of their own or inside of a larger one."""
+    config = write_data(kind, tmp_path)
+    source = open_source(config)
+    stamp, fingerprint = source.stamp(), source.fingerprint()
+    path = sorted(p for p in tmp_path.rglob("*") if p.suffix in (".png", ".tar", ".parquet"))[0]
+    start = path.read_bytes().index(b"IDAT") + 20
+
+    def change(data):
+        data[start] ^= 1
+
+    rewritten(path, change)
+    assert open_source(config).stamp() != stamp
+    assert open_source(config).fingerprint() != fingerprint
+    rewritten(path, change)  # and back: the time is another, the content is not
+    assert open_source(config).stamp() != stamp
+    assert open_source(config).fingerprint() == fingerprint
+
+
+def test_a_copy_of_the_data_is_the_same_data(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_data("folder", tmp_path / name)
+    sources = [open_source(small("folder", tmp_path / name)) for name in ("a", "b")]
+    assert sources[0].fingerprint() == sources[1].fingerprint()
+
+
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
 def test_metadata_of_an_imagefolder(name, tmp_path):
     (tmp_path / "deep").mkdir()
@@ -82,6 +121,72 @@ def test_metadata_of_an_imagefolder(name, tmp_path):
     (tmp_path / "deep" / "b.png").unlink()
     with pytest.raises(ValueError, match=r"names deep/b\.png, which is not there"):
         open_source(small("folder", tmp_path, caption_column="text"))
+
+
+COLUMNS = "file_name,caption\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (COLUMNS + "a.png,a dog, running\n", "line 2: there are 2 columns, but 3 values: put a"),
+        (COLUMNS + '"a.png","x"\na.png,"one",two,\n', "line 3: there are 2 columns, but 4 values"),
+        (COLUMNS + 'a.png,"he said "hi" there"\n', "line 2 is not CSV .* double the quotes inside"),
+        (COLUMNS + 'a.png,"no end\nand so on\n', "line 2 is not CSV"),
+        (COLUMNS + "a.png\n", "line 2: 'caption' must be a text, not None"),
+        ("file_name;caption\na.png;a dog\n", "line 1: the columns are separated by ';'; they must"),
+        ("file_name\tcaption\na.png\ta dog\n", r"line 1: .* separated by '\\t'; they must"),
+        ((COLUMNS + "a.png,un dépôt\n").encode("latin-1"), "line 2 is not UTF-8: save it as UTF-8"),
+        ((COLUMNS + "a.png,x\n").encode("utf-16"), "line 1 is not UTF-8: save it as UTF-8"),
+        ((COLUMNS + "a.png,x\n").encode("utf-16-le"), "line 1 is not UTF-8: save it as UTF-8"),
+    ],
+)
+def test_faults_of_csv(content, message, tmp_path):
+    (tmp_path / "a.png").write_bytes(PNG)
+    (tmp_path / "metadata.csv").write_bytes(
+        content if isinstance(content, bytes) else content.encode()
+    )
+    with pytest.raises(ValueError, match=rf"metadata\.csv, {message}") as error:
+        open_source(small("folder", tmp_path))
+    assert "\0" not in str(error.value)
+
+
+def test_a_quote_inside_of_a_csv_text_and_any_line_ends_are_fine(tmp_path):
+    (tmp_path / "a.png").write_bytes(PNG)
+    for end in ("\n", "\r\n", "\r"):
+        text = f'file_name,caption{end}a.png,a 5" disk{end}'
+        (tmp_path / "metadata.csv").write_bytes(text.encode())
+        assert open_source(small("folder", tmp_path)).caption(0) == 'a 5" disk'
+
+
+def test_captions_that_are_not_utf8_are_named_alike_everywhere(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    latin, half = "un dépôt".encode("latin-1"), b'"\\ud83d"'
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "0.png").write_bytes(PNG)
+
+    def refused(kind, path, message, **more):
+        with pytest.raises(ValueError, match=message) as error:
+            open_source(small(kind, path, **more))
+        assert str(error.value).endswith(".") and "\n" not in str(error.value)
+
+    for data in (latin, "x".encode("utf-16"), "x".encode("utf-16-le")):
+        (tmp_path / "a" / "0.txt").write_bytes(data)
+        refused("folder", tmp_path / "a", r"a/0\.txt is not UTF-8: save it as UTF-8")
+        write_tar(tmp_path / "a.tar", png=PNG, txt=data)
+        refused("webdataset", tmp_path / "a.tar", r"a\.tar: dir/x\.txt is not UTF-8: save it as")
+    for data in (b'{"caption": "' + latin + b'"}', b'{"caption": ' + half + b"}"):
+        write_tar(tmp_path / "a.tar", png=PNG, json=data)
+        refused("webdataset", tmp_path / "a.tar", r"a\.tar: .* is not UTF-8: save it as UTF-8")
+        (tmp_path / "a" / "metadata.jsonl").write_bytes(data[:-1] + b', "file_name": "0.png"}')
+        refused("folder", tmp_path / "a", r"metadata\.jsonl, line 1.* is not UTF-8: save it as")
+    texts = pa.array([b"x", latin], pa.binary()).view(pa.string())
+    parquet.write_table(pa.table({"image": [PNG, PNG], "caption": texts}), tmp_path / "a.parquet")
+    refused(
+        "parquet", tmp_path / "a.parquet", r"a\.parquet: column 'caption' .* not UTF-8 \(in rows 0"
+    )
 
 
 def test_what_generate_writes_is_a_data_set(tmp_path):
@@ -246,9 +351,11 @@ def test_sizes_are_read_once_where_there_is_a_cache(tmp_path, monkeypatch):
     assert (tmp_path / "cache.sizes.npz").is_file() and not (tmp_path / "cache").exists()
     source = open_source(config)
     monkeypatch.setattr(type(source), "open", None)
+    monkeypatch.setattr(type(source), "fingerprint", None)
     with pytest.warns(EnlargedWarning):
         again = bucket_index(source, config)
     np.testing.assert_array_equal(first.bucket_of, again.bucket_of)
+    assert first.source_fingerprint == again.source_fingerprint != ""
     monkeypatch.undo()
     (tmp_path / "cache.sizes.npz").write_bytes(b"broken")
     with pytest.warns(EnlargedWarning):

@@ -109,6 +109,7 @@ def test_tensorboard_files_hold_numbers_and_pictures(tmp_path):
 
 def test_training_goes_on_without_tensorboard(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    monkeypatch.delitem(sys.modules, "k3jax.training.tensorboard", raising=False)
     with pytest.warns(UserWarning, match=r"pip install 'k3jax\[train\]'") as caught:
         with MetricWriter(tmp_path, progress=False) as writer:
             writer.write(1, {"loss": 1})

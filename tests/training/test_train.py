@@ -189,7 +189,7 @@ def test_metrics_and_pictures_are_written(run, tmp_path):
         ({"validation_batches": 2}, "ask for fewer"),
         ({"data": {"kind": "folder", "path": "nowhere"}}, "nowhere"),
         ({"optimizer": {"schedule": "cosine", "warmup_steps": 9}}, "warm-up"),
-        ({"loss": {"timesteps": (600, 1001)}}, "behind the last"),
+        ({"loss": {"timesteps": (600, 1001)}}, "one after the last"),
         (
             {
                 "task": "inpainting",

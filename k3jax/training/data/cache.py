@@ -15,6 +15,7 @@ from k3jax.training.data.cache_format import Manifest
 from k3jax.training.data.index import BucketIndex, read_image
 from k3jax.training.data.loader import read_ahead
 from k3jax.training.data.source import Source
+from k3jax.training.files import write_whole
 
 
 SHARD_SIZE = 1024
@@ -109,10 +110,10 @@ class LatentCache:
 
     def _check(self, place: Path, manifest: Manifest | None) -> None:
         if manifest is not None and manifest.fingerprint != self._fingerprint:
+            others = _others(manifest.fingerprint, self._fingerprint)
             raise ValueError(
-                f"{place} was computed from other weights, data or sizes (its fingerprint is "
-                f"{manifest.fingerprint}, not {self._fingerprint}): delete it, or name another "
-                "folder for the cache."
+                f"{place} was computed from {others} than this run's: delete it, or set "
+                "train.data.cache to another folder."
             )
 
     def _begin(self, manifest: Manifest, process_index: int, barrier) -> None:
@@ -133,10 +134,10 @@ class LatentCache:
         shards = range(len(manifest.text_shards()))
         rows = np.concatenate([np.load(files.lengths_file(partial, shard)) for shard in shards])
         arrays = {"lengths": rows[:, 0], "tokens": rows[:, 1]}
-        files.write(partial / "texts.npz", lambda file: np.savez(file, **arrays))
+        write_whole(partial / "texts.npz", lambda file: np.savez(file, **arrays))
         arrays_of_samples = {"bucket": bucket_of, "caption": caption_of}
-        files.write(partial / "samples.npz", lambda file: np.savez(file, **arrays_of_samples))
-        files.write(partial / "keys.json", lambda file: file.write(json.dumps(keys).encode()))
+        write_whole(partial / "samples.npz", lambda file: np.savez(file, **arrays_of_samples))
+        write_whole(partial / "keys.json", lambda file: file.write(json.dumps(keys).encode()))
         for path in partial.rglob(".*.part"):
             path.unlink()  # of a run that was killed while it wrote
         if self.folder.is_dir():
@@ -155,7 +156,8 @@ def cache_fingerprint(source: Source, index: BucketIndex, weights: str) -> str:
     """
     sizes = ",".join(f"{h}x{w}" for h, w in index.buckets)
     assigned = zlib.crc32(index.bucket_of.astype(np.int32).tobytes())
-    return f"weights={weights};source={source.fingerprint()};sizes={sizes};{assigned:08x}"
+    content = index.source_fingerprint or source.fingerprint()
+    return f"weights={weights};source={content};sizes={sizes};{assigned:08x}"
 
 
 class _Work:
@@ -242,6 +244,17 @@ def _rows(prompts, captions: list[str], dtype: str):
         inside = embeds[row, :length]
         kept[: len(inside)] = files.to_dtype(inside, dtype, f"embedding of {caption!r}")
         yield kept, tokens
+
+
+def _others(theirs: str, ours: str) -> str:
+    """What differs between the fingerprints of two caches."""
+    names = (
+        "other weights, task or masks",
+        "other images or captions (or by an older version)",
+        "other sizes",
+    )
+    pairs = zip(names, theirs.split(";"), ours.split(";"), strict=False)
+    return " and ".join(name for name, one, other in pairs if one != other) or names[-1]
 
 
 def _difference(begun: Manifest, wanted: Manifest) -> str:

@@ -14,12 +14,13 @@ a shard is there once it is complete.
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from k3jax.training.files import write_whole
 
 
 FORMAT = 1
@@ -85,23 +86,14 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes manifest.json."""
-    write(folder / "manifest.json", lambda file: file.write(json.dumps(asdict(manifest)).encode()))
+    write_whole(
+        folder / "manifest.json", lambda file: file.write(json.dumps(asdict(manifest)).encode())
+    )
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
     """A .npy file."""
-    write(path, lambda file: np.lib.format.write_array(file, np.ascontiguousarray(array)))
-
-
-def write(path: Path, content) -> None:
-    """Has `content(file)` write a file, which appears when all of it is on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with open(part, "wb") as file:
-        content(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    write_whole(path, lambda file: np.lib.format.write_array(file, np.ascontiguousarray(array)))
 
 
 def open_array(path: Path) -> np.ndarray:

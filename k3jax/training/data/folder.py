@@ -4,12 +4,13 @@
 import csv
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from k3jax.image_files import opened
-from k3jax.training.data.source import IMAGE_SUFFIXES, Source, hash_rows
+from k3jax.training.data.source import IMAGE_SUFFIXES, Source, check_utf8
 
 
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -77,11 +78,11 @@ class FolderSource(Source):
     def open(self, number: int) -> BinaryIO:
         return open(self._folder / self._names[number], "rb")
 
-    def fingerprint(self) -> str:
-        return hash_rows(
-            (name, caption, os.stat(self._folder / name).st_size)
-            for name, caption in zip(self._names, self._captions, strict=True)
-        )
+    def rows(self) -> Iterable[tuple]:
+        return zip(self._names, self._captions, strict=True)
+
+    def files(self) -> list[str]:
+        return [os.path.join(self._folder, name) for name in self._names]
 
 
 def _walk(folder: Path) -> tuple[list[str], list[Path]]:
@@ -117,15 +118,17 @@ def _read_metadata(path: Path, folder: Path, column: str) -> Iterator[tuple[str,
         caption = row[column]
         if not isinstance(caption, str) or not caption.strip():
             raise ValueError(f"{path}, line {line}: {column!r} must be a text, not {caption!r}.")
+        check_utf8(caption, f"{path}, line {line}: {column!r}")  # JSON can escape half a character
         image = os.path.normpath(path.parent / str(row["file_name"]))
         yield Path(os.path.relpath(image, folder)).as_posix(), caption.strip()
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, dict]]:
-    with open(path, encoding="utf-8-sig") as file:
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
+            check_utf8(line, f"{path}, line {number}")
             try:
                 row = json.loads(line)
             except ValueError as error:
@@ -136,15 +139,36 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict]]:
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        for row in reader:
-            yield reader.line_num, {k: v for k, v in row.items() if k is not None}
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        lines = (check_utf8(line, f"{path}, line {n}") for n, line in enumerate(file, 1))
+        reader = csv.DictReader(lines, strict=True)
+        try:
+            columns = reader.fieldnames or []
+            if len(columns) == 1 and (other := re.search(r"[;\t]", columns[0])):
+                raise ValueError(
+                    f"{path}, line 1: the columns are separated by {other[0]!r}; they must be "
+                    "separated by commas."
+                )
+            for row in reader:
+                if None in row:
+                    raise ValueError(
+                        f"{path}, line {reader.line_num}: there are {len(columns)} columns, but "
+                        f"{len(columns) + len(row[None])} values: put a text that has commas in it "
+                        "into double quotes."
+                    )
+                yield reader.line_num, row
+        except csv.Error as error:
+            raise ValueError(
+                f"{path}, line {reader.line_num + 1} is not CSV ({error}): put a text that has "
+                "quotes in it into double quotes, and double the quotes inside."
+            ) from None
 
 
 def _caption_beside(image: Path) -> str | None:
+    beside = image.with_suffix(".txt")
     try:
-        return image.with_suffix(".txt").read_text(encoding="utf-8-sig").strip()
+        text = beside.read_text(encoding="utf-8-sig", errors="surrogateescape")
+        return check_utf8(text, str(beside)).strip()
     except FileNotFoundError:
         pass
     if image.suffix.lower() != ".png":

@@ -2,7 +2,6 @@
 """The bucket of every sample, from the headers of its images, read once."""
 
 import contextlib
-import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,10 +13,10 @@ import numpy as np
 from k3jax.training.config import DataConfig
 from k3jax.training.data.buckets import MULTIPLE, assign, check_resolution, make_buckets, scale
 from k3jax.training.data.decode import decode, fit, read_size
-from k3jax.training.data.source import Source
+from k3jax.training.data.source import READERS, Source
+from k3jax.training.files import write_whole
 
 
-HEADER_THREADS = 8
 HEADER_PART = 256  # headers that a thread reads in one go
 
 
@@ -31,11 +30,13 @@ class BucketIndex:
     buckets: (height, width) of each.
     bucket_of: int32 (n,), the bucket of each sample.
     num_enlarged: samples smaller than their bucket.
+    source_fingerprint: of the source, where a cache is wanted.
     """
 
     buckets: list[tuple[int, int]]
     bucket_of: np.ndarray
     num_enlarged: int
+    source_fingerprint: str = ""
 
     def size(self, sample: int) -> tuple[int, int]:
         """(height, width) at which a sample is seen."""
@@ -45,7 +46,8 @@ class BucketIndex:
 def bucket_index(source: Source, config: DataConfig, multiple: int = MULTIPLE) -> BucketIndex:
     """Reads the sizes of all images and assigns buckets; the empty buckets are left out.
 
-    Sizes are kept in a file beside `config.cache`, where there is one.
+    Where there is a `config.cache`, sizes and the source's fingerprint are kept in a file beside
+    it, and made anew when a file of the source has another size or time.
 
     Raises:
         ValueError: an image is not readable; the message has its key.
@@ -55,11 +57,15 @@ def bucket_index(source: Source, config: DataConfig, multiple: int = MULTIPLE) -
     else:
         check_resolution(config.resolution, multiple)
         buckets = [(config.resolution, config.resolution)]
+    fingerprint = ""
     if source.size is not None:
         h, w = source.size
         sizes = np.broadcast_to(np.int32([w, h]), (len(source), 2))
+        fingerprint = source.fingerprint() if config.cache is not None else ""
+    elif config.cache is not None:
+        sizes, fingerprint = _kept(source, Path(config.cache))
     else:
-        sizes = image_sizes(source, _sizes_file(config.cache))
+        sizes = image_sizes(source)
     bucket_of = assign(sizes[:, 0], sizes[:, 1], buckets)
     targets = np.array(buckets)[bucket_of]
     enlarged = scale(sizes[:, 0], sizes[:, 1], targets.T) > 1
@@ -73,17 +79,12 @@ def bucket_index(source: Source, config: DataConfig, multiple: int = MULTIPLE) -
             stacklevel=3,
         )
     used, bucket_of = np.unique(bucket_of, return_inverse=True)
-    return BucketIndex([buckets[b] for b in used], bucket_of.astype(np.int32), int(enlarged.sum()))
+    buckets, bucket_of = [buckets[b] for b in used], bucket_of.astype(np.int32)
+    return BucketIndex(buckets, bucket_of, int(enlarged.sum()), fingerprint)
 
 
-def image_sizes(source: Source, file: Path | None = None) -> np.ndarray:
-    """int32 (n, 2): (width, height) of all images, upright; from `file` if it is of this source."""
-    fingerprint = source.fingerprint() if file is not None else ""
-    if file is not None and file.is_file():
-        with contextlib.suppress(Exception), np.load(file) as stored:  # a broken one is made anew
-            if stored["fingerprint"] == fingerprint and len(stored["sizes"]) == len(source):
-                return stored["sizes"]
-
+def image_sizes(source: Source) -> np.ndarray:
+    """int32 (n, 2): (width, height) of all images, upright."""
     sizes = np.empty((len(source), 2), np.int32)
 
     def read(first: int) -> None:
@@ -91,15 +92,9 @@ def image_sizes(source: Source, file: Path | None = None) -> np.ndarray:
             with source.open(number) as image:
                 sizes[number] = read_size(image, source.key(number))
 
-    with ThreadPoolExecutor(HEADER_THREADS) as pool:
+    with ThreadPoolExecutor(READERS) as pool:
         for done in pool.map(read, range(0, len(source), HEADER_PART)):
             del done  # asked for because that raises what reading raised
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(f".{file.name}.{os.getpid()}.part")
-        with open(part, "wb") as out:
-            np.savez(out, fingerprint=fingerprint, sizes=sizes)
-        os.replace(part, file)
     return sizes
 
 
@@ -115,5 +110,15 @@ def read_image(source: Source, index: BucketIndex, number: int) -> dict[str, Any
     return {"image": image, "caption": sample.caption, "key": sample.key}
 
 
-def _sizes_file(cache: str | None) -> Path | None:
-    return None if cache is None else Path(cache).with_name(f"{Path(cache).name}.sizes.npz")
+def _kept(source: Source, cache: Path) -> tuple[np.ndarray, str]:
+    """(sizes of all images, fingerprint of the source), from a file beside the cache if it is of
+    this source."""
+    file, stamp = cache.with_name(f"{cache.name}.sizes.npz"), source.stamp()
+    if file.is_file():
+        with contextlib.suppress(Exception), np.load(file) as stored:  # a broken one is made anew
+            if stored["stamp"] == stamp and len(stored["sizes"]) == len(source):
+                return stored["sizes"], str(stored["fingerprint"])
+    sizes, fingerprint = image_sizes(source), source.fingerprint()
+    arrays = {"stamp": stamp, "fingerprint": fingerprint, "sizes": sizes}
+    write_whole(file, lambda out: np.savez(out, **arrays))
+    return sizes, fingerprint

@@ -5,11 +5,12 @@ import io
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import BinaryIO
 
 import numpy as np
 
-from k3jax.training.data.source import Source, hash_rows
+from k3jax.training.data.source import Source, check_utf8
 
 
 KEPT_BYTES = 1 << 30
@@ -44,7 +45,7 @@ class ParquetSource(Source):
                 for group in range(file.num_row_groups):
                     captions = file.read_row_group(group, columns=[caption_column]).column(0)
                     first = starts[-1] - self._file_starts[-1]
-                    self._captions += _checked(captions.to_pylist(), path, caption_column, first)
+                    self._captions += _checked(captions, path, caption_column, first)
                     self._groups.append((number, group))
                     starts.append(starts[-1] + len(captions))
             self._file_starts.append(starts[-1])
@@ -75,9 +76,11 @@ class ParquetSource(Source):
     def open(self, number: int) -> BinaryIO:
         return io.BytesIO(self._image(number).as_py())
 
-    def fingerprint(self) -> str:
-        files = [(os.path.basename(path), os.path.getsize(path)) for path in self._paths]
-        return hash_rows([*files, *((caption,) for caption in self._captions)])
+    def rows(self) -> Iterable[tuple]:
+        return zip(map(self.key, range(len(self))), self._captions, strict=True)
+
+    def files(self) -> list[str]:
+        return self._paths
 
     def _clear(self) -> None:
         self._kept: OrderedDict = OrderedDict()
@@ -156,10 +159,19 @@ def _is_struct(kind) -> bool:
     return pa.types.is_struct(kind)
 
 
-def _checked(captions: list, path: str, column: str, first: int) -> list[str]:
+def _checked(captions, path: str, column: str, first: int) -> list[str]:
+    """The captions of an Arrow column, of which the first is row `first` of the file."""
+    try:
+        captions = captions.to_pylist()
+    except UnicodeDecodeError:
+        raise ValueError(
+            f"{path}: column {column!r} has texts that are not UTF-8 (in rows {first} to "
+            f"{first + len(captions) - 1}): write the file again from UTF-8."
+        ) from None
     for row, caption in enumerate(captions, first):
         if not isinstance(caption, str) or not caption.strip():
             raise ValueError(
                 f"{path}, row {row}: {column!r} must be a text that is not empty, not {caption!r}."
             )
+        check_utf8(caption, f"{path}, row {row}: {column!r}")
     return [caption.strip() for caption in captions]

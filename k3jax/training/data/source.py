@@ -3,8 +3,10 @@
 
 import hashlib
 import io
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -12,6 +14,9 @@ import numpy as np
 
 from k3jax.scenes.caption import captioned
 
+
+READERS = 8
+"""Threads that read files or headers."""
 
 IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
@@ -57,8 +62,24 @@ class Source(ABC):
         """A sample's image file, from its beginning; only what is read of it is fetched."""
 
     @abstractmethod
+    def rows(self) -> Iterable[tuple]:
+        """What identifies the samples besides the contents of files: keys, captions."""
+
+    def files(self) -> list[str]:
+        """Paths of the files that images are read from."""
+        return []
+
     def fingerprint(self) -> str:
-        """A hash of what a cache of this source depends on: keys, captions, sizes of files."""
+        """A hash of what a cache of this source depends on, which reads all of its files.
+
+        A copy of the files has the same one.
+        """
+        with ThreadPoolExecutor(READERS) as pool:
+            return hash_rows([*self.rows(), *zip(pool.map(_digest, self.files()), strict=True)])
+
+    def stamp(self) -> str:
+        """A hash that differs where `fingerprint` may: of sizes and times instead of contents."""
+        return hash_rows([*self.rows(), *map(_size_and_time, self.files())])
 
     def __getitem__(self, number: int) -> Sample:
         if not 0 <= number < len(self):
@@ -96,11 +117,27 @@ class SceneSource(Source):
         image, caption, _ = captioned(self._seed, number, self._split, self.size[0], self._mix)
         return Sample(self.key(number), image, caption)
 
-    def fingerprint(self) -> str:
+    def rows(self) -> list[tuple]:
         # Of the first scenes only: drawing all takes as long as training on them.
         first = [self[number] for number in range(min(8, self._count))]
         rows = [(sample.key, sample.caption, sample.image.tobytes()) for sample in first]
-        return hash_rows([(self._count, self.size, self._split, self._seed), *rows])
+        return [(self._count, self.size, self._split, self._seed), *rows]
+
+
+def check_utf8(text: str, where: str) -> str:
+    """The text itself, which was decoded with `surrogateescape`.
+
+    Raises:
+        ValueError: bytes of another encoding were in it, or the zero bytes of UTF-16.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        pass
+    else:
+        if "\0" not in text:
+            return text
+    raise ValueError(f"{where} is not UTF-8: save it as UTF-8.")
 
 
 def hash_rows(rows: Iterable[tuple]) -> str:
@@ -109,3 +146,13 @@ def hash_rows(rows: Iterable[tuple]) -> str:
     for row in rows:
         digest.update(repr(row).encode())
     return digest.hexdigest()[:16]
+
+
+def _digest(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _size_and_time(path: str) -> tuple[int, int]:
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns

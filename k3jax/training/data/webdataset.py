@@ -6,9 +6,10 @@ import io
 import json
 import os
 import tarfile
+from collections.abc import Iterable
 from typing import BinaryIO
 
-from k3jax.training.data.source import IMAGE_SUFFIXES, Source, hash_rows
+from k3jax.training.data.source import IMAGE_SUFFIXES, Source, check_utf8
 
 
 CAPTION_FIELDS = ("caption", "prompt", "text")
@@ -53,8 +54,11 @@ class WebDatasetSource(Source):
         path = self._paths[self._tar[number]]
         return io.BufferedReader(_Member(path, self._offset[number], self._length[number]))
 
-    def fingerprint(self) -> str:
-        return hash_rows(zip(self._keys, self._captions, self._length, strict=True))
+    def rows(self) -> Iterable[tuple]:
+        return zip(self._keys, self._captions, strict=True)
+
+    def files(self) -> list[str]:
+        return self._paths
 
     def _index(self, number: int, path: str, prefix: str, caption_column: str) -> None:
         samples = _members(path)
@@ -141,7 +145,8 @@ def _image_member(members: dict) -> str | None:
 def _caption(file: BinaryIO, path: str, name: str, members: dict, column: str) -> str:
     def text(suffix: str) -> str:
         file.seek(members[suffix][0])
-        return file.read(members[suffix][1]).decode("utf-8-sig", "replace")
+        data = file.read(members[suffix][1]).decode("utf-8-sig", "surrogateescape")
+        return check_utf8(data, f"{path}: {name}.{suffix}")
 
     fields = {}
     if "json" in members:
@@ -156,7 +161,7 @@ def _caption(file: BinaryIO, path: str, name: str, members: dict, column: str) -
     candidates += [fields.get(field) for field in CAPTION_FIELDS]
     for candidate in candidates:
         if isinstance(candidate, str) and candidate.strip():
-            return candidate.strip()
+            return check_utf8(candidate.strip(), f"{path}: the caption of {name}")
     there = f"; its JSON has {', '.join(fields)}" if fields else ""
     raise ValueError(
         f"{path}: sample {name} has no caption, neither in {name}.txt nor in a field "

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of a run: written whole or not at all, errors that name them, and one process at a time."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jax
+
+from k3jax.locks import LockFile
+from k3jax.training.signals import agree
+
+
+def write_whole(path: Path, content: Callable[[BinaryIO], Any]) -> None:
+    """Has `content(file)` write a file, which appears, or is replaced, when all of it is on disk.
+
+    Raises:
+        OSError: it cannot be written; names `path`.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(part, "wb") as file:
+                content(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+    finally:
+        with contextlib.suppress(OSError):  # a full disk gets its space back
+            part.unlink()
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Puts `path` into errors of the system that name no file, as writing to a full disk raises."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextlib.contextmanager
+def only_run(lock: Path, busy: str) -> Iterator[None]:
+    """Keeps other runs away while the body of the `with` runs; process 0 locks for its whole job.
+
+    Args:
+        lock: an empty file, made if it is not there.
+        busy: the sentence of the error.
+
+    Raises:
+        ValueError: another run holds the lock; on every process of this job.
+    """
+    held = None
+    if jax.process_index() == 0:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held = LockFile(lock)
+    try:
+        if agree(held is not None and not held.take()):
+            raise ValueError(busy)
+        yield
+    finally:
+        if held is not None:
+            held.close()
