@@ -12,7 +12,7 @@ from k3jax.checkpoint import Checkpoint, restore
 from k3jax.components import component_digests
 from k3jax.inpainting_inputs import inpainting_inputs
 from k3jax.movq import MoVQ
-from k3jax.programs import encode_text
+from k3jax.programs import computing, encode_text
 from k3jax.sharding import batch_sharding, make_mesh
 from k3jax.text_projection import PromptEmbeds, window_length
 from k3jax.tokenizer import Tokenizer
@@ -87,18 +87,21 @@ def _compute(
 
     def images(batch: np.ndarray) -> np.ndarray:
         if config.task != "inpainting":
-            return np.asarray(_latents(movq, jax.device_put(batch, split)))
+            with computing(mesh, movq.dtype):
+                return np.asarray(_latents(movq, jax.device_put(batch, split)))
         rngs = (np.random.default_rng(zlib.crc32(image.tobytes())) for image in batch)
         masks = [
             draw_masks(image[None], rng, config.masks)
             for image, rng in zip(batch, rngs, strict=True)
         ]
-        masks = np.concatenate(masks)
-        return np.asarray(_inpainting_latents(movq, *jax.device_put((batch, masks), split)))
+        given = jax.device_put((batch, np.concatenate(masks)), split)
+        with computing(mesh, movq.dtype):
+            return np.asarray(_inpainting_latents(movq, *given))
 
     def texts(captions: list[str]) -> PromptEmbeds:
         ids, mask = trimmed(*tokenizer(captions))
-        embeds = encode_text(encoder, *jax.device_put((ids, mask), split))
+        with computing(mesh, encoder.dtype):
+            embeds = encode_text(encoder, *jax.device_put((ids, mask), split))
         lengths = np.asarray(window_length(mask.sum(1)), np.int32)
         return PromptEmbeds(np.asarray(embeds, np.float32), mask, lengths)
 
