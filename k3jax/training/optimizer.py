@@ -122,12 +122,12 @@ def matrices(weights):
 def decayed(weights):
     """Kernels, token embeddings and LoRA's factors.
 
-    Not biases (the one by relative position is a table of them), norm scales, the null embedding.
+    Not biases (the one by relative position is a table of them), norm scales, the null embedding,
+    nor MoVQ's codebook, which no loss reaches.
     """
 
     def one(name):
         parts = name.split(".")
-        embedding = parts[-1] == "embedding" and "relative_attention_bias" not in parts
-        return _is_kernel(name) or embedding or parts[-1] in LORA_FACTORS
+        return _is_kernel(name) or "embed_tokens" in parts or parts[-1] in LORA_FACTORS
 
     return {name: one(name) for name in weights}

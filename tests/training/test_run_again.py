@@ -179,7 +179,11 @@ def test_a_second_process_is_refused_before_any_work(quick, no_work, tmp_path, m
 
 
 class FullDisk:
-    """The file system of a run's folder, full from the call number `first` on."""
+    """The file system of a run's folder, full from the call number `first` on.
+
+    Not for what Orbax writes, whose threads then wait five minutes for one another; see
+    test_training_checkpoints.py.
+    """
 
     def __init__(self, folder, first, monkeypatch):
         self.folder, self.first, self.calls = str(folder), first, 0
@@ -188,7 +192,7 @@ class FullDisk:
         monkeypatch.setattr(builtins, "open", self.failing_open(builtins.open))
 
     def full(self, path):
-        if not os.fspath(path).startswith(self.folder):
+        if not os.fspath(path).startswith(self.folder) or ".orbax-" in os.fspath(path):
             return False
         self.calls += 1
         return self.calls > self.first
@@ -212,8 +216,8 @@ class FullDisk:
         return call
 
 
-EVERY = 9
-"""Of the calls that can meet a full disk, the share that is tried; 1 takes five minutes."""
+EVERY = 3
+"""Of the calls that can meet a full disk, the share that is tried."""
 
 
 def test_a_full_disk_at_any_moment(quick, tmp_path, monkeypatch):
@@ -226,7 +230,7 @@ def test_a_full_disk_at_any_moment(quick, tmp_path, monkeypatch):
             try:
                 train(quick(output=str(output)))
                 assert disk.calls <= first
-                assert first > 50
+                assert first > 10
                 return
             except (OSError, ValueError) as error:
                 text = f"{getattr(error, 'filename', '')} {error}"

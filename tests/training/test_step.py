@@ -220,6 +220,7 @@ DECAYED = {
 NOT_DECAYED = {
     "text_encoder.relative_attention_bias.embedding": (6, 4),
     "text_encoder.layers.attention_norm.scale": (3, 4),
+    "movq.codebook.embedding": (6, 4),
     "text_encoder.final_norm.scale": (4,),
     "text_projection.null_embedding": (4,),
     "text_projection.norm.bias": (4,),
