@@ -12,6 +12,7 @@ from typing import Any
 
 MOST = 2**20
 _LEAST = {
+    "num_layers": 0,  # of a text encoder that is streamed, without its layers
     "num_vq_embeddings": 0,
     "steps_offset": 0,
     "init_channels": 4,

@@ -98,7 +98,7 @@ def test_forms_for_tpus_have_the_same_values():
     kernel = draw(2, 2, 5, 7)
     np.testing.assert_allclose(
         layers._upsample_on_tpu(x, kernel),
-        layers._upsample_by_product(x, kernel),
+        layers._upsample_by_products(x, kernel),
         rtol=1e-5,
         atol=1e-5,
     )

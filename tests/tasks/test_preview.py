@@ -105,7 +105,7 @@ def test_a_map_is_fitted_once_for_each_movq(img2img, tmp_path, monkeypatch):
     fitted = []
     fit = preview.fit_preview
     monkeypatch.setattr(preview, "fit_preview", lambda movq: fitted.append(1) or fit(movq))
-    monkeypatch.setattr(img2img, "digests", {"movq": "sha 123abc"})
+    monkeypatch.setattr(img2img, "digests", {"movq": "sha256:123abc"})
     for expected in (1, 1, 1):
         monkeypatch.setattr(img2img, "preview", None)
         found = preview.preview_map(img2img)
