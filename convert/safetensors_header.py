@@ -63,7 +63,7 @@ def read_header(stream: BinaryIO, file: Path) -> tuple[dict[str, Entry], int]:
 
 
 def refuse_pointer(file: Path, start: bytes) -> None:
-    """Raises ConversionError where a file begins as what git-lfs leaves in the place of a file."""
+    """Raises ConversionError for a git-lfs pointer instead of the file itself."""
     if start.startswith(LFS_POINTER[:16]):
         raise ConversionError(f"{file} {LFS_ADVICE}.")
 

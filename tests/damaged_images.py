@@ -189,7 +189,7 @@ def random_exif(rng: np.random.Generator) -> tuple[bytes, int | None]:
 def with_exif(kind: str, block: bytes) -> bytes:
     """PICTURE as a JPEG, PNG, WEBP or AVIF with an EXIF block, whatever that is.
 
-    The AVIF's header says orientation 6, in the place of the block, as the format has it.
+    The AVIF's header says orientation 6 instead of the EXIF block, as the format defines.
     """
     if kind != "AVIF":
         return encoded(PICTURE, kind, exif=block)
