@@ -43,7 +43,8 @@ def strips_on_tpu(latents: jax.Array) -> int:
     images, beside = _devices()
     if b >= STRIPS * images or height < LEAST_PIXELS:
         return 1
-    counts = (STRIPS * beside, STRIPS)
+    # Strips that do not divide over the devices beside would all be decoded by each of them.
+    counts = (STRIPS * beside, STRIPS) if STRIPS % beside == 0 else (STRIPS * beside,)
     return next((n for n in counts if height % n == 0 and height >= 2 * n), 1)
 
 

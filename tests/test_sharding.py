@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from k3jax.abstract import COMPONENTS, abstract_module
@@ -19,6 +20,7 @@ from k3jax.movq_strips import strips_on_tpu
 from k3jax.programs import encode_text
 from k3jax.samplers import make_sampler
 from k3jax.sharding import (
+    MESH_AXES,
     RULES,
     TRAINING_RULES,
     axes,
@@ -195,6 +197,10 @@ def test_strips_are_for_images_that_fill_a_device():
     assert strips(64, 128, "data=8") == 1  # eight
     assert strips(1, 96, "tensor=8") == 8  # 64 strips of one row and a half there are not
     assert strips(8, 16, "data=8") == 1
+    axes = dict(zip(MESH_AXES, (1, 1, 16), strict=True))
+    with jax.sharding.use_abstract_mesh(AbstractMesh(tuple(axes.values()), tuple(axes))):
+        # 128 strips of one row there are not, and 8 are not enough for 16 devices.
+        assert strips_on_tpu(jax.ShapeDtypeStruct((1, 128, 64, 4), jnp.float32)) == 1
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3, 5])
