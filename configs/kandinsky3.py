@@ -5,7 +5,7 @@
     k3jax generate "a corgi in a house made of sushi" --config kandinsky3
 
 Values are changed on the command line as --config.generate.num_inference_steps=30. What a config
-leaves out is the checkpoint's own (`model`, `generate`) or has a default (k3jax/run_config.py).
+leaves out is the checkpoint's own (`model`, `generate`) or has a default (k3jax/cli/run_config.py).
 """
 
 from ml_collections import ConfigDict

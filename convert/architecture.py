@@ -18,7 +18,7 @@ from k3jax.config import (
     suggestion,
 )
 from k3jax.convert.rules import ConversionError, Shape, Table
-from k3jax.samplers import make_sampler
+from k3jax.sampling.samplers import make_sampler
 
 
 Json = Mapping[str, Any]

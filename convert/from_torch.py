@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from k3jax.abstract import abstract_module
-from k3jax.checkpoint import Checkpoint, CheckpointWriter, read_checkpoint
-from k3jax.checkpoint_format import TOKENIZER
+from k3jax.checkpoints.digests import array_digest, combined_digest
+from k3jax.checkpoints.format import TOKENIZER
+from k3jax.checkpoints.restore import Checkpoint, CheckpointWriter, read_checkpoint
 from k3jax.config import ModelConfig
 from k3jax.convert.arrays import bits_of, is_finite
 from k3jax.convert.modules import layer_shapes, module_shapes
@@ -21,8 +21,8 @@ from k3jax.convert.rules import ConversionError, Plan, Shape, raise_faults, to_j
 from k3jax.convert.sources import Source, open_source
 from k3jax.convert.tensors import Tensors, shapes
 from k3jax.convert.tokenizer import prepare_tokenizer
-from k3jax.digests import array_digest, combined_digest
-from k3jax.tokenizer import tokenizer_fault
+from k3jax.model.abstract import abstract_module
+from k3jax.model.tokenizer import tokenizer_fault
 
 
 PARAM_DTYPES = ("bfloat16", "float16", "float32")
@@ -60,7 +60,7 @@ def convert(
 
     Raises:
         ConversionError: what is wrong with the source, all faults together.
-        k3jax.checkpoint.CheckpointError: what is wrong with the destination.
+        k3jax.checkpoints.restore.CheckpointError: what is wrong with the destination.
     """
     if param_dtype not in (None, *PARAM_DTYPES):
         raise ConversionError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from k3jax.convert.own_settings import settings_file
 from k3jax.convert.rules import ConversionError
 from k3jax.convert.weight_files import ReadBytes, weight_files
-from k3jax.tokenizer import TOKENIZER_FILES
+from k3jax.model.tokenizer import TOKENIZER_FILES
 
 
 VARIANTS = {"base": "", "flash": "_flash", "inpainting": "_inpainting"}

@@ -63,8 +63,8 @@ def state_dict_to_module(
     Args:
         table: names, e.g. `k3jax.convert.unet.table("diffusers")`.
         state_dict: PyTorch name -> tensor or numpy array.
-        abstract_module: from `k3jax.abstract.abstract_module`; it is filled in place. Each leaf
-            keeps its own dtype, to which the weights are cast.
+        abstract_module: from `k3jax.model.abstract.abstract_module`; it is filled in place.
+            Each leaf keeps its own dtype, to which the weights are cast.
 
     Returns:
         `abstract_module`.

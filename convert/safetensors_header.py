@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from k3jax.convert.rules import ConversionError, Shape
-from k3jax.json_files import LFS_ADVICE, LFS_POINTER
+from k3jax.files import LFS_ADVICE, LFS_POINTER
 
 
 SAFETENSORS_DTYPES = {

@@ -27,7 +27,7 @@ from k3jax.convert.layouts import Layout, find_layout
 from k3jax.convert.own_settings import with_own_settings
 from k3jax.convert.rules import ConversionError, Table
 from k3jax.convert.tensors import Tensors, flat, from_tensor, open_pickle, open_weights, shapes
-from k3jax.json_files import read_object
+from k3jax.files import read_object
 
 
 @dataclass

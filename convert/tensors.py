@@ -18,7 +18,7 @@ import torch
 from k3jax.convert.arrays import as_numpy
 from k3jax.convert.rules import ConversionError, Shape
 from k3jax.convert.safetensors_header import SAFETENSORS_DTYPES, read_header, refuse_pointer
-from k3jax.json_files import LFS_POINTER
+from k3jax.files import LFS_POINTER
 
 
 @dataclass(frozen=True)

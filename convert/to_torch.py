@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from k3jax.cards import model_card
-from k3jax.checkpoint import Checkpoint, iterate_leaves, leaf_shapes, read_checkpoint
+from k3jax.checkpoints.cards import model_card
+from k3jax.checkpoints.manifest import CARD, check_component
+from k3jax.checkpoints.restore import Checkpoint, iterate_leaves, leaf_shapes, read_checkpoint
 from k3jax.convert import movq, text_encoder, text_projection, unet
 from k3jax.convert.arrays import as_torch_view
 from k3jax.convert.diffusers_configs import (
@@ -31,7 +32,7 @@ from k3jax.convert.own_settings import own_settings, settings_file
 from k3jax.convert.rules import ConversionError, Table, raise_faults, to_torch_array
 from k3jax.convert.safetensors_writer import Entry, SafetensorsWriter, nbytes, shards, write_index
 from k3jax.convert.tensors import open_safetensors
-from k3jax.manifest import CARD, check_component, is_local
+from k3jax.files import is_local
 
 
 SHARD_BYTES = 5_000_000_000
@@ -62,7 +63,7 @@ def export(
 
     Raises:
         ConversionError: the model cannot be written in this layout, or the destination exists.
-        k3jax.checkpoint.CheckpointError: the checkpoint is damaged.
+        k3jax.checkpoints.restore.CheckpointError: the checkpoint is damaged.
     """
     if layout not in ("diffusers", "original"):
         raise ConversionError(f"layout is {layout!r}; it must be 'diffusers' or 'original'.")

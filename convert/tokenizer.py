@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from k3jax.convert.rules import ConversionError
-from k3jax.tokenizer import TOKENIZER_FILES, tokenizer_fault
+from k3jax.model.tokenizer import TOKENIZER_FILES, tokenizer_fault
 
 
 def prepare_tokenizer(files: Iterable[Path], folder: Path, vocab_size: int | None = None) -> None:

@@ -8,30 +8,30 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from k3jax.compositing import extend_canvas
-    from k3jax.img2img import Kandinsky3Img2ImgPipeline
-    from k3jax.inpaint import Kandinsky3InpaintPipeline
-    from k3jax.original_api import (
+    from k3jax.images.compositing import extend_canvas
+    from k3jax.model.context import PromptEmbeds
+    from k3jax.pipelines.image_to_image import Kandinsky3Img2ImgPipeline
+    from k3jax.pipelines.inpaint import Kandinsky3InpaintPipeline
+    from k3jax.pipelines.original import (
         get_inpainting_pipeline,
         get_T2I_Flash_pipeline,
         get_T2I_pipeline,
     )
-    from k3jax.pipeline import Kandinsky3Pipeline
-    from k3jax.prompts import mix_prompts
+    from k3jax.pipelines.prompts import mix_prompts
+    from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
     from k3jax.sharding import make_mesh
-    from k3jax.text_projection import PromptEmbeds
 
 _HOME = {
-    "Kandinsky3Img2ImgPipeline": "k3jax.img2img",
-    "Kandinsky3InpaintPipeline": "k3jax.inpaint",
-    "Kandinsky3Pipeline": "k3jax.pipeline",
-    "PromptEmbeds": "k3jax.text_projection",
-    "extend_canvas": "k3jax.compositing",
-    "get_T2I_Flash_pipeline": "k3jax.original_api",
-    "get_T2I_pipeline": "k3jax.original_api",
-    "get_inpainting_pipeline": "k3jax.original_api",
+    "Kandinsky3Img2ImgPipeline": "k3jax.pipelines.image_to_image",
+    "Kandinsky3InpaintPipeline": "k3jax.pipelines.inpaint",
+    "Kandinsky3Pipeline": "k3jax.pipelines.text_to_image",
+    "PromptEmbeds": "k3jax.model.context",
+    "extend_canvas": "k3jax.images.compositing",
+    "get_T2I_Flash_pipeline": "k3jax.pipelines.original",
+    "get_T2I_pipeline": "k3jax.pipelines.original",
+    "get_inpainting_pipeline": "k3jax.pipelines.original",
     "make_mesh": "k3jax.sharding",
-    "mix_prompts": "k3jax.prompts",
+    "mix_prompts": "k3jax.pipelines.prompts",
 }
 
 __all__ = [

@@ -9,7 +9,7 @@ collectives.
 It must not choose where they are. XLA's partitioner returns wrong values for some of the shardings
 that it chooses by itself (tests/test_partitioner.py). So every layer states the sharding of its
 weights where it uses them (`gathered`) and of its results (`constrain`), attention runs on the
-shards of each device (k3jax/attention.py), and nothing between is free:
+shards of each device (k3jax/model/attention.py), and nothing between is free:
 
 | | stored | used |
 |---|---|---|
@@ -47,7 +47,10 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("conv_out", "tensor"),
     ("time", None),  # time embedding that modulates the norms: products of one row per image
     ("tokens", "tensor"),  # activations alone, where `tensor` does not divide the heads
-    ("strips", (*BATCH, "tensor")),  # activations alone: parts of images (k3jax/movq_strips.py)
+    (
+        "strips",
+        (*BATCH, "tensor"),
+    ),  # activations alone: parts of images (movq_strips.py)
 )
 
 TRAINING_RULES = (*(rule for rule in RULES if rule[0] != "time"), ("time", "fsdp"))

@@ -45,7 +45,7 @@ MOST_MAPS = 20_000  # one file of tests adds up to 30,000
 LONGEST = (
     "training/test_resume.py",
     "training/test_train.py",
-    "test_pipeline.py",
+    "pipelines/test_pipeline.py",
     "test_readme_commands.py",
 )
 

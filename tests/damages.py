@@ -9,7 +9,7 @@ import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from k3jax.json_files import LFS_POINTER
+from k3jax.files import LFS_POINTER
 
 
 ODD_VALUES = [

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a compiler might say of a program, and the models of configs."""
 
+from k3jax.cli.run_config import build, collect
 from k3jax.config import ModelConfig
 from k3jax.planning.collectives import Collective
 from k3jax.planning.compiler import Compiled, Memory
 from k3jax.planning.cost import Cost
-from k3jax.run_config import build, collect
 
 
 def model_of(config: str) -> ModelConfig:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from k3jax.config import MoVQConfig, TextProjectionConfig, UNetConfig
-from k3jax.text_projection import PromptEmbeds
+from k3jax.model.context import PromptEmbeds
 
 import tiny
 

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from k3jax.abstract import COMPONENTS, abstract_module
-from k3jax.checkpoint import CheckpointWriter, save_module
+from k3jax.checkpoints.restore import CheckpointWriter, save_module
 from k3jax.config import (
     ModelConfig,
     MoVQConfig,
@@ -20,6 +19,7 @@ from k3jax.config import (
     TextProjectionConfig,
     UNetConfig,
 )
+from k3jax.model.abstract import COMPONENTS, abstract_module
 
 
 SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")

@@ -8,10 +8,10 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from k3jax import run_config
+from k3jax.cli import run_config
+from k3jax.cli.run_config import architecture_differences, build, collect, config_names
 from k3jax.config import ModelConfig, to_dict
 from k3jax.convert.architecture import original_sampler, sampler_config
-from k3jax.run_config import architecture_differences, build, collect, config_names
 from k3jax.sharding import data_parallelism, make_meshes
 from k3jax.synthesis.loading import ROOM
 

@@ -15,7 +15,7 @@ from transformers import T5Tokenizer
 
 from k3jax import Kandinsky3Pipeline
 from k3jax.cli.main import main
-from k3jax.images import ContactSheet
+from k3jax.images.pngs import ContactSheet
 
 import tiny
 import torch_checkpoints

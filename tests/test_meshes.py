@@ -20,8 +20,8 @@ from PIL import Image
 
 from k3jax import Kandinsky3Img2ImgPipeline, Kandinsky3InpaintPipeline, Kandinsky3Pipeline
 from k3jax.config import TextEncoderConfig
+from k3jax.model.context import Context
 from k3jax.sharding import MESH_AXES, RULES, TRAINING_RULES, batch_sharding, make_mesh, on_mesh
-from k3jax.text_projection import Context
 
 import tiny
 from random_checkpoint import MODEL, VOCAB_SIZE, random_module, write_random_checkpoint

@@ -9,9 +9,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from k3jax import loaded_model
-from k3jax.base_pipeline import BasePipeline
 from k3jax.cli.main import parse
+from k3jax.pipelines import loaded_model
+from k3jax.pipelines.base_pipeline import BasePipeline
 from k3jax.sharding import make_mesh
 
 

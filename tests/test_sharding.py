@@ -13,12 +13,13 @@ from flax import nnx
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from k3jax.abstract import COMPONENTS, abstract_module
 from k3jax.config import MAX_TOKENS, ModelConfig, SamplerConfig
-from k3jax.denoising import denoise_program, initial_carry, loop_rows
-from k3jax.movq_strips import strips_on_tpu
-from k3jax.programs import encode_text
-from k3jax.samplers import make_sampler
+from k3jax.model.abstract import COMPONENTS, abstract_module
+from k3jax.model.context import Context
+from k3jax.model.movq_strips import strips_on_tpu
+from k3jax.pipelines.programs import encode_text
+from k3jax.sampling.denoise import denoise_program, initial_carry, loop_rows
+from k3jax.sampling.samplers import make_sampler
 from k3jax.sharding import (
     MESH_AXES,
     RULES,
@@ -31,7 +32,6 @@ from k3jax.sharding import (
     placed,
     shardings,
 )
-from k3jax.text_projection import Context
 from k3jax.training.initialise import random_weights
 from k3jax.training.state import weights_of
 
@@ -148,7 +148,7 @@ def test_full_size_text_encoder_and_decoder_lower_without_weights():
 
 def test_decoder_memory_at_1024_is_bounded(monkeypatch):
     """Strips against whole maps, on the decoder as released in float32."""
-    from k3jax import movq_blocks
+    from k3jax.model import movq_blocks
 
     movq = abstract_module("movq", FULL)
     latents = jax.ShapeDtypeStruct((1, 128, 128, 4), jnp.float32)

@@ -9,7 +9,6 @@ from diffusers import Kandinsky3UNet, VQModel
 from flax import nnx
 from transformers import T5Config, T5EncoderModel
 
-from k3jax.abstract import abstract_module
 from k3jax.config import (
     ModelConfig,
     MoVQConfig,
@@ -19,6 +18,7 @@ from k3jax.config import (
 )
 from k3jax.convert import movq, text_encoder, text_projection, unet
 from k3jax.convert.modules import state_dict_to_module
+from k3jax.model.abstract import abstract_module
 from k3jax.sharding import RULES, shardings
 
 

@@ -13,20 +13,20 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from k3jax import room
-from k3jax.abstract import COMPONENTS
-from k3jax.base_pipeline import BasePipeline
-from k3jax.checkpoint_format import Checkpoint
+from k3jax.checkpoints.format import Checkpoint
 from k3jax.cli.joining import writes
 from k3jax.cli.output import PlannedImage, free_path
+from k3jax.cli.run_config import RunConfig
 from k3jax.config import to_dict
-from k3jax.images import ContactSheet, write_png
-from k3jax.loaded_model import checked_batch_size
-from k3jax.pipeline import Kandinsky3Pipeline
-from k3jax.run_config import RunConfig
+from k3jax.images.pngs import ContactSheet, write_png
+from k3jax.model.abstract import COMPONENTS
+from k3jax.model.context import PromptEmbeds
+from k3jax.model.tokenizer import PromptTruncatedWarning
+from k3jax.pipelines import memory as room
+from k3jax.pipelines.base_pipeline import BasePipeline
+from k3jax.pipelines.loaded_model import checked_batch_size
+from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
 from k3jax.sharding import make_meshes
-from k3jax.text_projection import PromptEmbeds
-from k3jax.tokenizer import PromptTruncatedWarning
 
 
 Pipe = TypeVar("Pipe", bound=BasePipeline)
@@ -90,7 +90,7 @@ def checked_mesh(config: RunConfig) -> jax.sharding.Mesh:
 def check_memory(
     config: RunConfig, mesh: jax.sharding.Mesh, sizes: Sequence[tuple[int, int]], guided: bool
 ) -> None:
-    """Refuses what cannot fit in the devices' memory; see `k3jax.room.check_memory`."""
+    """Refuses what cannot fit in the devices' memory; see `k3jax.pipelines.memory.check_memory`."""
     size = checked_batch_size(config.pipeline.batch_size, mesh, mesh)
     room.check_memory(config.model, mesh, size, config.pipeline.dtype, sizes, guided)
 

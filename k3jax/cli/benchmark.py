@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be 1 or more.")
     config = run_config(args, DEFAULT_CONFIG)
 
-    from k3jax.benchmark import measure_all, setting
+    from k3jax.planning.measurement import measure_all, setting
     from k3jax.planning.programs import Work
     from k3jax.planning.question import program_names
     from k3jax.planning.totals import evaluations

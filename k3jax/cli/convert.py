@@ -15,8 +15,8 @@ With --config, the architecture is that of the config and not what the source sa
 
 import argparse
 
+from k3jax.cli.run_config import RunConfig, build, collect
 from k3jax.config import to_dict
-from k3jax.run_config import RunConfig, build, collect
 
 
 ARCHITECTURE = ("text_encoder", "text_projection", "unet", "movq", "sampler")

@@ -46,8 +46,8 @@ def run(args: argparse.Namespace) -> None:
 
     from PIL import Image
 
-    from k3jax.images import ContactSheet, write_png
-    from k3jax.pipeline import Kandinsky3Pipeline
+    from k3jax.images.pngs import ContactSheet, write_png
+    from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
     from k3jax.training.evaluate import judge, reconstruction, shares
 
     pipe = Kandinsky3Pipeline.from_pretrained(

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from k3jax.run_config import build, collect
+from k3jax.cli.run_config import build, collect
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

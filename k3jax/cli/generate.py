@@ -17,13 +17,13 @@ import sys
 from collections.abc import Callable
 from typing import get_args
 
+from k3jax.checkpoints.packaged import DEFAULT
 from k3jax.cli.joining import add_distributed, join
 from k3jax.cli.output import check_folder, plan
 from k3jax.cli.prompts import check_prompts, read_prompts
 from k3jax.cli.quick_compiles import compile_quickly_on_cpus
+from k3jax.cli.run_config import RunConfig, architecture_differences, build, collect
 from k3jax.config import SamplerName
-from k3jax.packaged import DEFAULT
-from k3jax.run_config import RunConfig, architecture_differences, build, collect
 
 
 SETTINGS = {
@@ -156,7 +156,7 @@ def run(args: argparse.Namespace) -> None:
     check_folder(images[0].path.parent)
 
     from k3jax.cli.batches import make_images
-    from k3jax.compilation_cache import enable_compilation_cache
+    from k3jax.pipelines.compilation_cache import enable_compilation_cache
 
     enable_compilation_cache()
     if values.get("checkpoint") is None:
@@ -170,7 +170,7 @@ def asked_checkpoint(values, named_by_config: bool, default=DEFAULT):
     Where none is, `values` get float32 as the default: small weights need no half precision, and
     XLA:CPU compiles their loop in 10 seconds instead of 16.
     """
-    from k3jax.checkpoint_format import as_path, read_checkpoint
+    from k3jax.checkpoints.format import as_path, read_checkpoint
 
     path = values.get("checkpoint")
     if path is None:
@@ -201,9 +201,9 @@ def _check(config: RunConfig, prompts: list[str]):
     """
     check_prompts(prompts, config.generate.negative_prompt)
 
-    from k3jax import request
     from k3jax.cli.batches import check_memory, checked_mesh
-    from k3jax.denoising import loop_rows, sample_keys
+    from k3jax.pipelines import request
+    from k3jax.sampling.denoise import loop_rows, sample_keys
 
     wanted, model = config.generate, config.model
     request.check_text_to_image(model)
@@ -246,9 +246,9 @@ def check_lora(config: RunConfig) -> None:
             raise ValueError("--lora-scale is the strength of a LoRA: give its folder with --lora.")
         return
 
-    from k3jax import lora
-    from k3jax.abstract import abstract_module
-    from k3jax.lora_format import load_lora
+    from k3jax.checkpoints.lora_files import load_lora
+    from k3jax.model import lora
+    from k3jax.model.abstract import abstract_module
 
     loaded = load_lora(config.pipeline.lora)
     lora.update_factor(loaded.config, config.pipeline.lora_scale)

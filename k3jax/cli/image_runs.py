@@ -13,26 +13,26 @@ from jax.sharding import Mesh
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from k3jax import request
 from k3jax.arguments import check_number
-from k3jax.base_pipeline import BasePipeline
-from k3jax.calls import Call
+from k3jax.checkpoints.packaged import DEFAULT
 from k3jax.cli.batches import check_memory, checked_mesh, load_and_encode, run_settings
 from k3jax.cli.generate import NOTE, asked_checkpoint, check_architecture, check_lora
 from k3jax.cli.image_options import SETTINGS
 from k3jax.cli.output import PlannedImage, check_folder, free_path, plan
 from k3jax.cli.prompts import check_prompts, read_prompts
 from k3jax.cli.quick_compiles import compile_quickly_on_cpus
-from k3jax.compilation_cache import enable_compilation_cache
-from k3jax.compositing import extend_canvas
+from k3jax.cli.run_config import RunConfig, build, collect
 from k3jax.config import ModelConfig
-from k3jax.generation import Loop
-from k3jax.image_input import read_image, read_mask
-from k3jax.image_task import step_counts, work_sizes
-from k3jax.images import ContactSheet, write_png
-from k3jax.inpaint_images import Pair, pairs
-from k3jax.packaged import DEFAULT
-from k3jax.run_config import RunConfig, build, collect
+from k3jax.images.compositing import extend_canvas
+from k3jax.images.pngs import ContactSheet, write_png
+from k3jax.images.reading import read_image, read_mask
+from k3jax.pipelines import request
+from k3jax.pipelines.base_pipeline import BasePipeline
+from k3jax.pipelines.calls import Call
+from k3jax.pipelines.compilation_cache import enable_compilation_cache
+from k3jax.pipelines.generation import Loop
+from k3jax.pipelines.image_task import step_counts, work_sizes
+from k3jax.pipelines.inpaint_images import Pair, pairs
 
 
 STRENGTHS = {"img2img": 0.3, "inpaint": 1.0, "outpaint": 1.0}

@@ -22,6 +22,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from k3jax.cli.image_runs import Task, run_images
-    from k3jax.img2img import Kandinsky3Img2ImgPipeline
+    from k3jax.pipelines.image_to_image import Kandinsky3Img2ImgPipeline
 
     run_images(args, Task("img2img", Kandinsky3Img2ImgPipeline))

@@ -13,8 +13,8 @@ import json
 import math
 from typing import Any
 
+from k3jax.cli.run_config import architecture_differences, build, collect
 from k3jax.config import ModelConfig, to_dict
-from k3jax.run_config import architecture_differences, build, collect
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     if path is None and not values.get("model"):
         raise ValueError("give a checkpoint, or --config NAME.")
 
-    from k3jax.checkpoint_format import as_path, read_checkpoint
+    from k3jax.checkpoints.format import as_path, read_checkpoint
 
     faults = []
     if path is None or (args.checkpoint is None and not as_path(path).exists()):
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         described = _of_config(build(values).model)
     else:
         if args.verify:
-            from k3jax.checkpoint import verify
+            from k3jax.checkpoints.restore import verify
 
             faults = verify(path, progress=args.progress)
         described = {} if faults else _of_checkpoint(read_checkpoint(path), values)
@@ -61,8 +61,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _of_checkpoint(checkpoint, values: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint is; a ValueError where it is not what the config says."""
-    from k3jax.checkpoint import leaf_shapes
-    from k3jax.manifest import component_files, read_manifest
+    from k3jax.checkpoints.manifest import component_files, read_manifest
+    from k3jax.checkpoints.restore import leaf_shapes
 
     wanted = build(values, checkpoint.config).model
     differences = architecture_differences(checkpoint.config, wanted)
@@ -99,7 +99,7 @@ def _of_config(config: ModelConfig) -> dict[str, Any]:
     """What a checkpoint of this architecture would be; nothing is made at full size."""
     import jax
 
-    from k3jax.abstract import COMPONENTS, abstract_module
+    from k3jax.model.abstract import COMPONENTS, abstract_module
 
     components = {}
     for name in COMPONENTS:

@@ -29,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from k3jax.checkpoints.packaged import INPAINTING
     from k3jax.cli.image_runs import Task, run_images
-    from k3jax.inpaint import Kandinsky3InpaintPipeline
-    from k3jax.packaged import INPAINTING
+    from k3jax.pipelines.inpaint import Kandinsky3InpaintPipeline
 
     if not args.mask:
         raise ValueError("give at least one mask with --mask FILE.")

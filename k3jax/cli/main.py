@@ -32,7 +32,7 @@ from k3jax.cli import (
     verify,
 )
 from k3jax.cli.extras import EXTRAS, missing
-from k3jax.run_config import config_names
+from k3jax.cli.run_config import config_names
 
 
 COMMANDS = {

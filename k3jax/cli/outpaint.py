@@ -23,9 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from k3jax.checkpoints.packaged import INPAINTING
     from k3jax.cli.image_runs import Task, run_images
-    from k3jax.inpaint import Kandinsky3InpaintPipeline
-    from k3jax.packaged import INPAINTING
+    from k3jax.pipelines.inpaint import Kandinsky3InpaintPipeline
 
     sides = {side: getattr(args, side) for side in SIDES}
     pipeline = Kandinsky3InpaintPipeline

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from k3jax.images import file_name
+from k3jax.images.pngs import file_name
 
 
 @dataclass(frozen=True)

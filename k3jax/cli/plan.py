@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from k3jax.cli.generate import add_dtypes, add_sampler, asked_checkpoint
-from k3jax.run_config import RunConfig, build, collect
+from k3jax.cli.run_config import RunConfig, build, collect
 
 
 SETTINGS = {
@@ -146,7 +146,7 @@ def parts(args: argparse.Namespace) -> tuple[str, ...]:
 
 def size_and_sampler(config: RunConfig):
     """(height, width, sampler settings) of a run, checked."""
-    from k3jax import request
+    from k3jax.pipelines import request
 
     model, wanted = config.model, config.generate
     height = model.sample_size if wanted.height is None else wanted.height

@@ -27,7 +27,7 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
 
 def check_prompts(prompts: Sequence[str], negative_prompt: str | None) -> None:
     """Raises ValueError for prompts that the tokenizer would refuse."""
-    from k3jax.tokenizer import check_prompt
+    from k3jax.model.tokenizer import check_prompt
 
     for number, prompt in enumerate(prompts):
         check_prompt(prompt, number)
@@ -59,7 +59,7 @@ def _lines(name: str, content: bytes) -> list[str]:
 
 def _named(name: str, prompt: str) -> None:
     """`check_prompt` for a prompt that has a name instead of a number."""
-    from k3jax.tokenizer import check_prompt
+    from k3jax.model.tokenizer import check_prompt
 
     try:
         check_prompt(prompt, 0)

@@ -31,7 +31,7 @@ from k3jax.cli.generate import (
     check_architecture,
     check_lora,
 )
-from k3jax.run_config import build, collect
+from k3jax.cli.run_config import build, collect
 
 
 SETTINGS = {
@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
         settings["synthesize.columns"] = tuple(args.column)
     values = collect(args.config, args.overrides, settings)
 
-    from k3jax.components import text_encoder_form
+    from k3jax.pipelines.components import text_encoder_form
     from k3jax.synthesis.checking import finished_shards
     from k3jax.synthesis.request import open_data_set, settings_of
     from k3jax.synthesis.shares import find_share

@@ -15,7 +15,7 @@ import sys
 
 from k3jax.cli.extras import require
 from k3jax.cli.joining import add_distributed, join
-from k3jax.run_config import build, collect
+from k3jax.cli.run_config import build, collect
 
 
 SETTINGS = {

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The three programs of a batch of images, lowered for devices that need not exist.
 
-They are the pipeline's own functions with the arguments that it gives them (k3jax/generation.py),
+They are the pipeline's own functions with the arguments it gives them (pipelines/generation.py),
 only without values: weights and inputs are ShapeDtypeStructs. Left out are the small programs
 beside them (projection of the text, first noise), which take less than a thousandth of the time.
 """
@@ -18,14 +18,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from k3jax.abstract import abstract_module
 from k3jax.config import MAX_TOKENS, ModelConfig, SamplerConfig, from_dict, to_dict
-from k3jax.denoising import denoise_program, loop_rows
-from k3jax.programs import computing, decode_latents, encode_text
-from k3jax.quantization import with_int8_layers
-from k3jax.samplers import make_sampler
+from k3jax.model.abstract import abstract_module
+from k3jax.model.context import Context
+from k3jax.model.int8 import with_int8_layers
+from k3jax.pipelines.programs import computing, decode_latents, encode_text
+from k3jax.sampling.denoise import denoise_program, loop_rows
+from k3jax.sampling.samplers import make_sampler
 from k3jax.sharding import MESH_AXES, batch_sharding, data_parallelism, placed
-from k3jax.text_projection import Context
 
 
 Name = Literal["encode", "denoise", "denoise_plain", "decode"]

@@ -4,8 +4,8 @@
 from dataclasses import dataclass
 
 from k3jax.config import SamplerConfig
-from k3jax.denoising import loop_rows
-from k3jax.samplers import make_sampler
+from k3jax.sampling.denoise import loop_rows
+from k3jax.sampling.samplers import make_sampler
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ It is a function of manifest.json alone, but for what that says of places. `load
 it where the files are. Form: https://huggingface.co/docs/hub/datasets-cards
 """
 
-from k3jax.cards import LIMITS, front_matter
+from k3jax.checkpoints.cards import LIMITS, front_matter
 from k3jax.synthesis.layout import CARD, DATA, ENDINGS
 from k3jax.synthesis.run_manifest import Manifest
 from k3jax.synthesis.storage import Store

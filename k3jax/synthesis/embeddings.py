@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import ml_dtypes
 import numpy as np
 
-from k3jax.text_projection import PromptEmbeds
+from k3jax.model.context import PromptEmbeds
 
 
 class Embeddings:

@@ -11,18 +11,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from k3jax.base_pipeline import BasePipeline
-from k3jax.checkpoint import leaf_shapes
-from k3jax.checkpoint_format import Checkpoint, as_path
-from k3jax.compilation_cache import enable_compilation_cache
-from k3jax.components import load_component, text_encoder_form
-from k3jax.loaded_model import checked_batch_size
-from k3jax.lora_format import load_lora
+from k3jax.checkpoints.format import Checkpoint, as_path
+from k3jax.checkpoints.lora_files import load_lora
+from k3jax.checkpoints.restore import leaf_shapes
+from k3jax.model.tokenizer import Tokenizer
+from k3jax.pipelines.base_pipeline import BasePipeline
+from k3jax.pipelines.compilation_cache import enable_compilation_cache
+from k3jax.pipelines.components import load_component, text_encoder_form
+from k3jax.pipelines.loaded_model import checked_batch_size
 from k3jax.sharding import data_parallelism, make_meshes
 from k3jax.synthesis.image_task import pipeline_class
 from k3jax.synthesis.phases import ALL, Load
 from k3jax.synthesis.run_manifest import Settings
-from k3jax.tokenizer import Tokenizer
 
 
 ROOM = 0.7  # share of the memory that weights may take; the rest is for activations

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from k3jax.checkpoint_format import Checkpoint, read_checkpoint
-from k3jax.samplers import make_sampler
+from k3jax.checkpoints.format import Checkpoint, read_checkpoint
+from k3jax.sampling.samplers import make_sampler
 from k3jax.synthesis.checking import finished_shards, sidecar_fault
 from k3jax.synthesis.encoding import Encoded, encode_image
 from k3jax.synthesis.image_task import read_inputs

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from k3jax import request
 from k3jax.arguments import check_number
-from k3jax.denoising import loop_rows, sample_keys
-from k3jax.room import check_memory
-from k3jax.run_config import RunConfig
-from k3jax.strength import steps_of_strength
+from k3jax.cli.run_config import RunConfig
+from k3jax.model.tokenizer import check_prompt
+from k3jax.pipelines import request
+from k3jax.pipelines.memory import check_memory
+from k3jax.sampling.denoise import loop_rows, sample_keys
+from k3jax.sampling.strength import steps_of_strength
 from k3jax.synthesis.encoding import QUALITY, ImageFormat
 from k3jax.synthesis.files import is_remote
 from k3jax.synthesis.layout import INDEX, MANIFEST
@@ -30,7 +31,6 @@ from k3jax.synthesis.run_manifest import (
 from k3jax.synthesis.samples import RowRules
 from k3jax.synthesis.shares import Share
 from k3jax.synthesis.storage import Store, store_at
-from k3jax.tokenizer import check_prompt
 
 
 STDIN = "-"

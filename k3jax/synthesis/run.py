@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from k3jax.samplers import make_sampler
+from k3jax.model.tokenizer import PromptTruncatedWarning
+from k3jax.sampling.samplers import make_sampler
 from k3jax.synthesis.card import write_card
 from k3jax.synthesis.checking import Check, finished_shards, remove_leavings, shards_to_make
 from k3jax.synthesis.engine import Engine
@@ -33,7 +34,6 @@ from k3jax.synthesis.samples import RowRules, Sample
 from k3jax.synthesis.shares import Share
 from k3jax.synthesis.stopping import Stop, stop_on_signals
 from k3jax.synthesis.storage import Store, read_bytes
-from k3jax.tokenizer import PromptTruncatedWarning
 
 
 @dataclass(frozen=True)

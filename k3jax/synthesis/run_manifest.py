@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, get_args
 
-from k3jax import request
 from k3jax.config import ModelConfig, SamplerConfig, from_dict, to_dict
-from k3jax.samplers import make_sampler
+from k3jax.pipelines import request
+from k3jax.sampling.samplers import make_sampler
 from k3jax.synthesis.encoding import ImageFormat, codec_version
 from k3jax.synthesis.layout import MANIFEST, Format, Layout
 from k3jax.synthesis.prompt_source import PromptIndex

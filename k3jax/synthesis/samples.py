@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from k3jax.strength import steps_of_strength
-from k3jax.tokenizer import check_prompt
+from k3jax.model.tokenizer import check_prompt
+from k3jax.sampling.strength import steps_of_strength
 
 
 COLUMNS = (

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from k3jax.abstract import abstract_module
 from k3jax.config import ModelConfig
-from k3jax.programs import computing
+from k3jax.model.abstract import abstract_module
+from k3jax.pipelines.programs import computing
 from k3jax.sharding import batch_sharding, placed
 from k3jax.training.config import TrainConfig
 from k3jax.training.optimizer import make_optimizer

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from k3jax.model.tokenizer import Tokenizer
 from k3jax.scenes.caption import caption
 from k3jax.scenes.scene import scene_at
-from k3jax.tokenizer import Tokenizer
 from k3jax.training import scene_text
 from k3jax.training.config import TrainConfig
 from k3jax.training.data.cached_loader import TEXT_ROWS, CachedLoader

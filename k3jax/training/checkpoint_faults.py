@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from k3jax.manifest import CheckpointError, is_local
+from k3jax.files import CheckpointError, is_local
 from k3jax.training.signals import agree
 
 

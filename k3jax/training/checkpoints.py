@@ -18,9 +18,9 @@ from etils import epath
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from k3jax.checkpoint_format import as_path
-from k3jax.manifest import CheckpointError
-from k3jax.orbax_io import CHUNK_BYTES
+from k3jax.checkpoints.format import as_path
+from k3jax.checkpoints.orbax_io import CHUNK_BYTES
+from k3jax.files import CheckpointError
 from k3jax.training.checkpoint_faults import (
     LOSS,
     DamagedCheckpoint,

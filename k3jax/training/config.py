@@ -113,7 +113,7 @@ class TrainConfig:
     from_scratch: bool = False
     """Random weights for the trained components instead of the checkpoint's."""
     components: tuple[str, ...] = ("text_projection", "unet")
-    """What is trained; the rest is frozen. Names as in `k3jax.abstract.COMPONENTS`."""
+    """What is trained; the rest is frozen. Names as in `k3jax.model.abstract.COMPONENTS`."""
     decoder_only: bool = False
     """Of `movq`: the encoder stays as it is, and with it every U-Net trained on its latents."""
     steps: int = 10_000

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from k3jax.pipeline import Kandinsky3Pipeline
+from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
 from k3jax.scenes.caption import captioned
 from k3jax.scenes.checker import Verdict, check, summary
 from k3jax.scenes.render import render

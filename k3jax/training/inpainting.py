@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inpainting: a U-Net of 9 input channels from one of 4, and what the other 5 hold.
 
-See k3jax/inpainting_inputs.py for what the channels are.
+See k3jax/model/inpainting_inputs.py for what the channels are.
 """
 
 import dataclasses
@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from k3jax.abstract import abstract_module
 from k3jax.config import ModelConfig
+from k3jax.model.abstract import abstract_module
+from k3jax.model.unet import UNet
 from k3jax.scenes.checker import find_objects
 from k3jax.training.config import MaskConfig
 from k3jax.training.masks import Box, draw_mask
-from k3jax.unet import UNet
 
 
 def inpainting_config(config: ModelConfig) -> ModelConfig:

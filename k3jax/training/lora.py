@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA: the weights that training begins with, and a checkpoint with those it ended with.
 
-How a LoRA works is in `k3jax.lora`. A loss for `jax.grad` over the LoRA's weights alone:
+How a LoRA works is in `k3jax.model.lora`. A loss for `jax.grad` over the LoRA's weights alone:
 
     def loss(weights, unet, batch):
         return objective(lora.apply(unet, weights, lora.update_factor(config)), batch)
@@ -10,11 +10,11 @@ How a LoRA works is in `k3jax.lora`. A loss for `jax.grad` over the LoRA's weigh
 import numpy as np
 from flax import nnx
 
-from k3jax import lora
-from k3jax.abstract import abstract_module
-from k3jax.checkpoint import CheckpointWriter, iterate_leaves, read_checkpoint
+from k3jax.checkpoints.lora_files import load_lora, warn_of_another_base
+from k3jax.checkpoints.restore import CheckpointWriter, iterate_leaves, read_checkpoint
 from k3jax.config import LoraConfig
-from k3jax.lora_format import load_lora, warn_of_another_base
+from k3jax.model import lora
+from k3jax.model.abstract import abstract_module
 
 
 def init_lora(
@@ -26,7 +26,7 @@ def init_lora(
         unet: with or without weights.
 
     Returns:
-        float32 on the host; `k3jax.lora.lora_shardings` says where it goes on a mesh.
+        float32 on the host; `k3jax.model.lora.lora_shardings` says where it goes on a mesh.
 
     Raises:
         ValueError: a rank or alpha that is not positive, or a target that is no linear layer.

@@ -15,8 +15,8 @@ import jax
 import numpy as np
 from PIL import Image
 
-from k3jax.images import write_png
-from k3jax.manifest import is_local
+from k3jax.files import is_local
+from k3jax.images.pngs import write_png
 from k3jax.training.files import naming, write_whole
 
 

@@ -10,7 +10,7 @@ decoder sees makes the encoder use that range, and makes small errors of a diffu
 import jax
 import jax.numpy as jnp
 
-from k3jax.movq import MoVQ, normalize
+from k3jax.model.movq import MoVQ, normalize
 
 
 LATENT_NOISE = 0.05

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from k3jax import schedule
 from k3jax.config import Conditioning, PredictionType, SamplerConfig
-from k3jax.text_projection import Context, PromptEmbeds, TextProjection
+from k3jax.model.context import Context, PromptEmbeds, TextProjection
+from k3jax.model.unet import UNet
+from k3jax.sampling import schedule
 from k3jax.training.config import LossConfig
-from k3jax.unet import UNet
 
 
 def training_context(

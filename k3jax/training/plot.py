@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from k3jax.images import write_png
+from k3jax.images.pngs import write_png
 from k3jax.training.files import naming
 from k3jax.training.metrics import read_metrics
 

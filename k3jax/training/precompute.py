@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from k3jax.checkpoint import Checkpoint, restore
-from k3jax.components import component_digests
-from k3jax.inpainting_inputs import inpainting_inputs
-from k3jax.movq import MoVQ
-from k3jax.programs import computing, encode_text
+from k3jax.checkpoints.restore import Checkpoint, restore
+from k3jax.model.context import PromptEmbeds, window_length
+from k3jax.model.inpainting_inputs import inpainting_inputs
+from k3jax.model.movq import MoVQ
+from k3jax.model.tokenizer import Tokenizer
+from k3jax.pipelines.components import component_digests
+from k3jax.pipelines.programs import computing, encode_text
 from k3jax.sharding import batch_sharding, make_mesh
-from k3jax.text_projection import PromptEmbeds, window_length
-from k3jax.tokenizer import Tokenizer
 from k3jax.training.batches import trimmed
 from k3jax.training.config import DataConfig, TrainConfig
 from k3jax.training.data.cache import LatentCache, cache_fingerprint

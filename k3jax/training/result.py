@@ -10,11 +10,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from k3jax.abstract import COMPONENTS, abstract_module
-from k3jax.checkpoint import CheckpointWriter, iterate_leaves, leaf_shapes, save_module
-from k3jax.checkpoint_format import Checkpoint, as_path
-from k3jax.lora_format import save_lora
-from k3jax.manifest import MANIFEST, file_digest, files_below, read_manifest, write_manifest
+from k3jax.checkpoints.format import Checkpoint, as_path
+from k3jax.checkpoints.lora_files import save_lora
+from k3jax.checkpoints.manifest import (
+    MANIFEST,
+    file_digest,
+    files_below,
+    read_manifest,
+    write_manifest,
+)
+from k3jax.checkpoints.restore import CheckpointWriter, iterate_leaves, leaf_shapes, save_module
+from k3jax.model.abstract import COMPONENTS, abstract_module
 from k3jax.training.setup import Start
 from k3jax.training.state import TrainState, Weights, with_weights
 from k3jax.training.tasks import nested

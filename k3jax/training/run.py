@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from k3jax.checkpoint_format import read_checkpoint
-from k3jax.compilation_cache import enable_compilation_cache
+from k3jax.checkpoints.format import read_checkpoint
+from k3jax.cli.run_config import RunConfig, build, collect
 from k3jax.config import to_dict
-from k3jax.programs import computing
-from k3jax.run_config import RunConfig, build, collect
+from k3jax.model.tokenizer import Tokenizer
+from k3jax.pipelines.compilation_cache import enable_compilation_cache
+from k3jax.pipelines.programs import computing
 from k3jax.sharding import data_parallelism, make_mesh
-from k3jax.tokenizer import Tokenizer
 from k3jax.training import samples
 from k3jax.training.batches import (
     SceneReading,

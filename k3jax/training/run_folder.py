@@ -17,9 +17,9 @@ from typing import Any
 import jax
 from etils import epath
 
-from k3jax.checkpoint_format import as_path
+from k3jax.checkpoints.format import as_path
 from k3jax.config import ModelConfig, from_dict, to_dict
-from k3jax.manifest import is_local
+from k3jax.files import is_local
 from k3jax.training import checkpoints
 from k3jax.training.config import TrainConfig
 from k3jax.training.files import only_run, write_whole

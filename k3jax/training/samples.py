@@ -9,16 +9,16 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from k3jax import lora
-from k3jax.abstract import COMPONENTS
-from k3jax.base_pipeline import BasePipeline
-from k3jax.checkpoint import Checkpoint, restore
+from k3jax.checkpoints.restore import Checkpoint, restore
 from k3jax.config import ModelConfig
-from k3jax.inpaint import Kandinsky3InpaintPipeline
-from k3jax.pipeline import Kandinsky3Pipeline
+from k3jax.model import lora
+from k3jax.model.abstract import COMPONENTS
+from k3jax.model.context import PromptEmbeds
+from k3jax.model.tokenizer import Tokenizer
+from k3jax.pipelines.base_pipeline import BasePipeline
+from k3jax.pipelines.inpaint import Kandinsky3InpaintPipeline
+from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
 from k3jax.sharding import data_parallelism
-from k3jax.text_projection import PromptEmbeds
-from k3jax.tokenizer import Tokenizer
 from k3jax.training.metrics import MetricWriter
 from k3jax.training.result import final_weights
 from k3jax.training.setup import Start

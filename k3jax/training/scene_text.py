@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from k3jax.model.text_encoder import TextEncoder
 from k3jax.scenes.caption import PLURALS, caption
 from k3jax.scenes.scene import (
     BACKGROUNDS,
@@ -27,7 +28,6 @@ from k3jax.scenes.scene import (
     Scene,
     scene_at,
 )
-from k3jax.text_encoder import TextEncoder
 
 
 SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
@@ -139,7 +139,7 @@ def noun_ids(tokenize) -> np.ndarray:
     """The token ids of the shapes' names, singular and plural.
 
     Args:
-        tokenize: a `k3jax.tokenizer.Tokenizer`.
+        tokenize: a `k3jax.model.tokenizer.Tokenizer`.
 
     Raises:
         ValueError: a name that is more than one token.

@@ -11,10 +11,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from k3jax import lora
-from k3jax.abstract import COMPONENTS, abstract_module
-from k3jax.checkpoint import Checkpoint, restore
+from k3jax.checkpoints.restore import Checkpoint, restore
 from k3jax.config import ModelConfig
+from k3jax.model import lora
+from k3jax.model.abstract import COMPONENTS, abstract_module
 from k3jax.sharding import TRAINING_RULES
 from k3jax.training import scene_text
 from k3jax.training.config import TrainConfig

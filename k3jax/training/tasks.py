@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from k3jax import lora
 from k3jax.config import ModelConfig
-from k3jax.inpainting_inputs import inpainting_inputs
-from k3jax.movq import MoVQ, normalize
-from k3jax.text_projection import PromptEmbeds, window_length
+from k3jax.model import lora
+from k3jax.model.context import PromptEmbeds, window_length
+from k3jax.model.inpainting_inputs import inpainting_inputs
+from k3jax.model.movq import MoVQ, normalize
 from k3jax.training import scene_text
 from k3jax.training.config import TrainConfig
 from k3jax.training.movq import movq_loss
@@ -158,7 +158,7 @@ def reading_task(modules: Modules) -> Task:
 
 
 def nested(weights: Weights) -> dict[str, dict[str, jax.Array]]:
-    """{"x.y.a": ..., "x.y.b": ...} -> {"x.y": {"a": ..., "b": ...}}: what `k3jax.lora` takes."""
+    """{"x.y.a": ..., "x.y.b": ...} -> {"x.y": {"a": ..., "b": ...}}: what `model.lora` takes."""
     layers: dict[str, dict[str, jax.Array]] = {}
     for name, value in weights.items():
         layer, _, part = name.rpartition(".")

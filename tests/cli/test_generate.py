@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from k3jax.abstract import abstract_module
-from k3jax.checkpoint import read_checkpoint
+from k3jax.checkpoints.lora_files import load_lora, save_lora
+from k3jax.checkpoints.restore import read_checkpoint
 from k3jax.cli import generate
 from k3jax.config import LoraConfig, to_dict
-from k3jax.images import read_settings
-from k3jax.lora_format import load_lora, save_lora
-from k3jax.pipeline import Kandinsky3Pipeline
+from k3jax.images.pngs import read_settings
+from k3jax.model.abstract import abstract_module
+from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
 from k3jax.training.lora import init_lora
 
 from random_checkpoint import MODEL

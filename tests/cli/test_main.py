@@ -12,7 +12,7 @@ import pytest
 from k3jax.cli import generate, quick_compiles
 from k3jax.cli.main import split_overrides
 from k3jax.cli.quick_compiles import FLAG
-from k3jax.compilation_cache import enable_compilation_cache
+from k3jax.pipelines.compilation_cache import enable_compilation_cache
 
 
 HEAVY = ("jax", "torch", "transformers", "ml_collections", "orbax", "flax")

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from k3jax.checkpoint import CheckpointError, read_checkpoint, verify
+from k3jax.checkpoints.restore import CheckpointError, read_checkpoint, verify
 from k3jax.convert import from_torch, to_torch
 from k3jax.convert.from_torch import convert
 from k3jax.convert.rules import ConversionError

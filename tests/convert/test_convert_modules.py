@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from k3jax.abstract import abstract_module
 from k3jax.convert import movq, text_encoder, text_projection, unet
 from k3jax.convert.arrays import as_numpy, as_torch, is_finite, permuted
 from k3jax.convert.modules import module_to_state_dict, state_dict_to_module
 from k3jax.convert.rules import ConversionError, Rule, to_jax_array, to_torch_array
+from k3jax.model.abstract import abstract_module
 
 import tiny
 import torch_checkpoints

@@ -11,7 +11,6 @@ import torch
 from diffusers import Kandinsky3UNet, VQModel
 from transformers import T5Config, T5EncoderModel
 
-from k3jax.abstract import abstract_module
 from k3jax.config import ModelConfig, MoVQConfig
 from k3jax.convert import movq, text_encoder, text_projection, unet
 from k3jax.convert.modules import (
@@ -23,6 +22,7 @@ from k3jax.convert.rules import (
     Table,
     under,
 )
+from k3jax.model.abstract import abstract_module
 
 
 TABLES = {

@@ -9,8 +9,7 @@ import typing
 
 import pytest
 
-from k3jax.abstract import abstract_module
-from k3jax.checkpoint import read_checkpoint
+from k3jax.checkpoints.restore import read_checkpoint
 from k3jax.config import (
     ModelConfig,
     MoVQConfig,
@@ -38,6 +37,7 @@ from k3jax.convert.from_torch import convert
 from k3jax.convert.modules import layer_shapes, module_shapes
 from k3jax.convert.own_settings import own_settings, with_own_settings
 from k3jax.convert.to_torch import export
+from k3jax.model.abstract import abstract_module
 
 from conversions import quiet, refused
 from torch_checkpoints import write_original

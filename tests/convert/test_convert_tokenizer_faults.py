@@ -7,11 +7,11 @@ import shutil
 import pytest
 from etils import epath
 
-from k3jax.checkpoint import verify
+from k3jax.checkpoints.manifest import file_digest, read_manifest, write_manifest
+from k3jax.checkpoints.restore import verify
 from k3jax.convert import from_torch
 from k3jax.convert.from_torch import convert
 from k3jax.convert.rules import ConversionError
-from k3jax.manifest import file_digest, read_manifest, write_manifest
 
 import tiny
 from conversions import quiet, refused

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from k3jax.abstract import abstract_module, parameter_count
+from k3jax.model.abstract import abstract_module, parameter_count
 from k3jax.planning.chips import CHIPS, parse_slice
 from k3jax.planning.compiler import OutOfMemory
 from k3jax.planning.fitting import DoesNotFit

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 from k3jax.config import MAX_TOKENS, ModelConfig, from_dict
+from k3jax.model.tokenizer import Tokenizer
 from k3jax.sharding import make_mesh
-from k3jax.tokenizer import Tokenizer
 
 import tiny
 from reference import cases

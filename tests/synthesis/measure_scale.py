@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from k3jax import Kandinsky3Pipeline
-from k3jax.samplers import make_sampler
+from k3jax.sampling.samplers import make_sampler
 from k3jax.sharding import make_mesh
 from k3jax.synthesis import engine, run
 from k3jax.synthesis.planning import plan_shard, texts_of

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import jax
 import numpy as np
 
-from k3jax.text_projection import PromptEmbeds
+from k3jax.model.context import PromptEmbeds
 
 
 WIDTH, TOKENS = 16, 128

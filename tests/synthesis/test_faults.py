@@ -160,7 +160,7 @@ def test_weights_that_are_not_finite(tmp_path, made, monkeypatch):
     """With the small model: latents of one sample overflow, those beside it do not change."""
     import numpy as np
 
-    from k3jax.pipeline import Kandinsky3Pipeline
+    from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
 
     (tmp_path / "p.txt").write_text("one\ntwo\nthree\n")
     words = ["--size", "64x64", "--dtype", "float32", "--batch-size", "8", "--image-format", "png"]

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from k3jax import Kandinsky3Pipeline
-from k3jax.img2img import Kandinsky3Img2ImgPipeline
-from k3jax.inpaint import Kandinsky3InpaintPipeline
+from k3jax.pipelines.image_to_image import Kandinsky3Img2ImgPipeline
+from k3jax.pipelines.inpaint import Kandinsky3InpaintPipeline
 from k3jax.synthesis.image_task import read_inputs
 from k3jax.synthesis.samples import Sample
 

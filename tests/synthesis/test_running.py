@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from k3jax.model.context import PromptEmbeds
 from k3jax.synthesis import phases
 from k3jax.synthesis.embeddings import Embeddings
 from k3jax.synthesis.stopping import Stop
-from k3jax.text_projection import PromptEmbeds
 
 import data_sets
 import stub_pipeline

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from k3jax.config import SamplerConfig
-from k3jax.samplers import make_sampler
+from k3jax.sampling.samplers import make_sampler
 from k3jax.synthesis.planning import plan_shard, texts_of
 from k3jax.synthesis.samples import MAX_SEED, RowRules, Sample, derived_seed, key_of, nearest_size
 

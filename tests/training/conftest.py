@@ -6,7 +6,7 @@ import dataclasses
 import jax
 import pytest
 
-from k3jax.run_config import RunConfig
+from k3jax.cli.run_config import RunConfig
 from k3jax.sharding import make_mesh
 from k3jax.training.config import (
     CheckpointConfig,

@@ -5,9 +5,9 @@ import jax
 import numpy as np
 import pytest
 
-from k3jax.abstract import abstract_module, parameter_count
-from k3jax.checkpoint import read_checkpoint
+from k3jax.checkpoints.restore import read_checkpoint
 from k3jax.config import LoraConfig
+from k3jax.model.abstract import abstract_module, parameter_count
 from k3jax.sharding import make_mesh
 from k3jax.training.ahead import lower_step, step_memory
 from k3jax.training.config import DataConfig, TrainConfig

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from k3jax.images import write_png
+from k3jax.images.pngs import write_png
 from k3jax.scenes.scene import MIXES, scene_at
 from k3jax.training.config import DataConfig
 from k3jax.training.data.index import EnlargedWarning, bucket_index

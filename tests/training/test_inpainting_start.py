@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from k3jax.inpainting_inputs import inpainting_inputs
+from k3jax.model.inpainting_inputs import inpainting_inputs
 from k3jax.training.config import MaskConfig
 from k3jax.training.inpainting import draw_masks, inpainting_config, inpainting_unet
 from k3jax.training.tasks import extra_channels_of

@@ -12,16 +12,21 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from k3jax import lora
-from k3jax.abstract import COMPONENTS, abstract_module
-from k3jax.checkpoint import CheckpointError, CheckpointWriter, read_checkpoint, save_module
+from k3jax.checkpoints.lora_files import load_lora, save_lora
+from k3jax.checkpoints.restore import (
+    CheckpointError,
+    CheckpointWriter,
+    read_checkpoint,
+    save_module,
+)
 from k3jax.config import LoraConfig, UNetConfig
-from k3jax.denoising import denoise_program
-from k3jax.json_files import LFS_POINTER
-from k3jax.lora_format import load_lora, save_lora
-from k3jax.pipeline import Kandinsky3Pipeline
+from k3jax.files import LFS_POINTER
+from k3jax.model import lora
+from k3jax.model.abstract import COMPONENTS, abstract_module
+from k3jax.model.context import Context
+from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
+from k3jax.sampling.denoise import denoise_program
 from k3jax.sharding import make_mesh, shardings
-from k3jax.text_projection import Context
 from k3jax.training.lora import init_lora, merged_checkpoint
 
 import tiny

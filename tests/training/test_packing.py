@@ -3,8 +3,8 @@
 
 import numpy as np
 
-from k3jax.checkpoint import CheckpointWriter, iterate_leaves, read_checkpoint, verify
-from k3jax.manifest import files_below, read_manifest
+from k3jax.checkpoints.manifest import files_below, read_manifest
+from k3jax.checkpoints.restore import CheckpointWriter, iterate_leaves, read_checkpoint, verify
 from k3jax.training.result import pack
 
 

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from k3jax.checkpoint import iterate_leaves, read_checkpoint
+from k3jax.checkpoints.restore import iterate_leaves, read_checkpoint
 
 
 CONFIG = """

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from k3jax.checkpoints.lora_files import load_lora
 from k3jax.config import LoraConfig
-from k3jax.lora_format import load_lora
 from k3jax.training import run as training_run
 from k3jax.training.metrics import read_metrics
 from k3jax.training.run import train

@@ -9,13 +9,13 @@ import numpy as np
 import optax
 import pytest
 
-from k3jax import schedule
-from k3jax.abstract import COMPONENTS, abstract_module
-from k3jax.checkpoint import read_checkpoint
+from k3jax.checkpoints.restore import read_checkpoint
 from k3jax.config import SamplerConfig
-from k3jax.programs import computing
+from k3jax.model.abstract import COMPONENTS, abstract_module
+from k3jax.model.context import Context, PromptEmbeds
+from k3jax.pipelines.programs import computing
+from k3jax.sampling import schedule
 from k3jax.sharding import make_mesh
-from k3jax.text_projection import Context, PromptEmbeds
 from k3jax.training.config import DataConfig, LossConfig, OptimizerConfig, TrainConfig
 from k3jax.training.loop import put_batch
 from k3jax.training.objective import (

@@ -30,7 +30,7 @@ COMPILE = """
 import dataclasses, json, sys, time
 
 from k3jax.planning.chips import parse_slice
-from k3jax.run_config import build, collect
+from k3jax.cli.run_config import build, collect
 from k3jax.sharding import make_mesh
 from k3jax.training.ahead import lower_step, step_memory
 

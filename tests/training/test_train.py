@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from k3jax.checkpoint import iterate_leaves, read_checkpoint
+from k3jax.checkpoints.lora_files import load_lora
+from k3jax.checkpoints.restore import iterate_leaves, read_checkpoint
+from k3jax.cli.run_config import RunConfig
 from k3jax.config import LoraConfig
-from k3jax.images import write_png
-from k3jax.lora_format import load_lora
-from k3jax.pipeline import Kandinsky3Pipeline
-from k3jax.run_config import RunConfig
+from k3jax.images.pngs import write_png
+from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
 from k3jax.scenes.caption import captioned
 from k3jax.sharding import make_mesh
 from k3jax.training.config import CheckpointConfig, MaskConfig, PriorConfig

@@ -18,7 +18,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from k3jax.manifest import CheckpointError
+from k3jax.files import CheckpointError
 from k3jax.sharding import make_mesh
 from k3jax.training.checkpoints import RunCheckpoints
 from k3jax.training.config import CheckpointConfig

@@ -7,8 +7,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from k3jax import image_files
-from k3jax.image_input import read_image
+from k3jax.images import files as image_files
+from k3jax.images.reading import read_image
 
 
 def read_size(file: BinaryIO, key: str) -> tuple[int, int]:
