@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from k3jax.images.files import opened
+from k3jax.images.decoding import opened
 
 
 KEY = "k3jax"

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from k3jax.images.files import decoding, load_image, upright
+from k3jax.images.decoding import decoding, load_image, upright
 from k3jax.images.mask_colors import is_grey, shades
 
 

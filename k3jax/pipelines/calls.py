@@ -12,7 +12,8 @@ from k3jax.model.context import PromptEmbeds
 from k3jax.pipelines import request
 from k3jax.pipelines.base_pipeline import BasePipeline
 from k3jax.pipelines.generation import Loop
-from k3jax.pipelines.request import Images, OutputType
+from k3jax.pipelines.request import OutputType
+from k3jax.pipelines.rows import ImageRows, image_rows
 from k3jax.sampling.denoise import sample_keys
 
 
@@ -89,12 +90,10 @@ class Call:
         pipe: BasePipeline,
         latents: np.ndarray | None = None,
         step_noise: np.ndarray | None = None,
-    ) -> Images:
+    ) -> ImageRows:
         """One row per image, the texts encoded."""
         encoded = self._encoded(pipe)
-        return request.spread(
-            self._prompt_of, *encoded, self._scales, self._keys, latents, step_noise
-        )
+        return image_rows(self._prompt_of, *encoded, self._scales, self._keys, latents, step_noise)
 
     def _encoded(self, pipe: BasePipeline):
         """(embeddings, those of the negatives or None, which prompts have a negative).

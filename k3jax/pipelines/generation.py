@@ -21,7 +21,8 @@ from k3jax.pipelines.programs import (
     put_back,
     read_contexts,
 )
-from k3jax.pipelines.request import Group, Images, OutputType
+from k3jax.pipelines.request import OutputType
+from k3jax.pipelines.rows import ImageGroup, ImageRows
 from k3jax.sampling.denoise import Known, denoise_program, initial_carry, loop_rows
 from k3jax.sampling.samplers import Sampler
 from k3jax.sharding import fetch
@@ -52,7 +53,7 @@ class Loop:
 
 
 def make_images(
-    pipe: BasePipeline, groups: Sequence[Group], loop: Loop, output_type: OutputType
+    pipe: BasePipeline, groups: Sequence[ImageGroup], loop: Loop, output_type: OutputType
 ) -> dict[int, np.ndarray]:
     """The images of groups by their numbers: uint8 for "pil", float32, or latents for "latent"."""
     made: dict[int, np.ndarray] = {}
@@ -81,7 +82,12 @@ def make_images(
 
 
 def _sample(
-    pipe: BasePipeline, batch: Images, group: Group, loop: Loop, numbers: np.ndarray, bar: tqdm
+    pipe: BasePipeline,
+    batch: ImageRows,
+    group: ImageGroup,
+    loop: Loop,
+    numbers: np.ndarray,
+    bar: tqdm,
 ) -> jax.Array:
     """The latents of one compiled batch, on the devices."""
     sampler = group.sampler
@@ -154,7 +160,7 @@ def _sample(
     return latents if known is None else pipe.put(put_back(latents, known.latents, known.mask))
 
 
-def _noise(pipe: BasePipeline, batch: Images, keys: jax.Array, shape) -> jax.Array:
+def _noise(pipe: BasePipeline, batch: ImageRows, keys: jax.Array, shape) -> jax.Array:
     if batch.latents is not None:
         return pipe.put(batch.latents.astype(np.float32))
     return initial_latents(keys, shape=shape)

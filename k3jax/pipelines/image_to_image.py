@@ -133,7 +133,7 @@ class Kandinsky3Img2ImgPipeline(BasePipeline):
                 continue
             rows = everything.rows(index)
             shape = latent_shape(self.config, size)
-            parts.append(request.Group(index, rows.starting_from(start), part, shape))
+            parts.append(ImageGroup(index, rows.starting_from(start), part, shape))
         made |= make_images(self, parts, loop, output_type)
         results = [made[n] for n in range(call.count)]
         if images is not None and output_type != "latent":

@@ -36,7 +36,8 @@ from k3jax.pipelines.image_task import (
 )
 from k3jax.pipelines.inpaint_images import Pair, pairs, prepare
 from k3jax.pipelines.memory import check_room
-from k3jax.pipelines.request import Group, OutputType
+from k3jax.pipelines.request import OutputType
+from k3jax.pipelines.rows import ImageGroup
 
 
 class Kandinsky3InpaintPipeline(BasePipeline):
@@ -152,7 +153,7 @@ class Kandinsky3InpaintPipeline(BasePipeline):
         for size, part, index in groups(call, sizes, steps):
             whole = part.num_steps == call.sampler.num_steps
             rows = prepare(self, everything.rows(index), inputs, input_of[index], size, not whole)
-            parts.append(Group(index, rows, part, latent_shape(self.config, size)))
+            parts.append(ImageGroup(index, rows, part, latent_shape(self.config, size)))
         made = make_images(self, parts, loop, output_type)
         results = [made[n] for n in range(call.count)]
         if output_type != "latent":

@@ -12,7 +12,7 @@ from k3jax.images.reading import resize_mask
 from k3jax.pipelines.base_pipeline import BasePipeline
 from k3jax.pipelines.image_task import Size, to_work_size
 from k3jax.pipelines.programs import encode_masked, image_splits
-from k3jax.pipelines.request import Images
+from k3jax.pipelines.rows import ImageRows
 from k3jax.sharding import fetch
 
 
@@ -55,12 +55,12 @@ def pairs(images: Sequence[np.ndarray], masks: Sequence[np.ndarray], count: int)
 
 def prepare(
     pipe: BasePipeline,
-    rows: Images,
+    rows: ImageRows,
     inputs: Sequence[Pair],
     input_of: np.ndarray,
     size: Size,
     from_image: bool,
-) -> Images:
+) -> ImageRows:
     """The rows of a group, with what the pipeline's method of inpainting takes besides.
 
     Args:

@@ -99,6 +99,6 @@ class Kandinsky3Pipeline(BasePipeline):
 
         # Everything is checked; from here on it takes time.
         images = call.images(self, latents, step_noise)
-        group = request.Group(np.arange(call.count), images, call.sampler, shape)
+        group = ImageGroup(np.arange(call.count), images, call.sampler, shape)
         made = make_images(self, [group], loop, output_type)
         return output([made[n] for n in range(call.count)], output_type)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, features
 
-from k3jax.images.files import opened
+from k3jax.images.decoding import opened
 
 
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}

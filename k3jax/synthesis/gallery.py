@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from k3jax.checkpoints.digests import abbreviated
-from k3jax.images.files import opened
+from k3jax.images.decoding import opened
 from k3jax.synthesis.checking import finished_shards
 from k3jax.synthesis.layout import DATA
 from k3jax.synthesis.run_manifest import Manifest

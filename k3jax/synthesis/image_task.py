@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from k3jax.images.files import load_image
+from k3jax.images.decoding import load_image
 from k3jax.images.reading import read_image, read_mask, resize_image, resize_mask
 from k3jax.pipelines.base_pipeline import BasePipeline
 from k3jax.pipelines.image_to_image import Kandinsky3Img2ImgPipeline

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from k3jax.images.files import _ignore_warnings, load_image
+from k3jax.images.decoding import _ignore_warnings, load_image
 from k3jax.images.reading import read_image, read_mask
 from k3jax.synthesis.image_task import Inputs, read_inputs
 from k3jax.synthesis.samples import Sample

@@ -7,7 +7,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from k3jax.images import files as image_files
+from k3jax.images import decoding as image_files
 from k3jax.images.reading import read_image
 
 

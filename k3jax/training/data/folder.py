@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from k3jax.images.files import opened
+from k3jax.images.decoding import opened
 from k3jax.training.data.source import IMAGE_SUFFIXES, Source, check_utf8
 
 
