@@ -29,6 +29,7 @@ from k3jax.pipelines.image_task import (
 )
 from k3jax.pipelines.memory import check_room
 from k3jax.pipelines.request import OutputType
+from k3jax.pipelines.rows import ImageGroup
 
 
 class Kandinsky3Img2ImgPipeline(BasePipeline):

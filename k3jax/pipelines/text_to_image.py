@@ -13,6 +13,7 @@ from k3jax.pipelines.calls import Call
 from k3jax.pipelines.generation import Callback, Loop, make_images
 from k3jax.pipelines.memory import check_room
 from k3jax.pipelines.request import OutputType
+from k3jax.pipelines.rows import ImageGroup
 
 
 __all__ = ["Kandinsky3Pipeline", "Output"]
