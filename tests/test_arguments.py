@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from k3jax.arguments import check_interval, check_number, finite_array, whole_number
-from k3jax.pipelines.request import image_seeds
+from k3jax.pipelines.call_inputs import image_seeds
 
 
 @pytest.mark.parametrize(

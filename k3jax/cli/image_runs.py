@@ -26,12 +26,12 @@ from k3jax.config import ModelConfig
 from k3jax.images.compositing import extend_canvas
 from k3jax.images.pngs import ContactSheet, write_png
 from k3jax.images.reading import read_image, read_mask
-from k3jax.pipelines import request
-from k3jax.pipelines.base_pipeline import BasePipeline
+from k3jax.pipelines import call_inputs
+from k3jax.pipelines.pipeline import BasePipeline
 from k3jax.pipelines.calls import Call
 from k3jax.pipelines.compilation_cache import enable_compilation_cache
 from k3jax.pipelines.generation import Loop
-from k3jax.pipelines.image_task import step_counts, work_sizes
+from k3jax.pipelines.image_inputs import step_counts, work_sizes
 from k3jax.pipelines.inpaint_images import Pair, pairs
 
 
@@ -119,7 +119,7 @@ def _inputs(images: Sequence[str], task: Task, prompts: Sequence[str]) -> list[P
     counts = {"prompts": len(prompts), "images": len(images)}
     if task.masks:
         counts["masks"] = len(task.masks)
-    count = request.paired(counts)
+    count = call_inputs.paired(counts)
     if task.sides:
         made = [extend_canvas(image, **task.sides) for image in images]
         read = [Pair(read_image(canvas), read_mask(mask)) for canvas, mask in made]

@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
         settings["synthesize.columns"] = tuple(args.column)
     values = collect(args.config, args.overrides, settings)
 
-    from k3jax.pipelines.components import text_encoder_form
+    from k3jax.pipelines.loading import text_encoder_form
     from k3jax.synthesis.checking import finished_shards
     from k3jax.synthesis.request import open_data_set, settings_of
     from k3jax.synthesis.shares import find_share

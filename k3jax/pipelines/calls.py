@@ -9,10 +9,10 @@ import numpy as np
 from k3jax.arguments import whole_number
 from k3jax.config import ModelConfig, SamplerName
 from k3jax.model.context import PromptEmbeds
-from k3jax.pipelines import request
-from k3jax.pipelines.base_pipeline import BasePipeline
+from k3jax.pipelines import call_inputs
+from k3jax.pipelines.pipeline import BasePipeline
 from k3jax.pipelines.generation import Loop
-from k3jax.pipelines.request import OutputType
+from k3jax.pipelines.call_inputs import OutputType
 from k3jax.pipelines.rows import ImageRows, image_rows
 from k3jax.sampling.denoise import sample_keys
 
@@ -53,8 +53,8 @@ class Call:
         Raises:
             ValueError: one sentence on the argument that is wrong.
         """
-        request.check_output_type(output_type)
-        settings, self.sampler = request.chosen_sampler(
+        call_inputs.check_output_type(output_type)
+        settings, self.sampler = call_inputs.chosen_sampler(
             config.sampler, name=sampler, num_inference_steps=num_inference_steps, eta=eta
         )
         if guidance_scale is None:
@@ -65,25 +65,25 @@ class Call:
         inputs = dict(inputs or {})
         self._embeds = (prompt_embeds, negative_prompt_embeds)
         if prompt is not None and prompt_embeds is None and max(inputs.values(), default=1) > 1:
-            prompt = request.prompt_list(prompt)
+            prompt = call_inputs.prompt_list(prompt)
             if len(prompt) == 1:
-                prompt = prompt * request.paired(inputs)
-        texts = request.texts(config, prompt, negative_prompt, *self._embeds)
+                prompt = prompt * call_inputs.paired(inputs)
+        texts = call_inputs.texts(config, prompt, negative_prompt, *self._embeds)
         self._prompts, self._negatives = texts
         counts = {"prompts": len(self._negatives), **inputs}
-        self.num_inputs = request.paired(counts)
+        self.num_inputs = call_inputs.paired(counts)
         self.num_images_per_prompt = whole_number(
             num_images_per_prompt, "num_images_per_prompt", least=1
         )
         self._prompt_of = self.image_of(len(self._negatives))
         self.count = len(self._prompt_of)
-        self._scales = request.guidance_scales(guidance_scale, self.count)
+        self._scales = call_inputs.guidance_scales(guidance_scale, self.count)
         self.guided = self.sampler.guided and bool((self._scales > 0).any())
-        self._keys = sample_keys(request.image_seeds(seed, self.count))
+        self._keys = sample_keys(call_inputs.image_seeds(seed, self.count))
 
     def image_of(self, count: int) -> np.ndarray:
         """Which of `count` (1, or one per input) each image of the call is made from."""
-        return request.repeated(count, self.num_inputs, self.num_images_per_prompt)
+        return call_inputs.repeated(count, self.num_inputs, self.num_images_per_prompt)
 
     def images(
         self,

@@ -13,11 +13,11 @@ import numpy as np
 from k3jax.config import ModelConfig, SamplerName
 from k3jax.images.reading import read_images
 from k3jax.model.context import PromptEmbeds
-from k3jax.pipelines import request
-from k3jax.pipelines.base_pipeline import BasePipeline, Output, output
+from k3jax.pipelines import call_inputs
+from k3jax.pipelines.pipeline import BasePipeline, Output, output
 from k3jax.pipelines.calls import Call
 from k3jax.pipelines.generation import Callback, Loop, make_images
-from k3jax.pipelines.image_task import (
+from k3jax.pipelines.image_inputs import (
     check_given_noise,
     groups,
     latent_shape,
@@ -28,7 +28,7 @@ from k3jax.pipelines.image_task import (
     work_sizes,
 )
 from k3jax.pipelines.memory import check_room
-from k3jax.pipelines.request import OutputType
+from k3jax.pipelines.call_inputs import OutputType
 from k3jax.pipelines.rows import ImageGroup
 
 
@@ -41,7 +41,7 @@ class Kandinsky3Img2ImgPipeline(BasePipeline):
 
     @staticmethod
     def check_config(config: ModelConfig) -> None:
-        request.check_text_to_image(config, "image to image")
+        call_inputs.check_text_to_image(config, "image to image")
 
     def __call__(
         self,
@@ -95,7 +95,7 @@ class Kandinsky3Img2ImgPipeline(BasePipeline):
             images = read_images(image)
             sizes = work_sizes(self.config, images, max_area)
         else:
-            given = request.check_latents(given, self.config, "image_latents")
+            given = call_inputs.check_latents(given, self.config, "image_latents")
             sizes = self._sizes_of_latents(given)
         number = len(sizes)
         loop = Loop(guidance_interval, callback, callback_steps, progress_bar)
@@ -156,5 +156,5 @@ class Kandinsky3Img2ImgPipeline(BasePipeline):
     def _sizes_of_latents(self, latents: np.ndarray) -> list[tuple[int, int]]:
         factor = self.config.movq.scale_factor
         height, width = (side * factor for side in latents.shape[1:3])
-        request.check_size(self.config, height, width)
+        call_inputs.check_size(self.config, height, width)
         return [(width, height)] * len(latents)

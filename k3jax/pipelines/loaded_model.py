@@ -17,7 +17,7 @@ from k3jax.model import lora
 from k3jax.model.abstract import COMPONENTS
 from k3jax.model.tokenizer import Tokenizer
 from k3jax.pipelines.compilation_cache import enable_compilation_cache
-from k3jax.pipelines.components import (
+from k3jax.pipelines.loading import (
     component_digests,
     load_components,
     share_components,

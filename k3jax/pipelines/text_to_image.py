@@ -7,12 +7,12 @@ import numpy as np
 
 from k3jax.config import ModelConfig, SamplerName
 from k3jax.model.context import PromptEmbeds
-from k3jax.pipelines import request
-from k3jax.pipelines.base_pipeline import BasePipeline, Output, output
+from k3jax.pipelines import call_inputs
+from k3jax.pipelines.pipeline import BasePipeline, Output, output
 from k3jax.pipelines.calls import Call
 from k3jax.pipelines.generation import Callback, Loop, make_images
 from k3jax.pipelines.memory import check_room
-from k3jax.pipelines.request import OutputType
+from k3jax.pipelines.call_inputs import OutputType
 from k3jax.pipelines.rows import ImageGroup
 
 
@@ -28,7 +28,7 @@ class Kandinsky3Pipeline(BasePipeline):
 
     @staticmethod
     def check_config(config: ModelConfig) -> None:
-        request.check_text_to_image(config)
+        call_inputs.check_text_to_image(config)
 
     def __call__(
         self,
@@ -76,7 +76,7 @@ class Kandinsky3Pipeline(BasePipeline):
         """
         height = self.config.sample_size if height is None else height
         width = self.config.sample_size if width is None else width
-        height, width = request.check_size(self.config, height, width)
+        height, width = call_inputs.check_size(self.config, height, width)
         loop = Loop(guidance_interval, callback, callback_steps, progress_bar)
         call = Call(
             self.config,
@@ -95,7 +95,7 @@ class Kandinsky3Pipeline(BasePipeline):
         )
         factor = self.config.movq.scale_factor
         shape = (height // factor, width // factor, self.config.movq.latent_channels)
-        request.check_noise(latents, step_noise, shape, call.count, call.sampler.num_steps)
+        call_inputs.check_noise(latents, step_noise, shape, call.count, call.sampler.num_steps)
         check_room(self, [(width, height)], call.guided)
 
         # Everything is checked; from here on it takes time.

@@ -9,7 +9,7 @@ from pathlib import Path
 from k3jax.arguments import check_number
 from k3jax.cli.run_config import RunConfig
 from k3jax.model.tokenizer import check_prompt
-from k3jax.pipelines import request
+from k3jax.pipelines import call_inputs
 from k3jax.pipelines.memory import check_memory
 from k3jax.sampling.denoise import loop_rows, sample_keys
 from k3jax.sampling.strength import steps_of_strength
@@ -60,8 +60,8 @@ def settings_of(config: RunConfig, size: str | None = None) -> Settings:
     width, height = (made.width, made.height) if size is None else parse_size(size)
     width, height = width or model.sample_size, height or model.sample_size
     for w, h in ((width, height), *map(parse_size, wanted.buckets)):
-        request.check_size(model, h, w)
-    sampler, loop = request.chosen_sampler(
+        call_inputs.check_size(model, h, w)
+    sampler, loop = call_inputs.chosen_sampler(
         model.sampler,
         name=made.sampler,
         num_inference_steps=made.num_inference_steps,
@@ -69,7 +69,7 @@ def settings_of(config: RunConfig, size: str | None = None) -> Settings:
         guidance_scale=made.guidance_scale,
     )
     loop_rows(loop, made.guidance_interval)
-    request.guidance_scales(sampler.guidance_scale, 1)
+    call_inputs.guidance_scales(sampler.guidance_scale, 1)
     sample_keys([made.seed])
     if made.negative_prompt is not None:
         check_prompt(made.negative_prompt, 0)

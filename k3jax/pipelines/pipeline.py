@@ -16,11 +16,11 @@ from PIL import Image
 
 from k3jax.images.reading import read_images
 from k3jax.model.context import PromptEmbeds, window_length
-from k3jax.pipelines import request
+from k3jax.pipelines import call_inputs
 from k3jax.pipelines.loaded_model import LoadedModel
 from k3jax.pipelines.programs import decode_latents, encode_images, image_splits
 from k3jax.pipelines.prompts import LongPrompts, join_windows, plain_prompts
-from k3jax.pipelines.request import OutputType
+from k3jax.pipelines.call_inputs import OutputType
 from k3jax.pipelines.streaming import encode_batches
 from k3jax.sharding import batch_sharding, fetch, place
 
@@ -56,7 +56,7 @@ class BasePipeline(LoadedModel):
         Raises:
             ValueError: a prompt that cannot be read, or is too long under the policy "error".
         """
-        prompts = request.prompt_list(prompts)
+        prompts = call_inputs.prompt_list(prompts)
         policy = self.long_prompts if long_prompts is None else long_prompts
         windows = plain_prompts(self.tokenizer, prompts, policy, word_weights)
         ids, mask = windows.input_ids, windows.attention_mask
@@ -105,7 +105,7 @@ class BasePipeline(LoadedModel):
         """
         if output_type not in ("pil", "np"):
             raise ValueError(f"output_type is {output_type!r}; decode makes 'pil' or 'np'.")
-        latents = request.check_latents(latents, self.config, "latents")
+        latents = call_inputs.check_latents(latents, self.config, "latents")
         return output(self.decode_arrays(latents, output_type), output_type)
 
     def decode_arrays(self, latents: np.ndarray, output_type: OutputType) -> np.ndarray:

@@ -12,7 +12,7 @@ from k3jax.arguments import whole_number
 from k3jax.config import ModelConfig
 from k3jax.images.reading import resize_image
 from k3jax.images.sizes import work_size
-from k3jax.pipelines import request
+from k3jax.pipelines import call_inputs
 from k3jax.pipelines.calls import Call
 from k3jax.sampling.samplers import Sampler
 from k3jax.sampling.strength import last_steps, steps_of_strength
@@ -33,7 +33,7 @@ def work_sizes(
     Raises:
         ValueError: an image, or an area, that cannot be.
     """
-    multiple = request.size_multiple(config)
+    multiple = call_inputs.size_multiple(config)
     area = config.sample_size**2 if max_area is None else whole_number(max_area, "max_area")
     if area < multiple**2:
         raise ValueError(f"max_area is {area}; it must be at least {multiple} x {multiple} pixels.")
@@ -98,7 +98,7 @@ def check_given_noise(
         raise ValueError(
             "latents and step_noise are for images of one size and strength; these differ."
         )
-    request.check_noise(latents, step_noise, latent_shape(config, sizes[0]), call.count, steps[0])
+    call_inputs.check_noise(latents, step_noise, latent_shape(config, sizes[0]), call.count, steps[0])
 
 
 def latent_shape(config: ModelConfig, size: Size) -> tuple[int, int, int]:
