@@ -27,12 +27,12 @@ from k3jax.images.compositing import extend_canvas
 from k3jax.images.pngs import ContactSheet, write_png
 from k3jax.images.reading import read_image, read_mask
 from k3jax.pipelines import call_inputs
-from k3jax.pipelines.pipeline import BasePipeline
 from k3jax.pipelines.calls import Call
 from k3jax.pipelines.compilation_cache import enable_compilation_cache
 from k3jax.pipelines.generation import Loop
 from k3jax.pipelines.image_inputs import step_counts, work_sizes
 from k3jax.pipelines.inpaint_images import Pair, pairs
+from k3jax.pipelines.pipeline import BasePipeline
 
 
 STRENGTHS = {"img2img": 0.3, "inpaint": 1.0, "outpaint": 1.0}

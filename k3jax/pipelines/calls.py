@@ -10,9 +10,9 @@ from k3jax.arguments import whole_number
 from k3jax.config import ModelConfig, SamplerName
 from k3jax.model.context import PromptEmbeds
 from k3jax.pipelines import call_inputs
-from k3jax.pipelines.pipeline import BasePipeline
-from k3jax.pipelines.generation import Loop
 from k3jax.pipelines.call_inputs import OutputType
+from k3jax.pipelines.generation import Loop
+from k3jax.pipelines.pipeline import BasePipeline
 from k3jax.pipelines.rows import ImageRows, image_rows
 from k3jax.sampling.denoise import sample_keys
 

@@ -12,6 +12,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from k3jax.arguments import whole_number
+from k3jax.pipelines.call_inputs import OutputType
 from k3jax.pipelines.pipeline import BasePipeline
 from k3jax.pipelines.preview import StepPreview, preview_map
 from k3jax.pipelines.programs import (
@@ -21,7 +22,6 @@ from k3jax.pipelines.programs import (
     put_back,
     read_contexts,
 )
-from k3jax.pipelines.call_inputs import OutputType
 from k3jax.pipelines.rows import ImageGroup, ImageRows
 from k3jax.sampling.denoise import Known, denoise_program, initial_carry, loop_rows
 from k3jax.sampling.samplers import Sampler

@@ -98,7 +98,9 @@ def check_given_noise(
         raise ValueError(
             "latents and step_noise are for images of one size and strength; these differ."
         )
-    call_inputs.check_noise(latents, step_noise, latent_shape(config, sizes[0]), call.count, steps[0])
+    call_inputs.check_noise(
+        latents, step_noise, latent_shape(config, sizes[0]), call.count, steps[0]
+    )
 
 
 def latent_shape(config: ModelConfig, size: Size) -> tuple[int, int, int]:

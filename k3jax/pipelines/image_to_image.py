@@ -14,7 +14,7 @@ from k3jax.config import ModelConfig, SamplerName
 from k3jax.images.reading import read_images
 from k3jax.model.context import PromptEmbeds
 from k3jax.pipelines import call_inputs
-from k3jax.pipelines.pipeline import BasePipeline, Output, output
+from k3jax.pipelines.call_inputs import OutputType
 from k3jax.pipelines.calls import Call
 from k3jax.pipelines.generation import Callback, Loop, make_images
 from k3jax.pipelines.image_inputs import (
@@ -28,7 +28,7 @@ from k3jax.pipelines.image_inputs import (
     work_sizes,
 )
 from k3jax.pipelines.memory import check_room
-from k3jax.pipelines.call_inputs import OutputType
+from k3jax.pipelines.pipeline import BasePipeline, Output, output
 from k3jax.pipelines.rows import ImageGroup
 
 

@@ -22,7 +22,7 @@ from k3jax.config import ModelConfig, SamplerName
 from k3jax.images.compositing import default_feather, generated_share, paste_known
 from k3jax.images.reading import read_images, read_masks
 from k3jax.model.context import PromptEmbeds
-from k3jax.pipelines.pipeline import BasePipeline, Output, output
+from k3jax.pipelines.call_inputs import OutputType
 from k3jax.pipelines.calls import Call
 from k3jax.pipelines.generation import Callback, Loop, make_images
 from k3jax.pipelines.image_inputs import (
@@ -36,7 +36,7 @@ from k3jax.pipelines.image_inputs import (
 )
 from k3jax.pipelines.inpaint_images import Pair, pairs, prepare
 from k3jax.pipelines.memory import check_room
-from k3jax.pipelines.call_inputs import OutputType
+from k3jax.pipelines.pipeline import BasePipeline, Output, output
 from k3jax.pipelines.rows import ImageGroup
 
 

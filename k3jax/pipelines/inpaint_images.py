@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from k3jax.images.reading import resize_mask
-from k3jax.pipelines.pipeline import BasePipeline
 from k3jax.pipelines.image_inputs import Size, to_work_size
+from k3jax.pipelines.pipeline import BasePipeline
 from k3jax.pipelines.programs import encode_masked, image_splits
 from k3jax.pipelines.rows import ImageRows
 from k3jax.sharding import fetch

@@ -17,10 +17,10 @@ from PIL import Image
 from k3jax.images.reading import read_images
 from k3jax.model.context import PromptEmbeds, window_length
 from k3jax.pipelines import call_inputs
+from k3jax.pipelines.call_inputs import OutputType
 from k3jax.pipelines.loaded_model import LoadedModel
 from k3jax.pipelines.programs import decode_latents, encode_images, image_splits
 from k3jax.pipelines.prompts import LongPrompts, join_windows, plain_prompts
-from k3jax.pipelines.call_inputs import OutputType
 from k3jax.pipelines.streaming import encode_batches
 from k3jax.sharding import batch_sharding, fetch, place
 

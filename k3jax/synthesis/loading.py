@@ -15,10 +15,10 @@ from k3jax.checkpoints.format import Checkpoint, as_path
 from k3jax.checkpoints.lora_files import load_lora
 from k3jax.checkpoints.restore import leaf_shapes
 from k3jax.model.tokenizer import Tokenizer
-from k3jax.pipelines.pipeline import BasePipeline
 from k3jax.pipelines.compilation_cache import enable_compilation_cache
-from k3jax.pipelines.loading import load_component, text_encoder_form
 from k3jax.pipelines.loaded_model import checked_batch_size
+from k3jax.pipelines.loading import load_component, text_encoder_form
+from k3jax.pipelines.pipeline import BasePipeline
 from k3jax.sharding import data_parallelism, make_meshes
 from k3jax.synthesis.image_task import pipeline_class
 from k3jax.synthesis.phases import ALL, Load

@@ -18,10 +18,10 @@ from transformers import AutoTokenizer
 
 from k3jax.config import MAX_TOKENS
 from k3jax.model.tokenizer import PromptTruncatedWarning, Tokenizer
+from k3jax.pipelines.call_inputs import StepCountWarning
 from k3jax.pipelines.calls import Call
 from k3jax.pipelines.image_to_image import Kandinsky3Img2ImgPipeline
 from k3jax.pipelines.inpaint import Kandinsky3InpaintPipeline
-from k3jax.pipelines.call_inputs import StepCountWarning
 from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
 from k3jax.sampling.denoise import denoise_program
 from k3jax.sharding import make_mesh
