@@ -203,20 +203,14 @@ def _check(config: RunConfig, prompts: list[str]):
 
     from k3jax.cli.batches import check_memory, checked_mesh
     from k3jax.pipelines import call_inputs
+    from k3jax.pipelines.options import TextToImageOptions
     from k3jax.sampling.denoise import loop_rows, sample_keys
 
     wanted, model = config.generate, config.model
     call_inputs.check_text_to_image(model)
-    height = model.sample_size if wanted.height is None else wanted.height
-    width = model.sample_size if wanted.width is None else wanted.width
-    height, width = call_inputs.check_size(model, height, width)
-    sampler, loop = call_inputs.chosen_sampler(
-        model.sampler,
-        name=wanted.sampler,
-        num_inference_steps=wanted.num_inference_steps,
-        eta=wanted.eta,
-        guidance_scale=wanted.guidance_scale,
-    )
+    options = TextToImageOptions.from_sources(wanted)
+    height, width = call_inputs.check_size(model, *options.size(model))
+    sampler, loop = call_inputs.checked_sampler(options.sampler_config(model))
     loop_rows(loop, wanted.guidance_interval)
     if wanted.num_images_per_prompt < 1:
         raise ValueError(f"--num-images is {wanted.num_images_per_prompt}; it must be 1 or more.")

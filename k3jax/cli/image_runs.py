@@ -27,11 +27,10 @@ from k3jax.images.compositing import extend_canvas
 from k3jax.images.pngs import ContactSheet, write_png
 from k3jax.images.reading import read_image, read_mask
 from k3jax.pipelines import call_inputs
-from k3jax.pipelines.calls import Call
+from k3jax.pipelines.call_inputs import CallInputs
 from k3jax.pipelines.compilation_cache import enable_compilation_cache
-from k3jax.pipelines.generation import Loop
-from k3jax.pipelines.image_inputs import step_counts, work_sizes
-from k3jax.pipelines.inpaint_images import Pair, pairs
+from k3jax.pipelines.image_inputs import Pair, pairs, step_counts, work_sizes
+from k3jax.pipelines.options import ImageToImageOptions
 from k3jax.pipelines.pipeline import BasePipeline
 
 
@@ -136,22 +135,11 @@ def _checked_call(
     """The arguments that are equal for all calls of the pipeline."""
     wanted, edit, model = config.generate, config.edit, config.model
     strength = STRENGTHS[task.name] if edit.strength is None else edit.strength
-    checked = Call(
-        model,
-        prompt=[""] * len(inputs),
-        negative_prompt=None,
-        prompt_embeds=None,
-        negative_prompt_embeds=None,
-        num_images_per_prompt=wanted.num_images_per_prompt,
-        num_inference_steps=wanted.num_inference_steps,
-        guidance_scale=wanted.guidance_scale,
-        sampler=wanted.sampler,
-        eta=wanted.eta,
-        seed=wanted.seed,
-        output_type="pil",
-        loop=Loop(wanted.guidance_interval),
+    options = ImageToImageOptions.from_sources(
+        wanted, prompt=[""] * len(inputs), negative_prompt=None, strength=strength
     )
-    (steps,) = step_counts(checked, [strength])
+    checked = CallInputs(options, model)
+    steps = step_counts(checked)[0]
     if not steps and task.name != "img2img":
         raise ValueError("--strength is 0, which repaints nothing: give more.")
     if edit.feather is not None:

@@ -1,38 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The components of a checkpoint as modules on a mesh: loaded, or shared with another pipeline."""
+"""The components of a checkpoint on a mesh: loaded, or shared with another pipeline."""
 
-from collections.abc import Collection, Mapping
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from k3jax.arguments import whole_number
 from k3jax.checkpoints.digests import same_weights
 from k3jax.checkpoints.format import Checkpoint
 from k3jax.checkpoints.manifest import read_manifest
 from k3jax.checkpoints.restore import restore
 from k3jax.model.abstract import COMPONENTS
 from k3jax.model.int8 import is_int8
+from k3jax.pipelines.load_options import LoadOptions, TextEncoderForm
+from k3jax.pipelines.programs import image_splits
 from k3jax.pipelines.streaming import StreamedTextEncoder
+from k3jax.sharding import data_parallelism
 
 
-Form = Literal["whole", "int8", "streamed"]
-"""How the text encoder is held: as it is, in int8, or layer by layer (pipelines/streaming.py)."""
+Component = nnx.Module | StreamedTextEncoder
 
 
-def text_encoder_form(int8: bool, streamed: bool) -> Form:
-    """The form that two flags ask for.
+def checked_batch_size(
+    batch_size: int | None, mesh: jax.sharding.Mesh, encoder_mesh: jax.sharding.Mesh
+) -> int:
+    """Images per compiled batch; one per device where it is None.
 
     Raises:
-        ValueError: both.
+        ValueError: no whole number of 1 or more, or one that does not split over the meshes.
     """
-    if int8 and streamed:
-        raise ValueError(
-            "the text encoder is either in int8 or streamed: choose one of int8_text_encoder "
-            "(--int8-text-encoder) and stream_text_encoder (--stream-text-encoder)."
-        )
-    return "int8" if int8 else "streamed" if streamed else "whole"
+    size = data_parallelism(mesh) if batch_size is None else batch_size
+    size = whole_number(size, "batch_size", least=1)
+    for each in (mesh, encoder_mesh):
+        image_splits(each, size)
+    return size
 
 
 def load_component(
@@ -41,8 +45,8 @@ def load_component(
     mesh: jax.sharding.Mesh,
     dtypes: tuple[Any, Any],
     verify: bool | None = None,
-    form: Form = "whole",
-) -> nnx.Module | StreamedTextEncoder:
+    form: TextEncoderForm = "whole",
+) -> Component:
     """One component on its mesh.
 
     Args:
@@ -57,44 +61,25 @@ def load_component(
 
 
 def load_components(
-    checkpoint: Checkpoint,
-    meshes: Mapping[str, jax.sharding.Mesh],
-    dtype: str | Mapping[str, str],
-    param_dtype: str | None,
-    verify: bool | None,
-    text_encoder: Form = "whole",
-    wanted: Collection[str] | None = None,
-) -> dict[str, nnx.Module | None]:
-    """Components, straight into their meshes' shardings; see `BasePipeline.from_pretrained`.
+    checkpoint: Checkpoint, meshes: Mapping[str, jax.sharding.Mesh], options: LoadOptions
+) -> dict[str, Component | None]:
+    """Components, straight into their meshes' shardings; None for those that are left out.
 
     Args:
         meshes: of each component.
-        text_encoder: see `text_encoder_form`.
-        wanted: those to load, by default all; the others are None.
-
-    Raises:
-        ValueError: a dtype or the name of a component that there is not.
     """
-    dtypes = {name: (kind, param_dtype or kind) for name, kind in _by_component(dtype).items()}
-    for kind in [kind for pair in dtypes.values() for kind in pair]:
-        try:
-            known = jnp.dtype(kind) in (jnp.bfloat16, jnp.float32)
-        except TypeError:  # numpy does not know it
-            known = False
-        if not known:
-            raise ValueError(f"dtype {kind} is not one of bfloat16, float32.")
-    wanted = COMPONENTS if wanted is None else wanted
-    for name in wanted:
-        if name not in COMPONENTS:
-            raise ValueError(
-                f"components names {name!r}, which is not one of {', '.join(COMPONENTS)}."
-            )
-    forms: dict[str, Form] = {"text_encoder": text_encoder}
+    forms: dict[str, TextEncoderForm] = {"text_encoder": options.text_encoder_form}
+    names = COMPONENTS if options.components is None else options.components
     return {
         name: load_component(
-            checkpoint, name, meshes[name], dtypes[name], verify, forms.get(name, "whole")
+            checkpoint,
+            name,
+            meshes[name],
+            options.dtypes_of(name),
+            options.verify,
+            forms.get(name, "whole"),
         )
-        if name in wanted
+        if name in names
         else None
         for name in COMPONENTS
     }
@@ -102,12 +87,12 @@ def load_components(
 
 def share_components(
     pipe: Any, checkpoint: Checkpoint, release: bool, verify: bool | None
-) -> dict[str, nnx.Module]:
-    """The components of a checkpoint: those that `pipe` has, and the others loaded beside them.
+) -> dict[str, Component]:
+    """The components of a checkpoint: those that `pipe` has, and the others loaded.
 
     Args:
-        pipe: a pipeline, that knows the digests of its weights.
-        release: first take what is not shared away from `pipe`.
+        pipe: a pipeline that knows the digests of its weights.
+        release: first release from `pipe` what is not shared.
     """
     digests = component_digests(checkpoint)
     modules = {name: getattr(pipe, name) for name in COMPONENTS}
@@ -133,34 +118,22 @@ def component_digests(checkpoint: Checkpoint) -> dict[str, str]:
     return read_manifest(checkpoint.path)["components"]
 
 
-def _by_component(dtype: str | Mapping[str, str]) -> dict[str, str]:
-    if not isinstance(dtype, Mapping):
-        return dict.fromkeys(COMPONENTS, dtype)
-    unknown = [name for name in dtype if name not in COMPONENTS]
-    if unknown:
-        raise ValueError(
-            f"dtype names {unknown[0]!r}, which is not one of {', '.join(COMPONENTS)}."
-        )
-    # The projection belongs to the text, wherever it is stored.
-    given = {"text_projection": dtype.get("text_encoder", "bfloat16"), **dtype}
-    return {name: given.get(name, "bfloat16") for name in COMPONENTS}
-
-
-def _form_of(module: nnx.Module | StreamedTextEncoder) -> Form:
+def _form_of(module: Component | None) -> TextEncoderForm:
     if isinstance(module, StreamedTextEncoder):
         return "streamed"
     return "int8" if is_int8(module) else "whole"
 
 
-def _dtypes_of(module: nnx.Module | StreamedTextEncoder | None) -> tuple[Any, Any]:
+def _dtypes_of(module: Component | None) -> tuple[Any, Any]:
     """(of the computation, of the weights that are not quantised).
 
-    The largest array tells: factors of a LoRA and scales of int8 matrices have dtypes of their own.
+    The dtype of the weights is that of the largest array: factors of a LoRA and scales of int8
+    matrices have dtypes of their own.
     """
     if module is None:
         raise ValueError(
             "the other checkpoint has weights of its own for a component that this pipeline lacks "
-            "(it was made without it, or released it), so nothing says their dtype: load that "
+            "(it was made without it, or released it), so its dtype is unknown: load that "
             "checkpoint with from_pretrained."
         )
     if isinstance(module, StreamedTextEncoder):

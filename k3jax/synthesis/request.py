@@ -11,6 +11,7 @@ from k3jax.cli.run_config import RunConfig
 from k3jax.model.tokenizer import check_prompt
 from k3jax.pipelines import call_inputs
 from k3jax.pipelines.memory import check_memory
+from k3jax.pipelines.options import TextToImageOptions
 from k3jax.sampling.denoise import loop_rows, sample_keys
 from k3jax.sampling.strength import steps_of_strength
 from k3jax.synthesis.encoding import QUALITY, ImageFormat
@@ -61,13 +62,8 @@ def settings_of(config: RunConfig, size: str | None = None) -> Settings:
     width, height = width or model.sample_size, height or model.sample_size
     for w, h in ((width, height), *map(parse_size, wanted.buckets)):
         call_inputs.check_size(model, h, w)
-    sampler, loop = call_inputs.chosen_sampler(
-        model.sampler,
-        name=made.sampler,
-        num_inference_steps=made.num_inference_steps,
-        eta=made.eta,
-        guidance_scale=made.guidance_scale,
-    )
+    options = TextToImageOptions.from_sources(made)
+    sampler, loop = call_inputs.checked_sampler(options.sampler_config(model))
     loop_rows(loop, made.guidance_interval)
     call_inputs.guidance_scales(sampler.guidance_scale, 1)
     sample_keys([made.seed])
