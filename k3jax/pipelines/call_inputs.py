@@ -14,6 +14,7 @@ from k3jax.arguments import finite_array
 from k3jax.config import MAX_TOKENS, ModelConfig, SamplerConfig
 from k3jax.model.context import PromptEmbeds
 from k3jax.pipelines.options import CallOptions
+from k3jax.pipelines.prompts import plain_prompts
 from k3jax.pipelines.rows import ImageRows, image_rows
 from k3jax.sampling.denoise import loop_rows, sample_keys
 from k3jax.sampling.samplers import Sampler, make_sampler
@@ -131,7 +132,10 @@ class CallInputs:
             "negative_prompt", self._negatives, self.options.negative_prompt
         ).items():
             names.setdefault(text, name)
-        encoded = pipe.encode_named(names) if names else None
+        if names:
+            policy, shown_as = pipe.long_prompts, list(names.values())
+            windows = plain_prompts(pipe.tokenizer, list(names), policy, False, shown_as)
+            encoded = pipe.encode_windows(windows)
         place = {text: row for row, text in enumerate(names)}
         if prompt_embeds is None:
             prompt_embeds = encoded[np.array([place[p] for p in self._prompts])]
