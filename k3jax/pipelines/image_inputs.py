@@ -11,8 +11,9 @@ import numpy as np
 from PIL import Image
 
 from k3jax.config import ModelConfig
-from k3jax.images.reading import resize_image, resize_mask
-from k3jax.images.sizes import work_size
+from k3jax.images.compositing import work_size
+from k3jax.images.masks import resize_mask
+from k3jax.images.reading import resize_image
 from k3jax.pipelines.call_inputs import CallInputs, size_multiple
 from k3jax.pipelines.pipeline import BasePipeline
 from k3jax.pipelines.programs import encode_masked

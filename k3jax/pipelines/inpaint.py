@@ -18,7 +18,8 @@ import numpy as np
 
 from k3jax.config import ModelConfig
 from k3jax.images.compositing import default_feather, generated_share, paste_known
-from k3jax.images.reading import read_images, read_masks
+from k3jax.images.masks import read_masks
+from k3jax.images.reading import read_images
 from k3jax.pipelines.call_inputs import CallInputs
 from k3jax.pipelines.generation import make_images
 from k3jax.pipelines.image_inputs import (
