@@ -18,8 +18,7 @@ from k3jax.pipelines.call_inputs import CallInputs, size_multiple
 from k3jax.pipelines.pipeline import BasePipeline
 from k3jax.pipelines.programs import encode_masked
 from k3jax.pipelines.rows import ImageRows
-from k3jax.sampling.samplers import Sampler
-from k3jax.sampling.strength import last_steps, steps_of_strength
+from k3jax.sampling.samplers import Sampler, last_steps, steps_of_strength
 
 
 Size = tuple[int, int]

@@ -19,9 +19,9 @@ from PIL import Image
 from k3jax.arguments import check_choice, check_texts
 from k3jax.checkpoints.format import read_checkpoint
 from k3jax.checkpoints.lora_files import Lora, load_lora, warn_of_another_base
-from k3jax.config import ModelConfig
+from k3jax.config import AttentionForm, ModelConfig
 from k3jax.images.reading import read_images
-from k3jax.model import lora
+from k3jax.model import adapters
 from k3jax.model.abstract import COMPONENTS
 from k3jax.model.context import PromptEmbeds
 from k3jax.model.tokenizer import Tokenizer
@@ -76,6 +76,7 @@ class BasePipeline:
         digests: Mapping[str, str] | None = None,
         encoder_mesh: jax.sharding.Mesh | None = None,
         long_prompts: LongPrompts = "truncate",
+        attention: AttentionForm = "auto",
     ):
         """
         Args:
@@ -86,6 +87,7 @@ class BasePipeline:
             fingerprint: the checkpoint's, which a LoRA is compared with.
             digests: of the components' weights, by which `from_pipe` knows equal ones.
             encoder_mesh: of the text encoder, over the same devices; `mesh` by default.
+            attention: the form of it that other checkpoints are loaded with, in `from_pipe`.
         """
         self.check_config(config)
         self.config, self.tokenizer, self.mesh = config, tokenizer, mesh
@@ -97,6 +99,7 @@ class BasePipeline:
         self.movq = components["movq"]
         self._unet_without_lora = self._preview_map = None
         self.batch_size, self.long_prompts = batch_size, long_prompts
+        self.attention = attention
 
     @property
     def batch_size(self) -> int:
@@ -169,6 +172,7 @@ class BasePipeline:
             encoder_mesh=pipe.encoder_mesh,
             batch_size=pipe.batch_size if batch_size is None else batch_size,
             long_prompts=pipe.long_prompts,
+            attention=pipe.attention,
         )
         if new.unet is pipe.unet:
             new._unet_without_lora = pipe._unet_without_lora
@@ -196,12 +200,12 @@ class BasePipeline:
             ValueError: not a LoRA, damaged, or of another architecture.
         """
         loaded = load_lora(path)
-        factor = lora.update_factor(loaded.config, scale)
+        factor = adapters.update_factor(loaded.config, scale)
         unet = self.unet if self._unet_without_lora is None else self._unet_without_lora
-        lora.check_fits(loaded.weights, unet, loaded.config, where=f"The LoRA {loaded.path}")
+        adapters.check_fits(loaded.weights, unet, loaded.config, where=f"The LoRA {loaded.path}")
         warn_of_another_base(loaded, self.fingerprint)
-        shardings = lora.lora_shardings(unet, loaded.weights, self.mesh)
-        self.unet = lora.apply(unet, jax.tree.map(place, loaded.weights, shardings), factor)
+        shardings = adapters.lora_shardings(unet, loaded.weights, self.mesh)
+        self.unet = adapters.apply(unet, jax.tree.map(place, loaded.weights, shardings), factor)
         self._unet_without_lora = unet
         return loaded
 
