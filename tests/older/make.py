@@ -54,7 +54,7 @@ from k3jax.lora_format import save_lora
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-from random_checkpoint import write_byte_tokenizer
+from random_checkpoint import write_byte_tokenizer  # noqa: E402
 
 
 FOLDER = Path("/tmp/k3jax-older")
