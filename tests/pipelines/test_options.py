@@ -6,17 +6,19 @@ import io
 import pathlib
 import re
 import traceback
+import warnings
 
 import hypothesis
 import hypothesis.extra.numpy
 import numpy as np
 import pytest
-import stubs
 from hypothesis import strategies as st
 from PIL import Image
 
 from k3jax import Kandinsky3Pipeline
+from k3jax.model.tokenizer import PromptTruncatedWarning
 from k3jax.pipelines import loading
+from k3jax.pipelines.call_inputs import StepCountWarning
 from k3jax.pipelines.load_options import LoadOptions, LoraOptions
 from k3jax.pipelines.option_fields import config_fields, option_fields
 from k3jax.pipelines.options import (
@@ -25,6 +27,7 @@ from k3jax.pipelines.options import (
     TextToImageOptions,
 )
 
+import stubs
 from pictures import picture
 
 
@@ -267,6 +270,35 @@ REFUSED = {
 def test_refusals(pipes, kind, change, words):
     with pytest.raises((ValueError, TypeError), match=re.escape(words)):
         pipes[kind](**{**GOOD[kind], **SAMPLING, **change})
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+@pytest.mark.parametrize(
+    "sampler, steps, message",
+    [
+        ("kandinsky", 501, "the sampler kandinsky makes 500 steps where 501 were asked for"),
+        ("flash", 8, "the sampler flash makes 4 steps where 8 were asked for"),
+        ("ddpm", 1, "the only step of the sampler ddpm is at time 1 of 1000"),
+    ],
+)
+def test_other_steps_than_asked_for_are_a_warning(pipes, kind, sampler, steps, message):
+    """At the line of the call."""
+    call = {**GOOD[kind], "strength": 1, "sampler": sampler}
+    call = {name: value for name, value in call.items() if name in option_fields(OPTIONS[kind])}
+    with pytest.warns(StepCountWarning, match=message) as found:
+        pipes[kind](**call, num_inference_steps=steps)
+    assert len(found) == 1 and found[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipes[kind](**call, num_inference_steps=4)
+
+
+def test_a_truncated_prompt_is_named(pipes):
+    long = "word " * 2000
+    with pytest.warns(PromptTruncatedWarning) as found:
+        pipes["text_to_image"](["a", "a", long], ["b", long + "x", "c"], height=64, width=64)
+    starts = [str(warning.message).partition(" has ")[0] for warning in found]
+    assert starts == ["prompt 2", "negative_prompt 1"]
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ from PIL import Image
 from k3jax.images.masks import read_mask, read_masks
 from k3jax.images.reading import read_image, read_images
 
-from pictures import picture
 
-
-IMAGE = picture(0, 40, 24)
+ROWS, COLUMNS = np.mgrid[:24, :40]
+IMAGE = np.stack([6 * COLUMNS, 10 * ROWS, 4 * (ROWS + COLUMNS)], axis=-1).astype(np.uint8)
 PIL = Image.fromarray(IMAGE)
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
 
 
 def saved(image: Image.Image, **kwargs) -> Image.Image:
@@ -90,6 +90,54 @@ def test_lists_and_batches(tmp_path):
     assert len(read_masks(np.stack([mask] * 4))) == 4
 
 
+def test_bytes_and_open_files(tmp_path):
+    PIL.save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    half_read = io.BytesIO(content)
+    half_read.read(9)
+    with open(tmp_path / "a.png", "rb") as file:
+        for form in (content, bytearray(content), half_read, file, str(tmp_path / "a.png")):
+            assert np.array_equal(read_image(form), IMAGE)
+
+
+class Tensor:
+    """What k3jax knows of a tensor of PyTorch that has a gradient, on a GPU, in bfloat16."""
+
+    dtype = "torch.bfloat16"
+
+    def __init__(self, array, ready=""):
+        self.array, self.ready = array, ready
+
+    def detach(self):
+        return Tensor(self.array, "detached")
+
+    def cpu(self):
+        return Tensor(self.array, self.ready and f"{self.ready} on CPU")
+
+    def float(self):
+        return Tensor(self.array, f"{self.ready} float")
+
+    resolve_conj = resolve_neg = lambda self: self
+
+    def __array__(self, dtype=None, copy=None):
+        assert self.ready == "detached on CPU float"
+        return self.array
+
+
+def test_channels_first():
+    """As tensors of PyTorch have them; what could be both is read as numpy has it."""
+    first = np.ascontiguousarray(np.moveaxis(IMAGE, -1, 0))
+    for form in (first, first / np.float64(255), Tensor(first / np.float32(255))):
+        assert np.array_equal(read_image(form), IMAGE)
+    batch = read_images(Tensor(np.stack([first, first]) / np.float32(255)))
+    assert len(batch) == 2 and np.array_equal(batch[1], IMAGE)
+    assert np.array_equal(read_image(IMAGE[:3, :, :]), IMAGE[:3])  # (3, 40, 3)
+    mask = IMAGE[..., 0] > 100
+    for form in (mask[None], mask[None, None], Tensor(mask[None, None])):
+        (read,) = read_masks(form)
+        assert np.array_equal(read, mask)
+
+
 def test_a_mask_that_was_a_jpeg():
     """Its compression must not make the whole image a little bit to be repainted."""
     mask = np.zeros((64, 64), np.uint8)
@@ -105,9 +153,14 @@ def test_a_mask_that_was_a_jpeg():
 @pytest.mark.parametrize(
     "image, message",
     [
-        (None, "image must be a path, a PIL image or an array, not NoneType"),
-        (np.zeros((4, 4, 2)), r"image has shape \(4, 4, 2\); an image is \(height, width, chann"),
-        (np.zeros((3, 40, 24), np.uint8), r"image has shape \(3, 40, 24\)"),
+        (None, "image must be a path, bytes, a PIL image or an array, not NoneType"),
+        (object(), "image must be a path, bytes, a PIL image or an array, not object"),
+        ("https://x.org/a.png", "image is an address .*: download it, and give the path or the by"),
+        (b"hello", "image is not an image in a format that can be read"),
+        (io.StringIO("a"), r'image is a file of text: open it with open\(path, "rb"\)'),
+        (HEIC, r"image is HEIC, .* pip install pillow-heif"),
+        (np.zeros((5, 4, 2)), r"image has shape \(5, 4, 2\); an image is \(height, width, chann"),
+        (np.zeros((2, 40, 24), np.uint8), r"image has shape \(2, 40, 24\)"),
         (np.zeros((0, 4, 3)), r"array \(0, 4, 3\) of float64, which is no image"),
         (np.full((4, 4, 3), -1.0), "image has floats from -1 to -1; they must be in 0 to 1"),
         (np.full((4, 4, 3), 300), "image has values from 300 to 300; they must be in 0 to 255"),
