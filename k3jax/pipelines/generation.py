@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The images of a call, batch by batch: contexts, the denoising loop, decoding."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
 from tqdm.auto import tqdm
 
-from k3jax.arguments import whole_number
 from k3jax.model.conditioning import Conditioning
-from k3jax.pipelines.base_pipeline import BasePipeline
-from k3jax.pipelines.preview import StepPreview, preview_map
+from k3jax.pipelines.options import CallOptions
+from k3jax.pipelines.pipeline import BasePipeline
+from k3jax.pipelines.preview import StepPreview
 from k3jax.pipelines.programs import (
     add_noise,
     context_caches,
@@ -21,7 +19,6 @@ from k3jax.pipelines.programs import (
     make_contexts,
     put_back,
 )
-from k3jax.pipelines.request import OutputType
 from k3jax.pipelines.rows import ImageGroup, ImageRows
 from k3jax.sampling.denoise import (
     WINDOW,
@@ -35,67 +32,30 @@ from k3jax.sampling.samplers import Sampler
 from k3jax.sharding import fetch
 
 
-Callback = Callable[[StepPreview], Any]
-
-
-@dataclass(frozen=True)
-class Loop:
-    """How the loop of a call runs, the same for all of its images.
-
-    Attributes:
-        guidance_interval: first and last guided step of the whole schedule, or None for all.
-        callback: is given a `StepPreview` of each batch every `callback_steps` steps.
-        progress_bar: whether to show one.
-    """
-
-    guidance_interval: tuple[int, int] | None = None
-    callback: Callback | None = None
-    callback_steps: int = 1
-    progress_bar: bool = True
-
-    def check(self, sampler: Sampler) -> None:
-        """Raises ValueError for settings that cannot be."""
-        loop_rows(sampler, self.guidance_interval)
-        whole_number(self.callback_steps, "callback_steps", least=1)
-
-    def steps_in_a_row(self, done: int, num_steps: int) -> int:
-        """How many steps the program runs before the host has a turn again.
-
-        A callback from inside the program would do without these turns, but programs with host
-        callbacks are left out of the persistent compilation cache.
-        """
-        count = min(WINDOW, num_steps - done)
-        if self.callback is None:
-            return count
-        every = int(self.callback_steps)
-        return min(count, every - done % every)
-
-
 def make_images(
-    pipe: BasePipeline, groups: Sequence[ImageGroup], loop: Loop, output_type: OutputType
+    pipe: BasePipeline, groups: Sequence[ImageGroup], options: CallOptions
 ) -> dict[int, np.ndarray]:
     """The images of groups by their numbers: uint8 for "pil", float32, or latents for "latent"."""
     made: dict[int, np.ndarray] = {}
     size = pipe.batch_size
     total = sum(-(-len(group.index) // size) * group.sampler.num_steps for group in groups)
-    decoded = output_type != "latent"
+    decoded = options.output_type != "latent"
     shapes = {group.shape for group in groups} if decoded else ()
     # The decoder takes nearly as long to compile as the loop: both at once.
     with (
         ThreadPoolExecutor(1) as beside,
-        tqdm(total=total, unit="step", disable=not loop.progress_bar, leave=False) as bar,
+        tqdm(total=total, unit="step", disable=not options.progress_bar, leave=False) as bar,
     ):
-        compiled = {
-            shape: beside.submit(pipe.compile_decoder, shape, output_type) for shape in shapes
-        }
+        kind = options.output_type
+        compiled = {shape: beside.submit(pipe.compile_decoder, shape, kind) for shape in shapes}
         for group in groups:
             for index, kept in pipe.batches(len(group.index)):
                 images = group.images.rows(index)
                 numbers = group.index[index][:kept]
-                latents = _sample(pipe, images, group, loop, numbers, bar)
+                latents = _sample(pipe, images, group, options, numbers, bar)
                 if decoded:
                     compiled[group.shape].result()
-                    latents = pipe.decode_batch(latents, output_type)
+                    latents = pipe.decode_batch(latents, kind)
                 made |= zip(numbers.tolist(), fetch(latents), strict=False)
     return made
 
@@ -104,7 +64,7 @@ def _sample(
     pipe: BasePipeline,
     batch: ImageRows,
     group: ImageGroup,
-    loop: Loop,
+    options: CallOptions,
     numbers: np.ndarray,
     bar: tqdm,
 ) -> jax.Array:
@@ -112,7 +72,7 @@ def _sample(
     sampler = group.sampler
     conditioning = _conditioning(pipe, batch, sampler)
     guided = conditioning.unconditional is not None
-    rows = loop_rows(sampler, loop.guidance_interval if guided else None)
+    rows = loop_rows(sampler, options.guidance_interval if guided else None)
     keys = pipe.put(batch.key_data)
     noise = _noise(pipe, batch, keys, group.shape)
     preserved = None
@@ -130,7 +90,7 @@ def _sample(
     state = pipe.put(initial_state(start))
     done = bar_steps = 0
     while done < sampler.num_steps:
-        count = loop.steps_in_a_row(done, sampler.num_steps)
+        count = _steps_in_a_row(done, sampler.num_steps, options)
         part, step_noise = window(rows, batch.step_noise, done, count)
         with pipe.computing(pipe.unet):
             new = denoise_program(
@@ -149,11 +109,11 @@ def _sample(
         bar.update(done - bar_steps)
         bar_steps, done = done, done + count
         state = pipe.put(new)
-        if loop.callback is not None and done % loop.callback_steps == 0:
+        if options.callback is not None and done % options.callback_steps == 0:
             timestep = float(rows["timestep"][done - 1])
             predicted = fetch(state.prediction)[: len(numbers)]
             steps = done, sampler.num_steps
-            loop.callback(StepPreview(*steps, timestep, numbers, predicted, preview_map(pipe)))
+            options.callback(StepPreview(*steps, timestep, numbers, predicted, pipe.preview_map()))
     jax.block_until_ready(state.latents)
     bar.update(done - bar_steps)
     latents = state.latents
@@ -186,3 +146,15 @@ def _noise(pipe: BasePipeline, batch: ImageRows, keys: jax.Array, shape) -> jax.
     if batch.latents is not None:
         return pipe.put(batch.latents.astype(np.float32))
     return initial_latents(keys, shape=shape)
+
+
+def _steps_in_a_row(done: int, num_steps: int, options: CallOptions) -> int:
+    """How many steps the program runs before the host has a turn.
+
+    A callback from inside the program would do without these turns, but programs with host
+    callbacks are left out of the persistent compilation cache.
+    """
+    count = min(WINDOW, num_steps - done)
+    if options.callback is None:
+        return count
+    return min(count, options.callback_steps - done % options.callback_steps)
