@@ -11,7 +11,6 @@ import hypothesis
 import hypothesis.extra.numpy
 import numpy as np
 import pytest
-import stubs
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -25,6 +24,7 @@ from k3jax.pipelines.options import (
     TextToImageOptions,
 )
 
+import stubs
 from pictures import picture
 
 
