@@ -19,7 +19,6 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from k3jax.config import AttentionForm
 from k3jax.checkpoints import orbax_io
 from k3jax.checkpoints.format import CONFIG, TOKENIZER, Checkpoint, as_path, read_checkpoint
 from k3jax.checkpoints.manifest import (
@@ -33,6 +32,7 @@ from k3jax.checkpoints.manifest import (
 )
 from k3jax.checkpoints.packaged import packaged_path
 from k3jax.checkpoints.writer import CheckpointWriter
+from k3jax.config import AttentionForm
 from k3jax.files import CheckpointError, is_local
 from k3jax.model.abstract import abstract_module
 from k3jax.model.attention import check_attention_form

@@ -37,6 +37,7 @@ MANY_SCORES = 2**17
 CUDNN_HEAD_DIM = 128
 """The widest head that cuDNN's kernels take."""
 
+
 class AttentionLayer(nnx.Module):
     """Base class of the layers that call `attention`: holds the switch between its forms."""
 

@@ -17,10 +17,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from k3jax.config import AttentionForm
 from k3jax.checkpoints.format import Checkpoint
 from k3jax.checkpoints.manifest import check_component
 from k3jax.checkpoints.restore import restore_layers
+from k3jax.config import AttentionForm
 from k3jax.files import is_local
 from k3jax.model.attention import check_attention_form
 from k3jax.model.text_encoder import EncoderLayer, TextEncoder, through_layers

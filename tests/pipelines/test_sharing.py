@@ -191,11 +191,11 @@ def test_a_component_that_is_not_there_has_no_dtype(checkpoints):
 
 
 def test_a_lora_stays_with_its_unet(pipe, checkpoints):
-    pipe._unet_without_lora = pipe.unet
+    pipe._adapters = pipe.unet
     other = Kandinsky3Img2ImgPipeline.from_pipe(pipe)
-    assert other._unet_without_lora is pipe.unet
+    assert other._adapters is pipe.unet
     inpaint = Kandinsky3InpaintPipeline.from_pipe(pipe, checkpoints[1])
-    assert inpaint._unet_without_lora is None
+    assert inpaint._adapters is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         other.unload_lora()
