@@ -106,10 +106,7 @@ class CallInputs:
         return negative
 
     def image_of(self, count: int) -> np.ndarray:
-        """Which of `count` (1, or one per input) each image of the call is made from.
-
-        Those of one input come one after the other.
-        """
+        """Which of `count` (1, or one per input) each image comes from, input by input."""
         rows = np.arange(self.num_inputs) if count == self.num_inputs else [0] * self.num_inputs
         return np.repeat(np.asarray(rows, np.int64), self.options.num_images_per_prompt)
 
@@ -122,6 +119,17 @@ class CallInputs:
             array = getattr(self.options, name)
             if array is not None and array.shape != expected:
                 raise ValueError(f"{name} has shape {array.shape}; this call needs {expected}.")
+
+    def warn_of_no_guidance(self, steps: int, strength: float) -> None:
+        """Warns where a guidance interval ends before the last `steps` steps begin."""
+        first, interval = self.sampler.num_steps - steps, self.options.guidance_interval
+        if steps and self.guided and interval is not None and interval[1] < first:
+            warnings.warn(
+                f"guidance_interval {interval} guides none of the steps {first} to "
+                f"{self.sampler.num_steps - 1} that strength {strength:g} leaves: it counts the "
+                "steps of the whole schedule.",
+                stacklevel=6,
+            )
 
     def encode(self, pipe: "BasePipeline") -> ImageRows:
         """One row per image, the texts encoded."""

@@ -3,10 +3,9 @@
 
     from k3jax import get_T2I_pipeline  # instead of: from kandinsky3 import get_T2I_pipeline
 
-What differs: `seed` makes an image again (without it every call draws a new one); an inpainted
-image comes back in its own size with the known pixels as they were; a negative prompt works for
-inpainting too. The first call converts the weights, which needs PyTorch: pip install
-'k3jax[convert]'.
+What differs: `seed` reproduces an image (without it every call draws a new one); an inpainted image
+has its own size, with the known pixels as they were; a negative prompt works for inpainting too.
+The first call converts the weights, which needs PyTorch: pip install 'k3jax[convert]'.
 Source of names and defaults: ai-forever/Kandinsky-3, __init__.py, t2i_pipeline.py,
 inpainting_pipeline.py, utils.py.
 """

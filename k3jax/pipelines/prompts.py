@@ -2,8 +2,8 @@
 """Prompts that are more than one plain text: mixed, with weighted words, or longer than 128 tokens.
 
 A weight multiplies the attention that the U-Net pays to a token, against that to the others: 0
-hides it, 1 leaves it as it is. That is done behind the text projection, because the LayerNorm there
-takes the length of an embedding away, so that a longer one would do nothing.
+hides it, 1 leaves it as it is. It applies after the text projection, whose LayerNorm would undo a
+scaled embedding.
 """
 
 import re
