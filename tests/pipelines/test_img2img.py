@@ -15,6 +15,8 @@ from reference import cases
 from reference.ours import last, pipeline
 
 
+pytestmark = pytest.mark.xdist_group("shallow")  # its files share compiled programs
+
 PROMPTS = ["a cat", "a much longer prompt about two dogs on a hill"]
 STEPS = 6
 LATENTS = (8, 8, 4)
@@ -160,14 +162,6 @@ def test_flash_refines_as_the_original():
     latents = pipe.encode_image(golden["image"])
     again = pipe(prompts, image_latents=latents, **arguments).images
     assert np.array_equal(again, got)
-
-
-def test_latents_that_are_not_finite(img2img):
-    latents = np.zeros((1, 8, 8, 4))
-    latents[0, 1, 2, 3] = np.inf
-    for bad in (latents, np.full((1, 8, 8, 4), 1e39)):
-        with pytest.raises(ValueError, match=r"latents holds .* values that are not finite"):
-            img2img.decode(bad)
 
 
 def test_guidance_intervals_count_the_whole_schedule(img2img):

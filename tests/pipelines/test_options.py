@@ -302,6 +302,27 @@ def test_a_truncated_prompt_is_named(pipes):
 
 
 @pytest.mark.parametrize(
+    "latents, output_type, words",
+    [
+        (
+            np.zeros((1, 4, 8, 8)),
+            "pil",
+            "(1, 4, 8, 8); it must be (b, h/8, w/8, 4)",
+        ),
+        (np.zeros((8, 8, 4)), "pil", "latents has shape (8, 8, 4)"),
+        (np.zeros((0, 8, 8, 4)), "pil", "latents has shape (0, 8, 8, 4)"),
+        (LATENTS + np.float32(np.inf), "np", "latents holds 256 values that are not finite"),
+        (np.full((1, 8, 8, 4), 1e39), "np", "latents holds 256 values that are not finite"),
+        (LATENTS, "latent", "output_type is 'latent'; it must be one of pil, np"),
+        ("x", "pil", "latents is 'x'; it must be an array of numbers"),
+    ],
+)
+def test_what_cannot_be_decoded(pipes, latents, output_type, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        pipes["text_to_image"].decode(latents, output_type)
+
+
+@pytest.mark.parametrize(
     "change, words",
     [
         (dict(batch_size=0), "batch_size is 0; it must be 1 or more"),

@@ -27,6 +27,8 @@ from pictures import SCHEDULER
 from random_checkpoint import write_random_checkpoint
 
 
+pytestmark = pytest.mark.xdist_group("shallow")  # its files share compiled programs
+
 PROMPTS = ["a cat", "a much longer prompt about two dogs on a hill", ""]
 SIZE = 64
 LATENTS = (SIZE // 8, SIZE // 8, 4)
@@ -39,7 +41,7 @@ SCHEDULERS = {
 
 
 @pytest.fixture(scope="module")
-def theirs(theirs):
+def text_theirs(theirs):
     """diffusers' text to image."""
     return TorchPipeline(**theirs.components)
 
@@ -64,7 +66,7 @@ def ours(base):
     return base
 
 
-def noise(count, steps=STEPS, seed=0):
+def noises(count, steps=STEPS, seed=0):
     rng = np.random.default_rng(seed)
     return (
         rng.standard_normal((count, *LATENTS), np.float32),
@@ -99,9 +101,9 @@ def run_ours(pipe, prompt=PROMPTS, **kwargs):
 
 
 @pytest.mark.parametrize("sampler", SCHEDULERS)
-def test_images_are_those_of_diffusers(ours, theirs, monkeypatch, sampler):
+def test_images_are_those_of_diffusers(ours, text_theirs, monkeypatch, sampler):
     """Several prompts of different lengths and several images each, in one call of ours."""
-    latents, step_noise = noise(6)
+    latents, step_noise = noises(6)
     got = run_ours(
         ours,
         num_images_per_prompt=2,
@@ -113,7 +115,7 @@ def test_images_are_those_of_diffusers(ours, theirs, monkeypatch, sampler):
     for number, prompt in enumerate(PROMPTS):
         part = slice(2 * number, 2 * number + 2)
         expected = run_theirs(
-            theirs,
+            text_theirs,
             monkeypatch,
             prompt,
             latents[part],
@@ -130,15 +132,15 @@ def test_images_are_those_of_diffusers(ours, theirs, monkeypatch, sampler):
         assert (off > 1 / 255).mean() < 1e-3
 
 
-def test_negative_prompts(ours, theirs, monkeypatch):
-    latents, step_noise = noise(2, seed=1)
+def test_negative_prompts(ours, text_theirs, monkeypatch):
+    latents, step_noise = noises(2, seed=1)
     negatives = ["bad", "two hills and a dog"]
     got = run_ours(
         ours, PROMPTS[:2], negative_prompt=negatives, latents=latents, step_noise=step_noise
     )
     for i in range(2):
         expected = run_theirs(
-            theirs,
+            text_theirs,
             monkeypatch,
             PROMPTS[i],
             latents[i : i + 1],
@@ -194,64 +196,68 @@ def run_halves(pipe, monkeypatch, prompt, negative, latents, step_noise, guidanc
     return tiny.nhwc((images * 0.5 + 0.5).clamp(0, 1))
 
 
-def test_a_long_negative_is_not_cut_to_the_prompt(ours, theirs, monkeypatch):
+def test_a_long_negative_is_not_cut_to_the_prompt(ours, text_theirs, monkeypatch):
     """diffusers slices the negative to the prompt's window, its end-of-sequence with the rest."""
-    latents, step_noise = noise(1, seed=2)
+    latents, step_noise = noises(1, seed=2)
     texts = ("a cat", "ugly, old and grey, and broken too")
     got = run_ours(ours, texts[0], negative_prompt=texts[1], latents=latents, step_noise=step_noise)
-    whole = run_halves(theirs, monkeypatch, *texts, latents, step_noise)
+    whole = run_halves(text_theirs, monkeypatch, *texts, latents, step_noise)
     assert np.abs(got - whole).max() <= 1 / 255
-    cut = run_theirs(theirs, monkeypatch, texts[0], latents, step_noise, negative_prompt=texts[1])
+    cut = run_theirs(
+        text_theirs, monkeypatch, texts[0], latents, step_noise, negative_prompt=texts[1]
+    )
     assert np.abs(cut - whole).max() > 2 / 255
 
 
-def test_neighbours_do_not_change_an_image(ours, theirs, monkeypatch):
+def test_neighbours_do_not_change_an_image(ours, text_theirs, monkeypatch):
     """diffusers widens the window of a short prompt to that of the longest in the batch."""
-    latents, step_noise = noise(2, seed=3)
-    together = run_theirs(theirs, monkeypatch, PROMPTS[:2], latents, step_noise)
-    alone = run_theirs(theirs, monkeypatch, PROMPTS[0], latents[:1], step_noise[:, :1])
+    latents, step_noise = noises(2, seed=3)
+    together = run_theirs(text_theirs, monkeypatch, PROMPTS[:2], latents, step_noise)
+    alone = run_theirs(text_theirs, monkeypatch, PROMPTS[0], latents[:1], step_noise[:, :1])
     assert np.abs(together[:1] - alone).max() > 2 / 255
     got = run_ours(ours, PROMPTS[:2], latents=latents, step_noise=step_noise)
     assert np.abs(got[:1] - alone).max() <= 1 / 255
 
 
-def test_several_images_of_several_prompts_keep_their_masks(ours, theirs, monkeypatch):
+def test_several_images_of_several_prompts_keep_their_masks(ours, text_theirs, monkeypatch):
     """diffusers repeats embeddings as p0 p0 p1 p1 but masks as m0 m1 m0 m1."""
-    embeds, _, mask, _ = theirs.encode_prompt(
+    embeds, _, mask, _ = text_theirs.encode_prompt(
         PROMPTS[:2], False, num_images_per_prompt=2, _cut_context=True
     )
     tokens = (embeds.abs().sum(-1) > 0).sum(1)
     assert tokens.tolist() != mask.sum(1).tolist()
-    latents, step_noise = noise(4, seed=4)
+    latents, step_noise = noises(4, seed=4)
     got = run_ours(
         ours, PROMPTS[:2], num_images_per_prompt=2, latents=latents, step_noise=step_noise
     )
-    expected = run_theirs(theirs, monkeypatch, PROMPTS[1], latents[2:3], step_noise[:, 2:3])
+    expected = run_theirs(text_theirs, monkeypatch, PROMPTS[1], latents[2:3], step_noise[:, 2:3])
     assert np.abs(got[2:3] - expected).max() <= 1 / 255
 
 
 @pytest.mark.slow
-def test_a_size_that_cannot_be_is_refused(ours, theirs, monkeypatch):
+def test_a_size_that_cannot_be_is_refused(ours, text_theirs, monkeypatch):
     """diffusers rounds up and returns a larger image than was asked for."""
     kwargs = dict(num_inference_steps=2, width=64, output_type="np")
-    theirs.scheduler = DDPMScheduler(**SCHEDULER)
-    larger = theirs("a cat", height=70, **kwargs).images
+    text_theirs.scheduler = DDPMScheduler(**SCHEDULER)
+    larger = text_theirs("a cat", height=70, **kwargs).images
     assert larger.shape == (1, 128, 64, 3)
     with pytest.raises(ValueError, match=r"height is 70; .* multiple of 16 \(the nearest is 64\)"):
         ours("a cat", height=70, **kwargs)
 
 
-def test_guidance_formula_holds_at_every_scale(ours, theirs, monkeypatch):
+def test_guidance_formula_holds_at_every_scale(ours, text_theirs, monkeypatch):
     """diffusers turns guidance off at 1 and below; the formula at 1 is 2c - u."""
-    latents, step_noise = noise(1, seed=5)
+    latents, step_noise = noises(1, seed=5)
     kwargs = dict(latents=latents, step_noise=step_noise)
     off = run_ours(ours, "a cat", guidance_scale=0.0, **kwargs)
-    reference = run_theirs(theirs, monkeypatch, "a cat", latents, step_noise, guidance_scale=1.0)
+    reference = run_theirs(
+        text_theirs, monkeypatch, "a cat", latents, step_noise, guidance_scale=1.0
+    )
     assert np.abs(off - reference).max() <= 1 / 255
     one = run_ours(ours, "a cat", guidance_scale=1.0, **kwargs)
     assert np.abs(one - reference).max() > 2 / 255
     nearly = run_theirs(
-        theirs, monkeypatch, "a cat", latents, step_noise, guidance_scale=1.0 + 1e-6
+        text_theirs, monkeypatch, "a cat", latents, step_noise, guidance_scale=1.0 + 1e-6
     )
     assert np.abs(one - nearly).max() <= 1 / 255
 
@@ -432,13 +438,13 @@ def test_bad_mesh_and_batch(components, tokenizer_folder):
         pipe.batch_size = 0
 
 
-def test_a_long_prompt_is_truncated_with_a_warning(ours, theirs):
+def test_a_long_prompt_is_truncated_with_a_warning(ours, text_theirs):
     long = "word " * 2000
     with pytest.warns(PromptTruncatedWarning, match="10001 tokens and the model sees 128; cut off"):
         embeds = ours.encode_prompt(long)
     assert embeds.lengths.tolist() == [MAX_TOKENS]
     with torch.no_grad():
-        expected = theirs.encode_prompt(long, False)[0].numpy()
+        expected = text_theirs.encode_prompt(long, False)[0].numpy()
     assert tiny.relative_error(embeds.embeds, expected) < 1e-5
     with warnings.catch_warnings():
         warnings.simplefilter("error")
