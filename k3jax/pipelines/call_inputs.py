@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from k3jax.pipelines.pipeline import BasePipeline
 
 
-MOST_IMAGES = 10_000  # of a call, which holds them all in memory
+MOST_IMAGES = 1_000_000  # of a call, which holds them all in memory
 
 
 class StepCountWarning(UserWarning):
