@@ -142,7 +142,7 @@ def build(values: Mapping[str, Any], model: ModelConfig | None = None) -> RunCon
 
 def config_names() -> list[str]:
     """The configs that come with k3jax."""
-    return sorted(p.stem for p in _configs().glob("*.py") if not p.stem.startswith("_"))
+    return sorted(_configs())
 
 
 def load_config(name: str) -> dict[str, Any]:
@@ -154,14 +154,16 @@ def load_config(name: str) -> dict[str, Any]:
     Raises:
         ValueError: no such config (with the nearest), or one without a get_config() that works.
     """
-    path = _configs() / f"{name}.py"
+    configs = _configs()
     if name.endswith(".py") or "/" in name:
         path = Path(name).expanduser()
         if not path.is_file():
             raise ValueError(f"the config file {name} does not exist.")
-    elif name not in config_names():
+    elif name in configs:
+        path = configs[name]
+    else:
         raise ValueError(
-            f"there is no config {name!r}{suggestion(name, set(config_names()))}; "
+            f"there is no config {name!r}{suggestion(name, set(configs))}; "
             "a file of your own ends in .py."
         )
     spec = importlib.util.spec_from_file_location(f"k3jax_config_{path.stem}", path)
@@ -192,10 +194,12 @@ def architecture_differences(theirs: ModelConfig, ours: ModelConfig, limit: int 
     return ", ".join(parts) or None
 
 
-def _configs() -> Path:
+def _configs() -> dict[str, Path]:
+    """Name -> file of the configs that come with k3jax."""
     from k3jax import configs
 
-    return Path(configs.__file__).parent
+    files = Path(configs.__file__).parent.glob("*/*.py")
+    return {file.stem: file for file in files if file.stem != "__init__"}
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = ""):

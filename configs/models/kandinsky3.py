@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kandinsky 3.1, text to image, in the form of the original files (3.0: `kandinsky30`).
+"""Kandinsky 3.1, text to image, as in the original files (3.0: `kandinsky30`).
 
     k3jax convert ai-forever/Kandinsky3.1 weights/kandinsky3 --config kandinsky3
     k3jax generate "a corgi in a house made of sushi" --config kandinsky3
 
-Values are changed on the command line as --config.generate.num_inference_steps=30. What a config
-leaves out is the checkpoint's own (`model`, `generate`) or has a default (k3jax/cli/run_config.py).
+The command line overrides a value as in --config.generate.num_inference_steps=30. What a config
+leaves out comes from the checkpoint (`model`, `generate`) or has a default.
 """
 
 from ml_collections import ConfigDict
@@ -49,7 +49,7 @@ def get_config():
     model.unet.add_cross_attention = (False, True, True, True)
     model.unet.add_self_attention = (False, True, True, True)
 
-    # 0.27 B parameters. A latent stands for 8 x 8 pixels.
+    # 0.27 B parameters. One latent per 8 x 8 pixels.
     model.movq = ConfigDict()
     model.movq.in_channels = 3
     model.movq.out_channels = 3

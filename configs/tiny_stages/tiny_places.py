@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fourth stage of `tiny`: text projection and U-Net learn what lies where, and nothing else.
+"""Fourth stage of `tiny`: text projection and U-Net learn positions only.
 
-Only scenes whose caption says where something is, at the noise levels at which that is decided. A
-U-Net that learns all at once reads colours and shapes and takes positions for noise.
+Its scenes have captions with positions, at the noise levels that decide them. A U-Net that
+learns everything at once learns colours and shapes and ignores positions.
 
 k3jax train --config tiny_places
 """
 
-from k3jax.configs.tiny_unet import get_config as tiny_unet
+from k3jax.configs.tiny_stages.tiny_unet import get_config as tiny_unet
 
 
 def get_config():

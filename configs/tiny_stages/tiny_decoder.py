@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Third stage of `tiny`: the autoencoder's decoder goes on with whole pictures.
+"""Third stage of `tiny`: the autoencoder's decoder, on whole pictures.
 
-The encoder stays as it is, so a U-Net trained on its latents needs no new training. Parts of
-pictures teach most per second, but a norm over a part is not the norm over the whole.
+The encoder is frozen, so a U-Net trained on its latents needs no new training. Training on crops is
+faster per step, but normalisation over a crop differs from that over a whole picture.
 
 k3jax train --config tiny_decoder
 """
 
-from k3jax.configs.tiny_movq import get_config as tiny_movq
+from k3jax.configs.tiny_stages.tiny_movq import get_config as tiny_movq
 
 
 def get_config():

@@ -3,7 +3,7 @@
 
     k3jax synthesize prompts.jsonl pictures --config h100_8 --checkpoint weights/kandinsky3
 
-All weights (24.1 GB in bfloat16) are on every GPU, so they have nothing to say to each other.
+Each GPU holds all weights (24.1 GB in bfloat16), so the GPUs do not communicate.
 """
 
 from ml_collections import ConfigDict

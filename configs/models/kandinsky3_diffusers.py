@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kandinsky 3 as diffusers has it: its conditioning and its DDPM scheduler.
+"""Kandinsky 3 as in diffusers: its conditioning and its DDPM scheduler.
 
     k3jax convert kandinsky-community/kandinsky-3 weights/kandinsky3-diffusers \\
         --config kandinsky3_diffusers
     k3jax generate "a corgi in a house made of sushi" --config kandinsky3_diffusers
 """
 
-from k3jax.configs.kandinsky3 import get_config as kandinsky3
+from k3jax.configs.models.kandinsky3 import get_config as kandinsky3
 
 
 def get_config():
     config = kandinsky3()
     config.checkpoint = "weights/kandinsky3-diffusers"
 
-    # Padding is zeroed before the projection, and zeros stand for "no prompt".
+    # Padding is zeroed before the projection, and zeros mean "no prompt".
     config.model.conditioning = "diffusers"
     config.model.text_projection.null_embedding = False
-    config.model.movq.num_vq_embeddings = 16384  # carried along, never used to decode
+    config.model.movq.num_vq_embeddings = 16384  # kept for export, not used to decode
 
-    # The scheduler_config.json of the repository; its betas' ends mean nothing to this schedule.
+    # The repository's scheduler_config.json; this schedule does not use beta_start and beta_end.
     sampler = config.model.sampler
     sampler.name = "ddpm"
     sampler.num_inference_steps = 25

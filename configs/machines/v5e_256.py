@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A slice of 256 TPU v5e chips: 64 hosts of four, each of which makes shards of its own.
+"""A slice of 256 TPU v5e chips: 64 hosts of four chips; each host writes its own shards.
 
     k3jax synthesize gs://b/prompts.parquet gs://b/pictures --config v5e_256 \\
         --checkpoint gs://b/kandinsky3
 
-The command is the same on every host: it finds its number in the slice's environment. Hosts never
-wait for each other, so the mesh is that of one host. Training has one mesh over all chips:
+The command is the same on every host and reads the host's number from the environment. Hosts never
+wait for each other, so the mesh covers one host. Training uses one mesh over all chips:
 `k3jax train --config finetune --mesh fsdp=-1`.
 """
 

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fifth stage of `tiny`: the U-Net at all noise levels, on latents computed once.
 
-Errors at high noise weigh more, so that what the stages before have learned stays.
+Errors at high noise weigh more, so that the U-Net keeps what it learned in the earlier stages.
 
 k3jax train --config tiny_unet
 """
 
 from ml_collections import ConfigDict
 
-from k3jax.configs.tiny import get_config as tiny
+from k3jax.configs.models.tiny import get_config as tiny
 
 
 def get_config():
@@ -51,7 +51,7 @@ def get_config():
     train.loss.layout_weight = 20.0
     train.loss.caption_dropout = 0.1
     train.optimizer = ConfigDict()
-    train.optimizer.name = "muon"  # gets in 160 steps where AdamW gets in 270
+    train.optimizer.name = "muon"  # AdamW needs 270 steps where Muon needs 160
     train.optimizer.learning_rate = 4e-3
     train.optimizer.schedule = "cosine"
     train.optimizer.final_learning_rate = 4e-5

@@ -6,7 +6,7 @@
     k3jax generate "a corgi in a house made of sushi" --config flash
 """
 
-from k3jax.configs.kandinsky3 import get_config as kandinsky3
+from k3jax.configs.models.kandinsky3 import get_config as kandinsky3
 
 
 def get_config():

@@ -4,11 +4,11 @@
     k3jax train --config from_scratch --checkpoint weights/kandinsky3 --data 'tars/*.tar'
 
 The original began at 256 x 256 and went up to 1024 in five stages, each from the last one's result
-(--checkpoint runs/from_scratch/checkpoint --config finetune). `tiny` is a model of which every part
-is trained from scratch.
+(--checkpoint runs/from_scratch/checkpoint --config finetune). The config `tiny`
+trains every component from scratch.
 """
 
-from k3jax.configs.finetune import get_config as finetune
+from k3jax.configs.training.finetune import get_config as finetune
 
 
 def get_config():

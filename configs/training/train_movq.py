@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MoVQ from scratch, in the released size, on parts of images of 256 x 256 pixels.
+"""MoVQ from scratch, in the released size, on crops of 256 x 256 pixels.
 
     k3jax train --config train_movq --data pictures --output runs/movq
 
@@ -7,8 +7,8 @@ Reconstruction only, with noise on the latents: neither a codebook (which Kandin
 nor the perceptual and adversarial losses of the released weights.
 """
 
-from k3jax.configs.finetune import get_config as finetune
-from k3jax.configs.kandinsky3 import get_config as kandinsky3
+from k3jax.configs.models.kandinsky3 import get_config as kandinsky3
+from k3jax.configs.training.finetune import get_config as finetune
 
 
 def get_config():

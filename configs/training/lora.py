@@ -9,7 +9,7 @@ The result is a folder of its own; `k3jax export --lora` merges it into the weig
 
 from ml_collections import ConfigDict
 
-from k3jax.configs.finetune import get_config as finetune
+from k3jax.configs.training.finetune import get_config as finetune
 
 
 def get_config():

@@ -3,8 +3,8 @@
 
     k3jax train --config finetune --checkpoint weights/kandinsky3 --data pictures --output runs/mine
 
-Text encoder and MoVQ stay frozen. With train.data.cache, latents and embeddings are computed once
-and neither of the two is in memory during training. Weights, their average and Adam's moments take
+Text encoder and MoVQ stay frozen. With train.data.cache, latents and embeddings are computed once,
+and training needs neither of the two in memory. Weights, their average and Adam's moments take
 48 GB in float32: split them with a mesh (--mesh fsdp=-1), as over 32 chips of TPU v5p. Where
 memory is short, --config.train.optimizer.name=adafactor needs 24 GB without the average.
 """

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Eighth stage of `tiny`: the U-Net goes on with two objects, and counts more again.
+"""Eighth stage of `tiny`: the U-Net with pairs of objects, and more scenes that count.
 
-`tiny_pairs` brought objects and relations far up and let counts fall, of which it has few scenes.
+`tiny_pairs` improves objects and relations, and has few scenes that train counts.
 
 k3jax train --config tiny_several
 """
 
-from k3jax.configs.tiny_pairs import get_config as tiny_pairs
+from k3jax.configs.tiny_stages.tiny_pairs import get_config as tiny_pairs
 
 
 def get_config():

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Last stage of `tiny`: the U-Net with 9 input channels, from that with 4 of the eighth stage.
+"""Last stage of `tiny`: the U-Net with 9 input channels, from the 4 channels of the eighth stage.
 
-Half of the masks are the box of an object, which is what people take away and ask for anew.
+Half of the masks are the box of an object, because people mostly replace objects.
 
 k3jax train --config tiny_inpainting
 """
 
 from ml_collections import ConfigDict
 
-from k3jax.configs.tiny_several import get_config as tiny_several
+from k3jax.configs.tiny_stages.tiny_several import get_config as tiny_several
 
 
 def get_config():

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""First stage of `tiny`: its tokenizer and text encoder, which learn to read captions.
+"""First stage of `tiny`: its tokenizer and its text encoder.
 
 k3jax train --config tiny_text_encoder
 """
 
 from ml_collections import ConfigDict
 
-from k3jax.configs.tiny import get_config as tiny
+from k3jax.configs.models.tiny import get_config as tiny
 
 
 def get_config():

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Seventh stage of `tiny`: the U-Net learns which colour, shape and size belong to which object.
 
-Three quarters of the scenes have two objects. The text projection stays, as inpainting shares it.
+Three quarters of the scenes have two objects. The text projection is frozen, because the
+inpainting model shares it.
 
 k3jax train --config tiny_pairs
 """
 
-from k3jax.configs.tiny_details import get_config as tiny_details
+from k3jax.configs.tiny_stages.tiny_details import get_config as tiny_details
 
 
 def get_config():

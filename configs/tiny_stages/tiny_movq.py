@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Second stage of `tiny`: its autoencoder, on parts of scenes of 64 x 64 pixels.
+"""Second stage of `tiny`: its autoencoder, on crops of 64 x 64 pixels.
 
 k3jax train --config tiny_movq
 """
 
 from ml_collections import ConfigDict
 
-from k3jax.configs.tiny import get_config as tiny
+from k3jax.configs.models.tiny import get_config as tiny
 
 
 def get_config():

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The small model that ships inside k3jax: every part of Kandinsky 3, for scenes of shapes.
+"""The small model that ships inside k3jax: all components of Kandinsky 3, for drawings of shapes.
 
     k3jax generate "a red circle above a blue square"
     k3jax train --config tiny
 
-The second command makes the weights again, in nine stages that end in train/tiny; it takes hours
-on two CPU cores and goes on where it stopped. Captions it knows: `k3jax.scenes.caption`.
+The second command trains the weights again, in nine stages, into train/tiny. It takes hours on two
+CPU cores, and resumes where it stopped. The captions that the model knows: `k3jax.scenes.caption`.
 """
 
 from ml_collections import ConfigDict
 
-from k3jax.configs.kandinsky3 import get_config as kandinsky3
+from k3jax.configs.models.kandinsky3 import get_config as kandinsky3
 
 
 def get_config():
@@ -30,7 +30,7 @@ def get_config():
     config.model.text_projection.null_embedding = False
 
     unet = config.model.unet
-    unet.init_channels = 32  # half of the first level, as diffusers has it
+    unet.init_channels = 32  # half of the first level, as in diffusers
     unet.block_out_channels = (64, 96, 96)
     unet.layers_per_block = 2
     unet.time_embedding_dim = 96
@@ -42,7 +42,7 @@ def get_config():
     config.model.movq.layers_per_block = 1
     config.model.movq.norm_num_groups = 8
 
-    # The family of conditioning that diffusers runs, so that it can run these weights.
+    # The conditioning of diffusers, so that diffusers can run these weights.
     config.model.conditioning = "diffusers"
     config.model.sample_size = 128
     config.model.sampler.name = "ddpm"

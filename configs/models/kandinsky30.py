@@ -5,7 +5,7 @@ k3jax convert ai-forever/Kandinsky3.0 weights/kandinsky30 --config kandinsky30
 k3jax generate "a corgi in a house made of sushi" --config kandinsky30
 """
 
-from k3jax.configs.kandinsky3 import get_config as kandinsky3
+from k3jax.configs.models.kandinsky3 import get_config as kandinsky3
 
 
 def get_config():

@@ -3,8 +3,8 @@
 
     k3jax synthesize prompts.jsonl pictures --config v6e_8 --checkpoint weights/kandinsky3
 
-In bfloat16 the text encoder takes 17.4 GB, which are split over all chips (2.2 GB each); of the
-other components (6.7 GB) each chip has its own, so that it denoises without a word to the others.
+The text encoder (17.4 GB in bfloat16) is split over all chips, 2.2 GB each. Each chip holds the
+other components (6.7 GB), so denoising needs no communication.
 """
 
 from ml_collections import ConfigDict

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An inpainting model: 9 input channels, from a text-to-image checkpoint or another one of 9.
+"""An inpainting model (9 input channels), from a text-to-image or an inpainting checkpoint.
 
     k3jax train --config train_inpainting --checkpoint weights/kandinsky3 --data pictures
 
-From 4 channels, the weights of the new ones start at zero: at first the model is the old one. Masks
-are boxes, brush strokes and whole images. Without a cache every pass sees new masks.
+From a text-to-image checkpoint, the weights of the new channels start at zero. Masks are boxes,
+brush strokes and whole images. Without a cache every epoch uses new masks.
 """
 
 from ml_collections import ConfigDict
 
-from k3jax.configs.finetune import get_config as finetune
+from k3jax.configs.training.finetune import get_config as finetune
 
 
 def get_config():

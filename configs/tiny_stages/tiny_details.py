@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sixth stage of `tiny`: the U-Net goes on with all noise levels weighing nearly the same.
+"""Sixth stage of `tiny`: the U-Net with nearly equal weights for all noise levels.
 
-What lies where is learned by now; the edges of shapes and their textures are decided at low noise,
-that the stages before have trained least.
+The earlier stages taught positions, at high noise. Edges and textures are decided at low noise,
+which those stages trained least.
 
 k3jax train --config tiny_details
 """
 
-from k3jax.configs.tiny_unet import get_config as tiny_unet
+from k3jax.configs.tiny_stages.tiny_unet import get_config as tiny_unet
 
 
 def get_config():

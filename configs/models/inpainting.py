@@ -6,7 +6,7 @@
     k3jax info --config inpainting
 """
 
-from k3jax.configs.kandinsky3 import get_config as kandinsky3
+from k3jax.configs.models.kandinsky3 import get_config as kandinsky3
 
 
 def get_config():

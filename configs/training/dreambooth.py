@@ -4,13 +4,13 @@
     k3jax generate "a photo of a dog" -n 200 --checkpoint weights/kandinsky3 -o pictures/dogs
     k3jax train --config dreambooth --checkpoint weights/kandinsky3 --data pictures/my-dog
 
-The captions beside the pictures name the subject by a rare word ("a photo of a sks dog"). A part of
-each batch is images of the class that the model itself made before; their prompts are in the PNGs.
+The captions of the pictures name the subject by a rare word ("a photo of a sks dog"). Half of each
+batch is images of the class, which the first command generates; their prompts are in the PNGs.
 """
 
 from ml_collections import ConfigDict
 
-from k3jax.configs.lora import get_config as lora
+from k3jax.configs.training.lora import get_config as lora
 
 
 def get_config():
