@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from k3jax.checkpoints.format import Checkpoint
-from k3jax.cli.joining import writes
+from k3jax.cli.distributed import is_writer
 from k3jax.cli.output import PlannedImage, free_path
 from k3jax.cli.run_config import RunConfig
 from k3jax.config import to_dict
@@ -66,7 +66,7 @@ def make_images(
                 progress_bar=progress,
                 **{name: value for name, value in call.items() if name != "negative_prompt"},
             )
-            for planned, image in zip(batch, made.images, strict=True) if writes() else ():
+            for planned, image in zip(batch, made.images, strict=True) if is_writer() else ():
                 own = {"prompt": planned.prompt, "seed": planned.seed}
                 write_png(image, planned.path, {**settings, "call": {**own, **call}})
                 tqdm.write(str(planned.path), file=sys.stdout)
@@ -74,7 +74,7 @@ def make_images(
                     number = planned.path.name.split("_")[0]
                     sheet.add(image, f"{number} seed {planned.seed} {planned.prompt}")
                 bar.update()
-    if sheet is not None and writes():
+    if sheet is not None and is_writer():
         path = free_path(images[0].path.with_name("contact_sheet.png"))
         write_png(sheet.image(), path)
         print(path)

@@ -18,10 +18,10 @@ from collections.abc import Callable
 from typing import get_args
 
 from k3jax.checkpoints.packaged import DEFAULT
-from k3jax.cli.joining import add_distributed, join
+from k3jax.cli.distributed import add_distributed, connect
+from k3jax.cli.environment import compile_quickly_on_cpus
 from k3jax.cli.output import check_folder, plan
 from k3jax.cli.prompts import check_prompts, read_prompts
-from k3jax.cli.quick_compiles import compile_quickly_on_cpus
 from k3jax.cli.run_config import RunConfig, architecture_differences, build, collect
 from k3jax.config import SamplerName
 
@@ -137,7 +137,7 @@ def add_streaming(add: Callable) -> None:
 
 def run(args: argparse.Namespace) -> None:
     compile_quickly_on_cpus()
-    join(args.distributed, args.distributed_timeout)
+    connect(args.distributed, args.distributed_timeout)
     settings = {key: getattr(args, flag) for flag, key in SETTINGS.items()}
     values = collect(args.config, args.overrides, settings)
     prompts = read_prompts(args.prompts, args.prompts_file)

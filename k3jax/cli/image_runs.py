@@ -16,11 +16,11 @@ from tqdm import tqdm
 from k3jax.arguments import check_number
 from k3jax.checkpoints.packaged import DEFAULT
 from k3jax.cli.batches import check_memory, checked_mesh, load_and_encode, run_settings
+from k3jax.cli.environment import compile_quickly_on_cpus
 from k3jax.cli.generate import NOTE, asked_checkpoint, check_architecture, check_lora
 from k3jax.cli.image_options import SETTINGS
 from k3jax.cli.output import PlannedImage, check_folder, free_path, plan
 from k3jax.cli.prompts import check_prompts, read_prompts
-from k3jax.cli.quick_compiles import compile_quickly_on_cpus
 from k3jax.cli.run_config import RunConfig, build, collect
 from k3jax.config import ModelConfig
 from k3jax.images.compositing import extend_canvas

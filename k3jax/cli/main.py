@@ -31,7 +31,7 @@ from k3jax.cli import (
     train,
     verify,
 )
-from k3jax.cli.extras import EXTRAS, missing
+from k3jax.cli.environment import OPTIONAL, missing
 from k3jax.cli.run_config import config_names
 
 
@@ -53,7 +53,6 @@ COMMANDS = {
     "benchmark": benchmark,
 }
 USAGE_ERROR, INTERRUPTED = 2, 130
-OPTIONAL = {package for packages in EXTRAS.values() for package in packages} | {"datasets"}
 
 EPILOG = """settings:
   --config NAME|FILE       a config of k3jax (%s) or a .py file with a get_config()

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from k3jax.cli.extras import require
+from k3jax.cli.environment import require
 from k3jax.cli.generate import add_streaming
 
 

@@ -21,7 +21,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from k3jax.cli.extras import require
+from k3jax.cli.environment import require
 from k3jax.cli.generate import (
     NOTE,
     add_dtypes,

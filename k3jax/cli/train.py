@@ -13,8 +13,8 @@ TensorBoard files, sample grids, loss.png, and at the end a checkpoint (or LoRA)
 import argparse
 import sys
 
-from k3jax.cli.extras import require
-from k3jax.cli.joining import add_distributed, join
+from k3jax.cli.distributed import add_distributed, connect
+from k3jax.cli.environment import require
 from k3jax.cli.run_config import build, collect
 
 
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     require("train")
-    join(args.distributed, args.distributed_timeout)
+    connect(args.distributed, args.distributed_timeout)
     settings = {key: getattr(args, flag) for flag, key in SETTINGS.items()}
     values = collect(args.config, args.overrides, settings)
     if "train" not in values:

@@ -13,7 +13,7 @@ import argparse
 import dataclasses
 import json
 
-from k3jax.cli.extras import require
+from k3jax.cli.environment import require
 from k3jax.cli.regenerate import add_remaking, devices_by
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes of several hosts as one program with one mesh, by jax.distributed."""
+"""One program over the processes of several hosts, with jax.distributed."""
 
 import argparse
 import contextlib
@@ -11,37 +11,39 @@ import threading
 from collections.abc import Callable, Iterator
 
 
-TIMEOUT = 120.0  # seconds until all processes must have joined
-NOTE_AFTER = 10.0  # seconds of waiting after which a note says so
-JAX_LONGER = (
-    60  # seconds by which JAX would wait longer; it ends the process with a C++ stack trace
-)
-NOT_JOINED = 1  # exit code; not that of bad input (2), which launch/gke does not try again
+TIMEOUT = 120.0  # seconds in which all processes must connect
+NOTE_AFTER = 10.0  # seconds of waiting before a note is printed
+MARGIN = 60  # JAX waits longer by this: at its own timeout it aborts with a C++ stack trace
+NOT_CONNECTED = 1  # exit code; launch/gke does not retry that of bad input (2)
 
 
 def add_distributed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--distributed",
         metavar="auto|HOST:PORT,N,I",
-        help="join the processes of all hosts to one mesh: found by JAX (TPU pods, GKE, SLURM, "
-        "Open MPI), or the address of process 0, how many there are, and which this is (from 0)",
+        help="run with the processes of all hosts on one mesh: auto if JAX finds them (TPU pods, "
+        "GKE, SLURM, Open MPI); or the address of process 0, the number of processes, and the "
+        "number of this process from 0",
     )
     parser.add_argument(
         "--distributed-timeout",
         type=float,
         default=TIMEOUT,
         metavar="S",
-        help=f"seconds until all of them must have joined ({TIMEOUT:g})",
+        help=f"seconds in which all of them must connect ({TIMEOUT:g})",
     )
 
 
-def join(distributed: str | None, timeout: float = TIMEOUT) -> None:
-    """Joins the other processes; before anything else of JAX. None: this process is alone.
+def connect(distributed: str | None, timeout: float = TIMEOUT) -> None:
+    """Connects to the other processes; call it before any other function of JAX.
 
-    Ends the process with a sentence where not all of them have joined after `timeout` seconds.
+    If not all of them have connected after `timeout` seconds, the process exits with a message.
+
+    Args:
+        distributed: "auto" or HOST:PORT,N,I; None: there are no other processes.
 
     Raises:
-        ValueError: the text is neither, or nothing tells of other processes; no such time.
+        ValueError: another text or timeout, or "auto" where JAX finds no other processes.
     """
     from k3jax.arguments import check_number
 
@@ -58,54 +60,54 @@ def join(distributed: str | None, timeout: float = TIMEOUT) -> None:
 
     import jax
 
-    patience = {"initialization_timeout": int(timeout) + JAX_LONGER}
+    wait = {"initialization_timeout": int(timeout) + MARGIN}
     if explicit is not None:
         address = explicit[1]
-        with _gives_up(timeout, lambda: _missing(address, count)):
-            jax.distributed.initialize(address, count, number, **patience)
+        with _exits_after(timeout, lambda: _missing(address, count)):
+            jax.distributed.initialize(address, count, number, **wait)
         return
     try:
-        with _gives_up(timeout, lambda: "not all processes of this job have joined"):
-            jax.distributed.initialize(**patience)
+        with _exits_after(timeout, lambda: "not all processes of this job have joined"):
+            jax.distributed.initialize(**wait)
     except ValueError as error:
         raise ValueError(
-            "--distributed auto finds nothing here that tells of other processes (a TPU pod, GKE, "
-            "SLURM, Open MPI): give --distributed HOST:PORT,N,I."
+            "--distributed auto finds no other processes (TPU pod, GKE, SLURM, Open MPI): give "
+            "--distributed HOST:PORT,N,I."
         ) from error
 
 
 @contextlib.contextmanager
-def _gives_up(timeout: float, missing: Callable[[], str]) -> Iterator[None]:
-    """Ends the process when what runs inside has taken longer than `timeout` seconds.
+def _exits_after(timeout: float, missing: Callable[[], str]) -> Iterator[None]:
+    """Exits the process if the body of the `with` takes longer than `timeout` seconds.
 
-    From a thread: JAX waits in C++, where no exception reaches it.
+    From a thread, because JAX waits in C++, which no exception reaches.
 
     Args:
-        missing: says what is still waited for.
+        missing: returns what is missing, in words.
     """
-    joined = threading.Event()
+    connected = threading.Event()
 
     def watch():
         first = min(NOTE_AFTER, timeout)
-        if joined.wait(first):
+        if connected.wait(first):
             return
         if first < timeout:
             note = f"{missing()}; waiting {timeout - first:g} seconds more"
             print(f"k3jax: note: {note}.", file=sys.stderr, flush=True)
-        if joined.wait(timeout - first):
+        if connected.wait(timeout - first):
             return
         error = (
             f"{missing()}, after {timeout:g} seconds: start all of them with the same address and "
             "number of processes, or wait longer with --distributed-timeout SECONDS"
         )
         print(f"k3jax: error: {error}.", file=sys.stderr, flush=True)
-        os._exit(NOT_JOINED)
+        os._exit(NOT_CONNECTED)
 
     threading.Thread(target=watch, daemon=True).start()
     try:
         yield
     finally:
-        joined.set()
+        connected.set()
 
 
 def _missing(address: str, count: int) -> str:
@@ -117,8 +119,8 @@ def _missing(address: str, count: int) -> str:
         return f"process 0 does not answer at {address}"
 
 
-def writes() -> bool:
-    """Whether this is the process that writes what all of them have made."""
+def is_writer() -> bool:
+    """Whether this is the process that writes the results."""
     import jax
 
     return jax.process_index() == 0
