@@ -63,7 +63,7 @@ def write_manifest(
     with ThreadPoolExecutor(2) as pool:
         digests = pool.map(digest, paths)
     files = {
-        str(path.relative_to(folder)): {"size": path.stat().length, "crc32": crc}
+        str(path.relative_to(folder)): {"size": file_size(path), "crc32": crc}
         for path, crc in zip(paths, digests, strict=True)
     }
     for name, content in extra.items():
@@ -114,6 +114,15 @@ def _check_manifest(manifest: Mapping, path: epath.Path) -> None:
             raise ValueError(f"{path} is damaged: {name!r} is no name of a file")
 
 
+def file_size(path: epath.Path) -> int:
+    """Bytes of a file.
+
+    `epath.Path.stat` raises KeyError for local files whose owner is not in /etc/passwd, as in
+    containers that run with another uid.
+    """
+    return os.stat(path).st_size if is_local(path) else path.stat().length
+
+
 def file_fault(folder: epath.Path, name: str, entry: Mapping, hashed: bool = True) -> str | None:
     """What is wrong with a file, or None.
 
@@ -123,7 +132,7 @@ def file_fault(folder: epath.Path, name: str, entry: Mapping, hashed: bool = Tru
     """
     path = folder / name
     try:
-        size = path.stat().length
+        size = file_size(path)
         if size != entry["size"]:
             return f"{path} has {size} bytes instead of {entry['size']}"
         if hashed and file_digest(path) != entry["crc32"]:

@@ -9,7 +9,11 @@ OPT_OUT = "K3JAX_COMPILATION_CACHE"
 
 
 def user_cache() -> Path:
-    """The folder for what can be made again: $XDG_CACHE_HOME/k3jax or ~/.cache/k3jax."""
+    """The folder for what can be made again: $XDG_CACHE_HOME/k3jax or ~/.cache/k3jax.
+
+    Raises:
+        RuntimeError: the user has no home directory.
+    """
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "k3jax"
 
 
@@ -31,11 +35,11 @@ def enable_compilation_cache() -> str | None:
         return None
     if jax.config.jax_compilation_cache_dir:
         return jax.config.jax_compilation_cache_dir
-    folder = user_cache() / "xla"
     try:
+        folder = user_cache() / "xla"
         # Others must not write here: the cache holds code that is run.
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, RuntimeError):
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
