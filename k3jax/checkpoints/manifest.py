@@ -18,7 +18,7 @@ from pathlib import Path
 from etils import epath
 from tqdm import tqdm
 
-from k3jax.files import CheckpointError, is_local, read_object
+from k3jax.files import CheckpointError, is_local, read_object, user_cache
 
 
 MANIFEST = "manifest.json"
@@ -214,13 +214,15 @@ class _VerifiedFiles:
 
     def __init__(self, folder: epath.Path):
         self._folder = folder
-        cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        name = hashlib.sha256(str(folder).encode()).hexdigest()[:32]
-        self._path = Path(cache).expanduser() / "k3jax" / "verified" / f"{name}.json"
+        self._name = hashlib.sha256(str(folder).encode()).hexdigest()[:32]
         try:
             self._stamps = json.loads(self._path.read_text())
         except (OSError, ValueError):
             self._stamps = {}
+
+    @property
+    def _path(self) -> Path:
+        return user_cache() / "verified" / f"{self._name}.json"
 
     def _stamp(self, name: str, entry: Mapping) -> list:
         stat = os.stat(self._folder / name)
@@ -234,9 +236,10 @@ class _VerifiedFiles:
             return
         self._stamps.update({name: self._stamp(name, e) for name, e in entries.items()})
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            part = self._path.with_suffix(f".{os.getpid()}")
+            path = self._path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(f".{os.getpid()}")
             part.write_text(json.dumps(self._stamps))
-            part.replace(self._path)
+            part.replace(path)
         except OSError:
             pass  # a read-only home only means hashing again next time

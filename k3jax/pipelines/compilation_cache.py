@@ -2,19 +2,11 @@
 """Compiled programs kept on disk: only the first run on a machine waits for the compiler."""
 
 import os
-from pathlib import Path
+
+from k3jax.files import user_cache
 
 
 OPT_OUT = "K3JAX_COMPILATION_CACHE"
-
-
-def user_cache() -> Path:
-    """The folder for what can be made again: $XDG_CACHE_HOME/k3jax or ~/.cache/k3jax.
-
-    Raises:
-        RuntimeError: the user has no home directory.
-    """
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "k3jax"
 
 
 def enable_compilation_cache() -> str | None:
@@ -39,7 +31,7 @@ def enable_compilation_cache() -> str | None:
         folder = user_cache() / "xla"
         # Others must not write here: the cache holds code that is run.
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except (OSError, RuntimeError):
+    except OSError:
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
