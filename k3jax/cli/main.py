@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import os
 import sys
+import textwrap
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -31,8 +32,8 @@ from k3jax.cli import (
     train,
     verify,
 )
+from k3jax.cli.config_files import config_names
 from k3jax.cli.environment import OPTIONAL, missing
-from k3jax.cli.run_config import config_names
 
 
 COMMANDS = {
@@ -55,7 +56,8 @@ COMMANDS = {
 USAGE_ERROR, INTERRUPTED = 2, 130
 
 EPILOG = """settings:
-  --config NAME|FILE       a config of k3jax (%s) or a .py file with a get_config()
+  --config NAME|FILE       a .py file with a get_config(), or one of the configs of k3jax:
+{configs}
   --config.a.b=VALUE       one setting, for instance --config.generate.eta=0.5
                            Order of precedence: flags, --config.a.b, the config file, the
                            checkpoint.
@@ -158,7 +160,8 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str
 
 
 def _parser() -> tuple[Parser, dict[str, Parser]]:
-    epilog = EPILOG % ", ".join(config_names())
+    names = textwrap.fill(", ".join(config_names()), 73, break_on_hyphens=False)
+    epilog = EPILOG.format(configs=textwrap.indent(names, 27 * " "))
     parser = Parser(prog="k3jax", description="Kandinsky 3 in JAX.", epilog=epilog)
     parser.add_argument("--version", action="version", version=f"k3jax {version('k3jax')}")
     group = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")

@@ -16,7 +16,7 @@ from flax import nnx
 from PIL import Image
 
 from k3jax.arguments import check_texts
-from k3jax.checkpoints.format import read_checkpoint
+from k3jax.checkpoints.format import Checkpoint, read_checkpoint
 from k3jax.checkpoints.lora_files import Lora, load_lora, warn_of_another_base
 from k3jax.config import ModelConfig
 from k3jax.images.reading import read_images
@@ -36,7 +36,7 @@ from k3jax.pipelines.loading import (
 from k3jax.pipelines.option_fields import takes
 from k3jax.pipelines.options import OutputType
 from k3jax.pipelines.programs import computing, decode_latents, encode_images, image_splits
-from k3jax.pipelines.prompts import LongPrompts, Windows, join_windows, plain_prompts
+from k3jax.pipelines.prompts import LongPrompts, join_windows, plain_prompts
 from k3jax.pipelines.streaming import encode_batches
 from k3jax.sharding import batch_sharding, fetch, make_mesh, place
 
@@ -70,7 +70,7 @@ class BasePipeline:
     def __init__(
         self,
         config: ModelConfig,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         components: dict[str, Any],
         mesh: jax.sharding.Mesh,
         batch_size: int | None = None,
@@ -81,6 +81,7 @@ class BasePipeline:
     ):
         """
         Args:
+            tokenizer: None for a pipeline without a text encoder.
             components: the modules by the names in `k3jax.model.abstract.COMPONENTS`, on `mesh`;
                 None for those that this pipeline is to do without.
             batch_size: images per compiled batch over the whole mesh; one per device by default. A
@@ -114,11 +115,11 @@ class BasePipeline:
 
     @classmethod
     @takes(LoadOptions)
-    def from_pretrained(cls, path: str, options: LoadOptions) -> Self:
+    def from_pretrained(cls, path: str | Checkpoint, options: LoadOptions) -> Self:
         """Loads a checkpoint made by `k3jax convert`, straight into the mesh's shardings.
 
         Args:
-            path: the checkpoint's folder.
+            path: the checkpoint's folder, or what `read_checkpoint` returned for it.
             OPTIONS
 
         Raises:
@@ -128,14 +129,15 @@ class BasePipeline:
                 All but what the weights themselves hold is checked before they are read.
         """
         enable_compilation_cache()
-        checkpoint = read_checkpoint(path)
+        checkpoint = path if isinstance(path, Checkpoint) else read_checkpoint(path)
         cls.check_config(checkpoint.config)
         mesh, encoder_mesh = options.mesh, options.encoder_mesh
         mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
         if isinstance(encoder_mesh, str):
             encoder_mesh = make_mesh(encoder_mesh, mesh.devices.flat)
         batch_size = checked_batch_size(options.batch_size, mesh, encoder_mesh or mesh)
-        tokenizer = Tokenizer(checkpoint.path / "tokenizer")
+        encodes = options.components is None or "text_encoder" in options.components
+        tokenizer = Tokenizer(checkpoint.path / "tokenizer") if encodes else None
         meshes = dict.fromkeys(COMPONENTS, mesh) | {"text_encoder": encoder_mesh or mesh}
         return cls(
             checkpoint.config,
@@ -270,7 +272,7 @@ class BasePipeline:
         prompts = [prompts] if isinstance(prompts, str) else prompts
         policy = self.long_prompts if long_prompts is None else long_prompts
         names = [f"prompt {number}" for number in range(len(prompts))]
-        return self._encode(plain_prompts(self.tokenizer, prompts, policy, word_weights, names))
+        return self._encode(prompts, names, policy, word_weights)
 
     def encode_named(self, prompts: Mapping[str, str]) -> PromptEmbeds:
         """Embeddings of distinct prompts.
@@ -279,12 +281,19 @@ class BasePipeline:
             prompts: text -> its name in messages.
         """
         texts, names = list(prompts), list(prompts.values())
-        return self._encode(plain_prompts(self.tokenizer, texts, self.long_prompts, False, names))
+        return self._encode(texts, names, self.long_prompts)
 
-    def _encode(self, windows: Windows) -> PromptEmbeds:
-        ids, mask = windows.input_ids, windows.attention_mask
-        batches = list(self.batches(len(ids)))
+    def _encode(
+        self,
+        prompts: Sequence[str],
+        names: Sequence[str],
+        policy: LongPrompts,
+        word_weights: bool = False,
+    ) -> PromptEmbeds:
         with self.computing(self.text_encoder):
+            windows = plain_prompts(self.tokenizer, prompts, policy, word_weights, names)
+            ids, mask = windows.input_ids, windows.attention_mask
+            batches = list(self.batches(len(ids)))
             texts = [(ids[rows], mask[rows]) for rows, _ in batches]
             encoded = encode_batches(self.text_encoder, texts, self.encoder_mesh)
             pairs = zip(encoded, batches, strict=True)
