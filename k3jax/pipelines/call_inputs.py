@@ -14,7 +14,6 @@ from k3jax.arguments import finite_array
 from k3jax.config import MAX_TOKENS, ModelConfig, SamplerConfig
 from k3jax.model.context import PromptEmbeds
 from k3jax.pipelines.options import CallOptions
-from k3jax.pipelines.prompts import plain_prompts
 from k3jax.pipelines.rows import ImageRows, image_rows
 from k3jax.sampling.denoise import loop_rows, sample_keys
 from k3jax.sampling.samplers import Sampler, make_sampler
@@ -150,8 +149,7 @@ class CallInputs:
         ).items():
             names.setdefault(text, name)
         if names:
-            policy, shown_as = pipe.long_prompts, list(names.values())
-            windows = plain_prompts(pipe.tokenizer, list(names), policy, False, shown_as)
+            windows = pipe.cut_texts(list(names), list(names.values()))
             encoded = pipe.encode_windows(windows)
         place = {text: row for row, text in enumerate(names)}
         if prompt_embeds is None:

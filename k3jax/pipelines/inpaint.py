@@ -56,8 +56,12 @@ class Kandinsky3InpaintPipeline(BasePipeline):
     @property
     def method(self) -> Literal["model", "blend"]:
         """How this checkpoint inpaints; see the module."""
-        same = self.config.unet.in_channels == self.config.movq.latent_channels
-        return "blend" if same else "model"
+        return self.method_of(self.config)
+
+    @staticmethod
+    def method_of(config: ModelConfig) -> Literal["model", "blend"]:
+        """How a checkpoint inpaints, by its config."""
+        return "blend" if config.unet.in_channels == config.movq.latent_channels else "model"
 
     @takes(InpaintOptions)
     def __call__(self, options: InpaintOptions) -> Output:

@@ -24,8 +24,8 @@ from scipy import ndimage
 
 from k3jax.arguments import whole_number
 from k3jax.checkpoints.format import as_path, looks_like_checkpoint
+from k3jax.files import user_cache
 from k3jax.images.masks import read_mask
-from k3jax.pipelines.compilation_cache import user_cache
 from k3jax.pipelines.inpaint import Kandinsky3InpaintPipeline
 from k3jax.pipelines.pipeline import BasePipeline
 from k3jax.pipelines.text_to_image import Kandinsky3Pipeline

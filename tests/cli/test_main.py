@@ -9,9 +9,9 @@ import sys
 import jax
 import pytest
 
-from k3jax.cli import generate, quick_compiles
+from k3jax.cli import environment, generate
+from k3jax.cli.environment import FLAG
 from k3jax.cli.main import split_overrides
-from k3jax.cli.quick_compiles import FLAG
 from k3jax.pipelines.compilation_cache import enable_compilation_cache
 
 
@@ -121,18 +121,18 @@ def test_compilation_cache(tmp_path, monkeypatch):
     ],
 )
 def test_less_optimising_on_cpus(monkeypatch, environment, expected):
-    monkeypatch.setattr(quick_compiles, "ACCELERATORS", ("no_such_package",))
+    monkeypatch.setattr(environment, "ACCELERATORS", ("no_such_package",))
     for name in ("JAX_PLATFORMS", "XLA_FLAGS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    quick_compiles.compile_quickly_on_cpus()
+    environment.compile_quickly_on_cpus()
     assert os.environ.get("XLA_FLAGS", "") == expected
 
 
 def test_accelerators_keep_their_optimising(monkeypatch):
-    monkeypatch.setattr(quick_compiles, "ACCELERATORS", ("no_such_package", "k3jax"))
+    monkeypatch.setattr(environment, "ACCELERATORS", ("no_such_package", "k3jax"))
     monkeypatch.delenv("JAX_PLATFORMS")
     monkeypatch.setenv("XLA_FLAGS", "")
-    quick_compiles.compile_quickly_on_cpus()
+    environment.compile_quickly_on_cpus()
     assert os.environ["XLA_FLAGS"] == ""
