@@ -4,13 +4,12 @@
 Single values are checked before, in k3jax/pipelines/options.py.
 """
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from k3jax.arguments import finite_array
+from k3jax.arguments import finite_array, warn_user
 from k3jax.config import MAX_TOKENS, ModelConfig, SamplerConfig
 from k3jax.model.context import PromptEmbeds
 from k3jax.pipelines.options import CallOptions
@@ -53,7 +52,7 @@ class CallInputs:
         self.options, counts = options, dict(counts or {})
         if isinstance(strength := getattr(options, "strength", None), list):
             counts["strengths"] = len(strength)
-        settings, self.sampler = checked_sampler(options.sampler_config(config), stacklevel=5)
+        settings, self.sampler = checked_sampler(options.sampler_config(config))
         loop_rows(self.sampler, options.guidance_interval)
         self._check_texts(config)
         embeds = options.prompt_embeds
@@ -123,11 +122,10 @@ class CallInputs:
         """Warns where a guidance interval ends before the last `steps` steps begin."""
         first, interval = self.sampler.num_steps - steps, self.options.guidance_interval
         if steps and self.guided and interval is not None and interval[1] < first:
-            warnings.warn(
+            warn_user(
                 f"guidance_interval {interval} guides none of the steps {first} to "
                 f"{self.sampler.num_steps - 1} that strength {strength:g} leaves: it counts the "
                 "steps of the whole schedule.",
-                stacklevel=6,
             )
 
     def encode(self, pipe: "BasePipeline") -> ImageRows:
@@ -162,7 +160,7 @@ class CallInputs:
         return prompt_embeds, negative_embeds, has_negative
 
 
-def checked_sampler(settings: SamplerConfig, stacklevel: int = 2) -> tuple[SamplerConfig, Sampler]:
+def checked_sampler(settings: SamplerConfig) -> tuple[SamplerConfig, Sampler]:
     """(settings, the sampler that they describe).
 
     Warns where that runs another number of steps than was asked for (Flash always runs four, and
@@ -171,18 +169,16 @@ def checked_sampler(settings: SamplerConfig, stacklevel: int = 2) -> tuple[Sampl
     """
     sampler = make_sampler(settings)
     if sampler.num_steps != settings.num_inference_steps:
-        warnings.warn(
+        warn_user(
             f"the sampler {settings.name} makes {sampler.num_steps} steps where "
             f"{settings.num_inference_steps} were asked for.",
             StepCountWarning,
-            stacklevel=stacklevel,
         )
     if sampler.rows["timestep"][0] <= 1:
-        warnings.warn(
+        warn_user(
             f"the only step of the sampler {settings.name} is at time "
             f"{sampler.rows['timestep'][0]:g} of 1000 and removes no noise: ask for more steps.",
             StepCountWarning,
-            stacklevel=stacklevel,
         )
     return settings, sampler
 
@@ -238,12 +234,13 @@ def guidance_scales(guidance_scale: float | Sequence[float], count: int) -> np.n
 def check_latents(latents: np.ndarray, config: ModelConfig, name: str) -> np.ndarray:
     """Latents (b, h/8, w/8, 4) of images as a host array in float32."""
     factor, channels = config.movq.scale_factor, config.movq.latent_channels
-    shape = np.shape(latents)
+    latents = finite_array(latents, name)
+    shape = latents.shape
     if len(shape) != 4 or shape[-1] != channels or 0 in shape:
         raise ValueError(
             f"{name} has shape {shape}; it must be (b, h/{factor}, w/{factor}, {channels})."
         )
-    return finite_array(latents, name)
+    return latents
 
 
 def check_embeds(embeds: PromptEmbeds, config: ModelConfig, name: str) -> None:

@@ -3,13 +3,13 @@
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from k3jax.arguments import warn_user
 from k3jax.config import ModelConfig
 from k3jax.images.compositing import work_size
 from k3jax.images.masks import resize_mask
@@ -142,10 +142,9 @@ def pairs(images: Sequence[np.ndarray], masks: Sequence[np.ndarray], count: int)
                 f"{width} x {height}: they must be of one size."
             )
         if not pair.mask.any():
-            warnings.warn(
+            warn_user(
                 f"mask_image{which} is empty (all black): nothing is repainted.",
                 EmptyMaskWarning,
-                stacklevel=3,
             )
         found.append(pair)
     return found
