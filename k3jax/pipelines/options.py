@@ -83,7 +83,7 @@ NO_SCHEDULE = "give num_inference_steps and sampler, which computes its own time
 ADVICE = {
     "generator": "give seed, a whole number, or one for each image",
     "callback_on_step_end": "give callback, a function of a StepPreview (k3jax.pipelines.preview)",
-    "callback_on_step_end_tensor_inputs": "callback gets a StepPreview with all that there is",
+    "callback_on_step_end_tensor_inputs": "callback gets a StepPreview, which holds the latents",
     "timesteps": NO_SCHEDULE,
     "sigmas": NO_SCHEDULE,
     "attention_mask": "it is part of prompt_embeds",
@@ -171,14 +171,14 @@ class CallOptions(Options):
     def sampler_config(self, config: ModelConfig) -> SamplerConfig:
         """The checkpoint's sampler with what differs in this call."""
         scale = self.guidance_scale
-        given = {
+        changes = {
             "name": self.sampler,
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": None if isinstance(scale, list) else scale,
             "eta": self.eta,
         }
-        given = {name: value for name, value in given.items() if value is not None}
-        return dataclasses.replace(config.sampler, **given)
+        changes = {name: value for name, value in changes.items() if value is not None}
+        return dataclasses.replace(config.sampler, **changes)
 
 
 PIXELS = "in pixels, a multiple of 64. The checkpoint's own (1024) by default"
@@ -279,5 +279,5 @@ class InpaintOptions(EditOptions):
     paste_back: bool = option(
         True,
         "whether the pixels outside of mask and feather are put back as they were. False returns "
-        "what the model made of them",
+        "the model's own pixels",
     )
