@@ -43,7 +43,7 @@ def work_size(width: int, height: int, max_area: int, multiple: int) -> tuple[in
 
 
 def default_feather(shape: tuple[int, ...], size: tuple[int, int], factor: int) -> float:
-    """Pixels that one latent covers of an image (h, w, ...) that is worked on at (width, height)."""
+    """Pixels of an image (h, w, ...) that one latent covers, worked on at (width, height)."""
     return factor * max(1.0, shape[1] / size[0], shape[0] / size[1])
 
 

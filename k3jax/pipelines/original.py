@@ -194,7 +194,7 @@ def get_inpainting_pipeline(
 def prepare_mask(mask: Any) -> np.ndarray:
     """A mask widened by 6 pixels, int (h, w) of 0 and 1.
 
-    As the original does with masks of floats; it widens 8-bit masks less, or narrows them.
+    The same as in the original for masks of floats. The original's loses or narrows 8-bit masks.
     """
     repaint = read_mask(mask, "mask") > 0
     return ndimage.maximum_filter(repaint, 2 * MASK_GROWTH + 1).astype(int)
