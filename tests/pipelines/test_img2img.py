@@ -55,7 +55,7 @@ def run_theirs(pipe, monkeypatch, prompt, image, strength, noise, step_noise, sc
     [
         ("ddpm", DDPMScheduler, 0.5),
         ("ddpm", DDPMScheduler, 1.0),
-        ("dpm++2m", DPMSolverMultistepScheduler, 0.5),
+        pytest.param("dpm++2m", DPMSolverMultistepScheduler, 0.5, marks=pytest.mark.slow),
     ],
 )
 def test_images_are_those_of_diffusers(img2img, theirs, monkeypatch, sampler, scheduler, strength):

@@ -53,7 +53,9 @@ def nine():
 # --- the model's method -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ["inpainting_10", "inpainting_odd"])
+@pytest.mark.parametrize(
+    "case", ["inpainting_10", pytest.param("inpainting_odd", marks=pytest.mark.slow)]
+)
 def test_images_are_those_of_the_original(nine, case):
     """A hard mask; and an image of an odd size with a soft one. 2 images of each prompt."""
     golden = cases.load(f"original_pipeline_{case}")
@@ -236,6 +238,7 @@ def test_lists_of_several_sizes(nine):
     assert np.array_equal(both, run(nine, "3 4", [images[0]] * 2, masks[0]))
 
 
+@pytest.mark.slow
 def test_the_mesh_does_not_matter(nine):
     """Three images on two devices, one row of padding: bit for bit as one by one."""
     images, masks = [picture(k) for k in range(3)], [box(), ~box(), box()]
@@ -249,11 +252,6 @@ def test_the_mesh_does_not_matter(nine):
     assert wide.batch_size == 2
     got, alone = (run(p, "3 4", images, masks, seed=3, sampler="ddpm") for p in (wide, nine))
     assert np.array_equal(got, alone)
-
-
-def test_a_1_x_1_image(nine):
-    (made,) = run(nine, "3 4", picture(0)[:1, :1], np.ones((1, 1)), output_type="pil")
-    assert made.size == (1, 1)
 
 
 def test_outpainting(nine):

@@ -157,6 +157,14 @@ def test_what_is_plain_is_converted(pipes, argument, value, plain):
     assert pipes["text_to_image"](**call).images
 
 
+@pytest.mark.parametrize("kind", ["image_to_image", "inpaint"])
+def test_a_1_x_1_image(pipes, kind):
+    small = {"image": IMAGE[:1, :1], "mask_image": MASK[:1, :1]}
+    call = {name: small.get(name, value) for name, value in GOOD[kind].items()}
+    (result,) = pipes[kind](**call).images
+    assert result.size == (1, 1)
+
+
 def test_dtypes_have_many_names():
     class bfloat16:  # as jax.numpy has it
         pass

@@ -9,6 +9,7 @@ import pytest
 from k3jax.config import MAX_TOKENS, SamplerConfig
 from k3jax.model.conditioning import Conditioning
 from k3jax.model.context import Context, PromptEmbeds
+from k3jax.pipelines.programs import encode_text
 from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
 from k3jax.sampling.denoise import denoise, initial_state, loop_rows, predictor
 from k3jax.sampling.samplers import make_sampler
@@ -37,7 +38,15 @@ def run_unet(unet, x, t, context):
     return unet(x, t, context)
 
 
-@pytest.mark.parametrize("run", cases.load("original_unet")["meta"]["runs"])
+def some_slow(names, slow: set[str]):
+    """Cases whose like is in the default lane are slow."""
+    return [pytest.param(n, marks=pytest.mark.slow) if n in slow else n for n in names]
+
+
+RUNS = cases.load("original_unet")["meta"]["runs"]
+
+
+@pytest.mark.parametrize("run", some_slow(RUNS, {"unet9", "unet_two_levels", "unet_no_cross"}))
 def test_unet(run):
     golden = cases.load("original_unet")
     name, states, mask = golden["meta"]["runs"][run]
@@ -52,7 +61,7 @@ def test_unet(run):
 
 def encoded(ids, mask) -> PromptEmbeds:
     """What our encoder makes of token ids, as a pipeline would hand it on."""
-    embeds = jax.jit(lambda m, *a: m(*a))(component("text_encoder"), ids, mask)
+    embeds = encode_text(component("text_encoder"), ids, mask)
     return PromptEmbeds(embeds, mask.astype(bool), np.minimum(mask.sum(1) + 1, MAX_TOKENS))
 
 
@@ -121,7 +130,10 @@ def test_movq():
 SAMPLERS = cases.load("original_samplers")
 
 
-@pytest.mark.parametrize("case", SAMPLERS["meta"]["cases"])
+SLOW = {"kandinsky_50", "kandinsky_30", "kandinsky_25_eta", "kandinsky_50_eta", "kandinsky30_50"}
+
+
+@pytest.mark.parametrize("case", some_slow(SAMPLERS["meta"]["cases"], SLOW))
 def test_sampler(case):
     """Latents after each stored step, with an analytic stand-in for the U-Net."""
     settings = SAMPLERS["meta"]["cases"][case]

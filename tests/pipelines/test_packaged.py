@@ -48,7 +48,7 @@ def test_a_folder_of_that_name_comes_first(tmp_path, monkeypatch):
 
 def test_it_draws_what_it_is_told(pipe):
     """As far as it is trained; `test_the_numbers_of_the_readme` looks at more."""
-    told = shares(list(judge(pipe, 24)))
+    told = shares(list(judge(pipe, 16)))
     assert told["color_on_shape"] >= 0.7, told
     assert told["background"] >= 0.95, told
     untold = shares(list(judge(pipe, 8, without_text=True)))
