@@ -14,7 +14,7 @@ from k3jax.config import MAX_TOKENS, ModelConfig, SamplerConfig
 from k3jax.model.context import PromptEmbeds
 from k3jax.pipelines.options import CallOptions
 from k3jax.pipelines.rows import ImageRows, image_rows
-from k3jax.sampling.denoise import loop_rows, sample_keys
+from k3jax.sampling.denoise import sample_keys
 from k3jax.sampling.samplers import Sampler, make_sampler
 
 
@@ -53,7 +53,7 @@ class CallInputs:
         if isinstance(strength := getattr(options, "strength", None), list):
             counts["strengths"] = len(strength)
         settings, self.sampler = checked_sampler(options.sampler_config(config))
-        loop_rows(self.sampler, options.guidance_interval)
+        options.check_interval(self.sampler.num_steps)
         self._check_texts(config)
         embeds = options.prompt_embeds
         self._prompts = [] if embeds is not None else _each(options.prompt)
@@ -117,16 +117,6 @@ class CallInputs:
             array = getattr(self.options, name)
             if array is not None and array.shape != expected:
                 raise ValueError(f"{name} has shape {array.shape}; this call needs {expected}.")
-
-    def warn_of_no_guidance(self, steps: int, strength: float) -> None:
-        """Warns where a guidance interval ends before the last `steps` steps begin."""
-        first, interval = self.sampler.num_steps - steps, self.options.guidance_interval
-        if steps and self.guided and interval is not None and interval[1] < first:
-            warn_user(
-                f"guidance_interval {interval} guides none of the steps {first} to "
-                f"{self.sampler.num_steps - 1} that strength {strength:g} leaves: it counts the "
-                "steps of the whole schedule.",
-            )
 
     def encode(self, pipe: "BasePipeline") -> ImageRows:
         """One row per image, the texts encoded."""

@@ -86,10 +86,11 @@ class ImageInputs(CallInputs):
 
 def step_counts(inputs: CallInputs) -> list[int]:
     """Steps of each input, by its strength; see `steps_of_strength`."""
-    counts = []
+    counts, total = [], inputs.sampler.num_steps
     for strength in inputs.strengths:
-        counts.append(steps_of_strength(strength, inputs.sampler.num_steps))
-        inputs.warn_of_no_guidance(counts[-1], strength)
+        counts.append(steps_of_strength(strength, total))
+        if inputs.guided:
+            inputs.options.warn_of_no_guidance(total, counts[-1], strength)
     return counts
 
 

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from k3jax.arguments import (
+    check_interval,
     check_number,
     check_texts,
     check_texts_or_none,
     finite_array,
     one_or_each,
     shown,
+    warn_user,
     whole_number,
 )
 from k3jax.config import ModelConfig, SamplerConfig, SamplerName
@@ -179,6 +181,21 @@ class CallOptions(Options):
         }
         changes = {name: value for name, value in changes.items() if value is not None}
         return dataclasses.replace(config.sampler, **changes)
+
+    def check_interval(self, num_steps: int) -> None:
+        """Refuses a guidance interval outside of a sampler's steps."""
+        if self.guidance_interval is not None:
+            check_interval(self.guidance_interval, "guidance_interval", num_steps)
+
+    def warn_of_no_guidance(self, num_steps: int, count: int, strength: float) -> None:
+        """Warns where the guidance interval ends before the last `count` steps begin."""
+        interval, first = self.guidance_interval, num_steps - count
+        if count and interval is not None and interval[1] < first:
+            warn_user(
+                f"guidance_interval {interval} guides none of the steps {first} to "
+                f"{num_steps - 1} that strength {strength:g} leaves: it counts the steps of the "
+                "whole schedule."
+            )
 
 
 PIXELS = "in pixels, a multiple of 64. The checkpoint's own (1024) by default"
