@@ -102,6 +102,7 @@ class TextProjection(nnx.Module):
         )
         self.dtype = dtype
 
+    @jax.named_scope("text_projection")
     def __call__(self, prompt: PromptEmbeds, conditioning: ConditioningFamily) -> Context:
         """The context of prompts (positive or negative)."""
         token = prompt.attention_mask.astype(bool)

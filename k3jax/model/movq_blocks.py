@@ -190,6 +190,7 @@ class ResBlock(nnx.Module):
             conv(channels_in, channels_out, 1, **kwargs) if channels_in != channels_out else None
         )
 
+    @jax.named_scope("resnet")
     def __call__(
         self, x: jax.Array, latents: jax.Array | None = None, strips: int = 1
     ) -> jax.Array:
@@ -211,6 +212,7 @@ class AttentionBlock(AttentionLayer):
         self.to_q, self.to_k, self.to_v = (make(("embed", "heads")) for _ in range(3))
         self.to_out = make(("heads", "embed"))
 
+    @jax.named_scope("attention_block")
     def __call__(
         self, x: jax.Array, latents: jax.Array | None = None, strips: int = 1
     ) -> jax.Array:

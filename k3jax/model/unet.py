@@ -47,6 +47,7 @@ class TimeEmbedding(nnx.Module):
         self.linear_2 = make(config.time_embedding_dim, config.time_embedding_dim, (None, None))
         self.channels = config.init_channels
 
+    @jax.named_scope("time_embedding")
     def __call__(self, timesteps: jax.Array) -> jax.Array:
         half = self.channels // 2
         frequencies = jnp.exp(-jnp.log(10000.0) / (half - 1) * jnp.arange(half, dtype=jnp.float32))
@@ -203,6 +204,7 @@ class UNet(nnx.Module):
             up=[level.keys_values(context) for level in self.up_blocks],
         )
 
+    @jax.named_scope("unet")
     def __call__(
         self,
         sample: jax.Array,

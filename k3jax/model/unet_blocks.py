@@ -113,6 +113,7 @@ class ResNetBlock(nnx.Module):
         )
         self.shortcut_downsample = _downsample(channels_out, **kwargs) if downsample else None
 
+    @jax.named_scope("resnet")
     def __call__(self, x: jax.Array, temb: jax.Array) -> jax.Array:
         out = x
         for block in self.blocks:
@@ -193,6 +194,7 @@ class AttentionBlock(nnx.Module):
         self.feed_forward_in = linear(channels, hidden, ("embed", "mlp"), use_bias=False, **kwargs)
         self.feed_forward_out = linear(hidden, channels, ("mlp", "embed"), use_bias=False, **kwargs)
 
+    @jax.named_scope("attention_block")
     def __call__(
         self,
         x: jax.Array,
@@ -227,6 +229,7 @@ class ContextPooling(nnx.Module):
             rngs=rngs,
         )
 
+    @jax.named_scope("context_pooling")
     def __call__(self, context: Context) -> jax.Array:
         rows = context.hidden_states.shape[1]
         inside = jnp.arange(rows) < context.lengths[:, None]
