@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from k3jax.pipelines.pipeline import BasePipeline
 
 
+MOST_IMAGES = 10_000  # of a call, which holds them all in memory
+
+
 class StepCountWarning(UserWarning):
     """A sampler runs another number of steps than it was asked for, or none that removes noise."""
 
@@ -63,6 +66,12 @@ class CallInputs:
         self.num_inputs = paired({"prompts": count, **counts})
         strengths = strength if isinstance(strength, list) else [strength]
         self.strengths = strengths * (self.num_inputs if len(strengths) == 1 else 1)
+        if self.num_inputs * options.num_images_per_prompt > MOST_IMAGES:
+            raise ValueError(
+                f"num_images_per_prompt is {options.num_images_per_prompt} for {self.num_inputs} "
+                f"prompts; one call has at most {MOST_IMAGES:,} images (`k3jax synthesize` writes "
+                "more)."
+            )
         self._prompt_of = self.image_of(count)
         self.count = len(self._prompt_of)
         scale = options.guidance_scale
@@ -211,11 +220,12 @@ def image_seeds(seed: int | Sequence[int], count: int) -> list[int]:
 
 def guidance_scales(guidance_scale: float | Sequence[float], count: int) -> np.ndarray:
     """w of each image, float32 (count,)."""
-    scales = np.asarray(guidance_scale, np.float32)
+    with np.errstate(over="ignore"):
+        scales = np.asarray(guidance_scale, np.float32)
     if scales.shape not in ((), (count,)):
-        raise ValueError(f"guidance_scale has shape {scales.shape} for {count} images.")
+        raise ValueError(f"guidance_scale has {scales.size} entries for {count} images.")
     if not np.isfinite(scales).all() or (scales < 0).any():
-        raise ValueError(f"guidance_scale is {guidance_scale}; it must be 0 or more.")
+        raise ValueError(f"guidance_scale is {guidance_scale}; it must be 0 or more, and finite.")
     return np.broadcast_to(scales, (count,))
 
 

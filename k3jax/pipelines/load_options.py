@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from k3jax.arguments import Dtype, check_dtype, check_number, shown, whole_number
-from k3jax.config import ModelConfig
+from k3jax.config import AttentionForm, ModelConfig
 from k3jax.pipelines.option_fields import Options, option
 
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-Attention = Literal["auto", "xla", "kernel"]
 TextEncoderForm = Literal["whole", "int8", "streamed"]
 """How the text encoder is held: as it is, in int8, or layer by layer (pipelines/streaming.py)."""
 
@@ -148,7 +147,7 @@ class LoadOptions(Options):
         "a model config with another sampler or size than the checkpoint's own",
         check_config,
     )
-    attention: Attention = pipeline(
+    attention: AttentionForm = pipeline(
         "auto",
         "attention by XLA or by the TPU kernel; auto takes the kernel on TPUs",
         flag="--attention",

@@ -12,6 +12,7 @@ from k3jax.checkpoints.digests import same_weights
 from k3jax.checkpoints.format import Checkpoint
 from k3jax.checkpoints.manifest import read_manifest
 from k3jax.checkpoints.restore import restore
+from k3jax.config import AttentionForm
 from k3jax.model.abstract import COMPONENTS
 from k3jax.model.int8 import is_int8
 from k3jax.model.tokenizer import Tokenizer
@@ -46,15 +47,19 @@ def load_component(
     dtypes: tuple[Any, Any],
     verify: bool | None = None,
     form: TextEncoderForm = "whole",
+    attention: AttentionForm = "auto",
 ) -> Component:
     """One component on its mesh.
 
     Args:
         dtypes: of the computation, and of the weights.
         form: of the text encoder.
+        attention: see `k3jax.model.attention`.
     """
     dtype, param_dtype = (jnp.dtype(kind) for kind in dtypes)
-    kwargs = dict(mesh=mesh, param_dtype=param_dtype, dtype=dtype, verify=verify)
+    kwargs = dict(
+        mesh=mesh, param_dtype=param_dtype, dtype=dtype, verify=verify, attention=attention
+    )
     if form == "streamed":
         return StreamedTextEncoder(checkpoint, **kwargs)
     return restore(checkpoint, name, **kwargs, int8=form == "int8")
@@ -83,6 +88,7 @@ def load_checkpoint(checkpoint: Checkpoint, options: LoadOptions) -> dict[str, A
             options.dtypes_of(name),
             options.verify,
             options.text_encoder_form if encoder else "whole",
+            options.attention,
         )
     return {
         "tokenizer": tokenizer,
@@ -90,6 +96,7 @@ def load_checkpoint(checkpoint: Checkpoint, options: LoadOptions) -> dict[str, A
         "mesh": mesh,
         "encoder_mesh": encoder_mesh,
         "batch_size": batch_size,
+        "attention": options.attention,
         "fingerprint": checkpoint.fingerprint,
         "digests": component_digests(checkpoint),
     }
@@ -133,7 +140,8 @@ def share_components(
             pipe.release(name)
     for name in new:
         mesh = pipe.encoder_mesh if name == "text_encoder" else pipe.mesh
-        modules[name] = load_component(checkpoint, name, mesh, dtypes[name], verify, forms[name])
+        kind = dtypes[name], verify, forms[name], pipe.attention
+        modules[name] = load_component(checkpoint, name, mesh, *kind)
     return modules
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from k3jax.arguments import check_choice, check_texts
 from k3jax.checkpoints.format import read_checkpoint
-from k3jax.config import ModelConfig
+from k3jax.config import AttentionForm, ModelConfig
 from k3jax.images.reading import read_images
 from k3jax.model.abstract import COMPONENTS
 from k3jax.model.context import PromptEmbeds
@@ -75,6 +75,7 @@ class BasePipeline(AdaptedUNet):
         digests: Mapping[str, str] | None = None,
         encoder_mesh: jax.sharding.Mesh | None = None,
         long_prompts: LongPrompts = "truncate",
+        attention: AttentionForm = "auto",
     ):
         """
         Args:
@@ -85,6 +86,7 @@ class BasePipeline(AdaptedUNet):
             fingerprint: the checkpoint's, which a LoRA is compared with.
             digests: of the components' weights, by which `from_pipe` knows equal ones.
             encoder_mesh: of the text encoder, over the same devices; `mesh` by default.
+            attention: the form of it that other checkpoints are loaded with, in `from_pipe`.
         """
         self.check_config(config)
         self.config, self.tokenizer, self.mesh = config, tokenizer, mesh
@@ -96,6 +98,7 @@ class BasePipeline(AdaptedUNet):
         self.movq = components["movq"]
         self._preview_map = None
         self.batch_size, self.long_prompts = batch_size, long_prompts
+        self.attention = attention
 
     @property
     def batch_size(self) -> int:
@@ -168,6 +171,7 @@ class BasePipeline(AdaptedUNet):
             encoder_mesh=pipe.encoder_mesh,
             batch_size=pipe.batch_size if batch_size is None else batch_size,
             long_prompts=pipe.long_prompts,
+            attention=pipe.attention,
         )
         if new.unet is pipe.unet:
             new._adapters = pipe._adapters

@@ -114,6 +114,7 @@ def test_pipelines_share_across_versions(tmp_path, monkeypatch):
         text_encoder, text_projection = "encoder", "projection"
         digests = loading.component_digests(read_checkpoint(theirs))
         mesh = encoder_mesh = None
+        attention = "auto"
 
     found = loading.share_components(Pipe, read_checkpoint(ours), False, None)
     assert found == {"text_encoder": "encoder", "text_projection": "projection"}
