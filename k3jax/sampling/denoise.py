@@ -20,7 +20,8 @@ import numpy as np
 from k3jax.arguments import check_interval, whole_number
 from k3jax.model.conditioning import Conditioning, interleave
 from k3jax.model.unet import UNet
-from k3jax.sampling.samplers import Sampler, Step
+from k3jax.sampling.samplers import Sampler
+from k3jax.sampling.steps import Step
 from k3jax.sharding import constrain
 
 
