@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layers all three networks are made of: linear, convolution, resampling and norms.
+"""The layers of all three networks: linear, convolution, resampling and norms.
 
 Activations are b h w c (batch, height, width, channels) everywhere. Statistics of norms are float32
 whatever the compute dtype.
@@ -234,7 +234,7 @@ def group_statistics(
     the channels of a group put together: the large arrays keep their shape. A float32 variance
     takes a second pass, for the one-pass form loses digits where the mean is large. In half
     precision such values have lost more of them by their own rounding, and one pass, which XLA puts
-    into the kernel that makes x, is as good.
+    into the kernel that computes x, is as good.
 
     Args:
         strips: entries of the batch that are one image together (k3jax/model/movq_strips.py).
@@ -248,7 +248,7 @@ def group_statistics(
         return means.reshape(b, 1, 1, c)
 
     mesh = traced_mesh()
-    # Groups that lie on two devices are put together on each.
+    # Groups that are split over two devices are summed on each.
     whole = mesh is not None and strips == 1 and groups % mesh.shape["tensor"] != 0
 
     def over_groups(per_channel):

@@ -139,7 +139,7 @@ class Attention(AttentionLayer):
     ):
         if channels_out % head_dim:
             raise ValueError(f"{channels_out} channels do not split into heads of {head_dim}.")
-        make = functools.partial(
+        new_linear = functools.partial(
             linear,
             heads=channels_out // head_dim,
             use_bias=False,
@@ -147,10 +147,10 @@ class Attention(AttentionLayer):
             param_dtype=param_dtype,
             rngs=rngs,
         )
-        self.to_q = make(query_dim, channels_out, ("embed", "heads"))
-        self.to_k = make(context_dim, channels_out, ("embed", "heads"))
-        self.to_v = make(context_dim, channels_out, ("embed", "heads"))
-        self.to_out = make(channels_out, channels_out, ("heads", "embed"))
+        self.to_q = new_linear(query_dim, channels_out, ("embed", "heads"))
+        self.to_k = new_linear(context_dim, channels_out, ("embed", "heads"))
+        self.to_v = new_linear(context_dim, channels_out, ("embed", "heads"))
+        self.to_out = new_linear(channels_out, channels_out, ("heads", "embed"))
         self.head_dim, self.heads = head_dim, channels_out // head_dim
 
     def keys_values(self, states: jax.Array) -> KeysValues:
