@@ -214,7 +214,7 @@ def batch_sharding(mesh: Mesh, batch_dim: int = 0) -> NamedSharding:
 
 
 def place(tree: Any, sharding: NamedSharding) -> Any:
-    """Places host arrays with a sharding. Every process with a part of it passes the same arrays."""
+    """Places host arrays with a sharding. All processes with a part pass the same arrays."""
     if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
 
