@@ -183,11 +183,9 @@ def test_windows_are_the_whole_loop(name):
     for first in range(0, sampler.num_steps, 3):
         count = min(3, sampler.num_steps - first)
         state = run_window(state, *window(rows, noise, first, count))
-    jax.effects_barrier()
+    jax.effects_barrier()  # inactive rows evaluate nothing
     assert run_window._cache_size() == 1
-    assert (
-        sorted(evaluated, reverse=True) == rows["timestep"].tolist()
-    )  # inactive rows cost nothing
+    assert sorted(evaluated, reverse=True) == rows["timestep"].tolist()
     np.testing.assert_allclose(state.latents, run(sampler, latents, noise), rtol=1e-5, atol=1e-6)
 
 
