@@ -26,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from k3jax.images.reading import read_image, read_mask
+    from k3jax.images.masks import read_mask
+    from k3jax.images.reading import read_image
     from k3jax.pipelines.inpaint import Kandinsky3InpaintPipeline
 
     arrays = {

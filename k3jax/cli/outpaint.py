@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from k3jax.images.compositing import extend_canvas
-    from k3jax.images.reading import read_image, read_mask
+    from k3jax.images.masks import read_mask
+    from k3jax.images.reading import read_image
     from k3jax.pipelines.inpaint import Kandinsky3InpaintPipeline
 
     sides = {side: getattr(args, side) for side in SIDES}

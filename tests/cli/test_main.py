@@ -156,7 +156,7 @@ def test_closed_standard_streams(tmp_path):
         "open('codes', 'w').write(str(codes))\n"
         "print('lost')\n"
     )
-    command = f"exec {sys.executable} -c \"{script}\" <&- >&- 2>&-"
+    command = f'exec {sys.executable} -c "{script}" <&- >&- 2>&-'
     assert subprocess.run(["sh", "-c", command], cwd=tmp_path).returncode == 0
     assert (tmp_path / "codes").read_text() == "[2, 2]"
 
