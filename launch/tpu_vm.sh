@@ -192,20 +192,20 @@ run() {
 
 # Waits until all hosts have ended; succeeds if all shares are finished.
 finished() {
-    local said hosts through
+    local report hosts finished
     if [ "$dry_run" ]; then
         on_hosts all "$WHO"$'\n'"$WAIT"
         return
     fi
-    said=$(on_hosts all "$WHO"$'\n'"$WAIT") || true  # it fails after a preemption
-    printf '%s\n' "$said"
-    hosts=$(sed -n 's/^host [0-9]* of \([0-9]*\) ended with .*/\1/p' <<<"$said" | head -n 1)
-    through=$(grep -c '^host .* ended with 0$' <<<"$said") || true
-    if grep -q '^host .* ended with 2$' <<<"$said"; then
+    report=$(on_hosts all "$WHO"$'\n'"$WAIT") || true  # it fails after a preemption
+    printf '%s\n' "$report"
+    hosts=$(sed -n 's/^host [0-9]* of \([0-9]*\) ended with .*/\1/p' <<<"$report" | head -n 1)
+    finished=$(grep -c '^host .* ended with 0$' <<<"$report") || true
+    if grep -q '^host .* ended with 2$' <<<"$report"; then
         delete
         die "k3jax refused its input: see the last lines of its log above."
     fi
-    [ "$hosts" ] && [ "$through" = "$hosts" ]
+    [ "$hosts" ] && [ "$finished" = "$hosts" ]
 }
 
 all() {

@@ -26,7 +26,7 @@ from readmes import READMES, ROOT, Block, blocks, name_of
 
 
 FASTER = {
-    "generate": ("--steps=2",),
+    "generate": ("--steps=2", "--height=128", "--width=128"),
     "img2img": ("--steps=5",),
     "inpaint": ("--steps=2",),
     "outpaint": ("--steps=2",),
