@@ -17,7 +17,6 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from k3jax.checkpoints.packaged import DEFAULT
 from k3jax.cli.main import main
 from k3jax.planning import compiler
 
@@ -84,7 +83,7 @@ def write_inputs(commands: list[list[str]]) -> None:
     Path("bucket").mkdir()
     written = {words[3] for words in commands if words[:2] == ["k3jax", "convert"]}
     for folder in {"weights/kandinsky3", "weights/inpainting", "bucket/kandinsky3"} - written:
-        shutil.copytree(DEFAULT, folder)
+        shutil.copytree(ROOT / "k3jax" / "weights" / "tiny", folder)
     Path("prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     rows = 9 * PROMPTS if any("000000017-2" in words for words in commands) else PROMPTS
     Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in rows))
