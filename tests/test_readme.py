@@ -85,6 +85,16 @@ def test_list_of_files(path):
     )
 
 
+def test_the_list_of_tests():
+    """tests/README.md names every folder of tests and every test file outside of folders."""
+    tests = ROOT / "tests"
+    named = set(re.findall(r"`([\w/]+(?:/|\.py))`", (tests / "README.md").read_text()))
+    files = {path.name for path in tests.glob("test_*.py")}
+    folders = {f"{path.parent.name}/" for path in tests.glob("*/*.py")}
+    assert named >= files | folders
+    assert all((tests / name).exists() for name in named)
+
+
 def _summary(file: Path) -> str:
     """The first sentence of a module's docstring, as a proposal for its row."""
     text = re.search(r'"""(.*?)(?:\n\n|""")', file.read_text(), re.S)
