@@ -22,12 +22,12 @@ def test_pods_have_time_to_stop(name):
     pod = JOBS[name]["template"]["spec"]
     grace = float(flag(container(JOBS[name])["args"], "grace"))
     assert grace < pod["terminationGracePeriodSeconds"]
-    # What the API demands beside a podFailurePolicy, and no schema says.
+    # The API requires it with a podFailurePolicy; no schema contains it.
     assert pod["restartPolicy"] == "Never"
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_pods_are_not_root_and_ask_for_the_chips_that_they_may_have(name):
+def test_pods_are_not_root_and_request_their_limit_of_chips(name):
     pod = JOBS[name]["template"]["spec"]
     assert pod["securityContext"]["runAsNonRoot"]
     resources = container(JOBS[name])["resources"]
@@ -35,7 +35,7 @@ def test_pods_are_not_root_and_ask_for_the_chips_that_they_may_have(name):
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_everything_lies_in_the_bucket(name):
+def test_everything_is_in_the_bucket(name):
     found = container(JOBS[name])
     variables = {entry["name"]: entry.get("value") for entry in found["env"]}
     assert variables["JAX_COMPILATION_CACHE_DIR"].startswith("gs://YOUR-BUCKET/")
@@ -54,13 +54,13 @@ def test_k3jax_understands_its_arguments(name):
 
 
 def shares(jobs, hosts, name):
-    """(worker, workers) of each pod, by its command and the variables that it finds."""
+    """(worker, workers) of each pod, from its command and its environment."""
     found = []
     for job in range(jobs):
         for index in range(hosts):
             labels = {"JOB_INDEX": str(job), "JOB_COMPLETION_INDEX": str(index)}
             words = argv(container(JOBS[name]), labels)
-            # As `env` leaves it to k3jax, over what GKE has put there.
+            # The environment of GKE, overridden by `env` of the command.
             given = {
                 "JOB_COMPLETION_INDEX": str(index),
                 "TPU_WORKER_ID": str(index),
@@ -74,16 +74,16 @@ def shares(jobs, hosts, name):
     return found
 
 
-def test_every_pod_of_the_jobset_has_a_share_of_its_own():
-    """And the numbers of the manifest are those of its flags."""
+def test_every_pod_of_the_jobset_has_its_own_share():
+    """And the numbers of the manifest equal those of its flags."""
     slices, hosts = replicated_job()["replicas"], JOBS["jobset.yaml"]["completions"]
-    assert JOBS["jobset.yaml"]["parallelism"] == hosts  # a slice waits for all of its hosts
+    assert JOBS["jobset.yaml"]["parallelism"] == hosts  # a slice needs all of its hosts
     workers = slices * hosts
     assert shares(slices, hosts, "jobset.yaml") == [(k, workers) for k in range(workers)]
 
 
-def test_every_pod_of_the_indexed_job_has_a_share_of_its_own():
-    """Its pods are one host each: GKE says nothing of other hosts to them."""
+def test_every_pod_of_the_indexed_job_has_its_own_share():
+    """Its pods are single hosts: GKE sets no variables about other hosts."""
     count = JOBS["indexed_job.yaml"]["completions"]
     for index in range(count):
         words = argv(container(JOBS["indexed_job.yaml"]), {})
@@ -93,8 +93,8 @@ def test_every_pod_of_the_indexed_job_has_a_share_of_its_own():
         assert (share.worker, share.workers) == (index, count)
 
 
-def test_the_command_of_the_xpk_line_is_that_of_the_jobset():
-    """Same variables, same arguments, but for its own numbers and two slices."""
+def test_the_xpk_line_runs_the_command_of_the_jobset():
+    """Same variables and arguments, except for the numbers of the host and two slices."""
     line = re.search(r"--command '(.*)'", (GKE / "README.md").read_text())[1]
     found = container(JOBS["jobset.yaml"])
     words = line.split(" ")
