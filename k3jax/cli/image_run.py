@@ -29,6 +29,7 @@ from k3jax.pipelines.memory import check_memory
 from k3jax.pipelines.option_fields import option_fields
 from k3jax.pipelines.options import CallOptions
 from k3jax.pipelines.pipeline import BasePipeline
+from k3jax.pipelines.prompts import plain_prompts
 from k3jax.sharding import make_meshes
 
 
@@ -198,10 +199,10 @@ class Embeddings:
         for image in images:
             names.setdefault(image.prompt, f"prompt {image.input}")
         self._row = {prompt: row for row, prompt in enumerate(names)}
-        self._prompts = pipe.encode_named(names)
+        self._prompts = _encoded(pipe, names)
         self._negative = None
         if negative_prompt is not None:
-            self._negative = pipe.encode_named({negative_prompt: "negative_prompt"})
+            self._negative = _encoded(pipe, {negative_prompt: "negative_prompt"})
 
     def of(self, batch: Sequence[PlannedImage]) -> dict[str, PromptEmbeds]:
         """The pipeline's arguments for these images."""
@@ -210,6 +211,14 @@ class Embeddings:
         if self._negative is not None:
             embeds["negative_prompt_embeds"] = self._negative[np.zeros_like(rows)]
         return embeds
+
+
+def _encoded(pipe: BasePipeline, names: Mapping[str, str]) -> PromptEmbeds:
+    """Embeddings of prompts, which have names in messages."""
+    policy = pipe.long_prompts
+    return pipe.encode_windows(
+        plain_prompts(pipe.tokenizer, list(names), policy, False, list(names.values()))
+    )
 
 
 def _batches(
