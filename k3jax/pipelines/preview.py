@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from k3jax.files import user_cache
 from k3jax.model.movq import MoVQ, normalize
-from k3jax.pipelines.compilation_cache import user_cache
 
 
 FIT_IMAGES, FIT_SIZE = 16, 128
