@@ -28,21 +28,6 @@ from random_checkpoint import MODEL
 SMALL = ["--steps", "2", "--height", "64", "--width", "64", "--dtype", "float32"]
 
 
-@pytest.fixture
-def planned(monkeypatch):
-    """The runs that commands would start, with their images; nothing is generated."""
-    from k3jax.cli.image_run import ImageRun
-
-    runs = []
-
-    def write(self, images, *args, **kwargs):
-        runs.append((self, images))
-        return [Image.new("RGB", (64, 64)) for _ in images]
-
-    monkeypatch.setattr(ImageRun, "write", write)
-    return runs
-
-
 @pytest.mark.usefixtures("one_device")
 def test_generate(run, refuses, tmp_path):
     """The files of the packaged model, which is used without --checkpoint."""
@@ -88,7 +73,7 @@ def test_generate(run, refuses, tmp_path):
 def test_every_option_is_recorded(run, demo, planned, tmp_path):
     """Everything that an image depends on is in its PNG, also options that come later."""
     assert run("generate", "a", "--checkpoint", demo, "-o", tmp_path / "o")[0] == 0
-    ((image_run, _),) = planned
+    ((image_run, *_),) = planned
     options = {name for name, option in option_fields(TextToImageOptions).items() if option.group}
     assert image_run._call_settings().keys() == options - {"seed", "num_images_per_prompt"}
 
@@ -102,7 +87,7 @@ def test_every_option_has_a_flag_and_a_config_key(run, demo, planned, tmp_path):
             args = ["generate", "a", "--checkpoint", demo, "-o", tmp_path / name]
             assert run(*args, option.flags[0], *words)[0] == 0, name
             assert run(*args, f"--config.generate.{name}={','.join(words)}")[0] == 0, name
-            by_flag, by_key = (getattr(run.options, name) for run, _ in planned[-2:])
+            by_flag, by_key = (getattr(run.options, name) for run, *_ in planned[-2:])
             assert by_flag == by_key != option.default, name
 
 
@@ -157,7 +142,7 @@ def test_flags_win_over_overrides_and_these_over_the_config(run, demo, planned, 
 
 def test_a_checkpoint_has_its_own_defaults(run, demo, planned, tmp_path):
     assert run("generate", "a", "--checkpoint", demo, "-o", tmp_path / "o")[0] == 0
-    ((image_run, _),) = planned
+    ((image_run, *_),) = planned
     call = image_run._call_settings()
     assert (call["height"], call["num_inference_steps"], call["sampler"]) == (128, 25, "kandinsky")
     assert image_run.load.dtype == "bfloat16"
