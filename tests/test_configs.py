@@ -13,7 +13,7 @@ from k3jax.cli.run_config import architecture_differences, build, collect, confi
 from k3jax.config import ModelConfig, to_dict
 from k3jax.convert.architecture import original_sampler, sampler_config
 from k3jax.sharding import data_parallelism, make_meshes
-from k3jax.synthesis.loading import ROOM
+from k3jax.synthesis.weights import ROOM
 
 
 CONFIGS = Path(__file__).parents[1] / "configs"

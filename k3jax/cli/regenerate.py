@@ -39,7 +39,7 @@ def add_remaking(add: Callable) -> None:
 
 def devices_by(args: argparse.Namespace) -> Callable:
     """What a shard was made on -> this host's devices, used alike unless a flag says otherwise."""
-    from k3jax.synthesis.remake import devices_as_recorded
+    from k3jax.synthesis.regeneration import devices_as_recorded
 
     return functools.partial(
         devices_as_recorded,
@@ -52,7 +52,7 @@ def devices_by(args: argparse.Namespace) -> Callable:
 def run(args: argparse.Namespace) -> int:
     require("synth")
     from k3jax.synthesis.local_store import LocalStore
-    from k3jax.synthesis.remake import Prompts, remake_images, weights_of
+    from k3jax.synthesis.regeneration import Prompts, remake_images, weights_of
     from k3jax.synthesis.run_manifest import read_manifest
     from k3jax.synthesis.samples import key_of
     from k3jax.synthesis.storage import store_at, write_bytes

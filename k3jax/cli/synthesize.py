@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
 
     from k3jax.pipelines.components import text_encoder_form
     from k3jax.synthesis.checking import finished_shards
-    from k3jax.synthesis.request import open_data_set, settings_of
+    from k3jax.synthesis.data_set import open_data_set, settings_of
     from k3jax.synthesis.shares import find_share
 
     share = find_share(os.environ, args.job, args.jobs, args.host, args.hosts)
@@ -145,8 +145,8 @@ def run(args: argparse.Namespace) -> int:
     wanted = settings_of(config, args.size)
     text_encoder_form(config.pipeline.int8_text_encoder, config.pipeline.stream_text_encoder)
 
-    from k3jax.synthesis.loading import Devices, Weights, loader, weights_fit_together
     from k3jax.synthesis.run import Running, make_shards, samples_of
+    from k3jax.synthesis.weights import Devices, Weights, loader, weights_fit_together
 
     devices = Devices.local(
         config.pipeline.mesh,

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _repair(args, store, manifest, shards) -> int:
-    from k3jax.synthesis.remake import Prompts, repair, weights_of
+    from k3jax.synthesis.regeneration import Prompts, repair, weights_of
     from k3jax.synthesis.run import Running
 
     weights = weights_of(manifest, args.checkpoint, args.lora)

@@ -16,11 +16,11 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from k3jax.synthesis.encoding import Encoded, encode_image
-from k3jax.synthesis.image_task import Inputs, read_inputs
+from k3jax.synthesis.batches import Batch, BatchKind
+from k3jax.synthesis.image_formats import Encoded, encode_image
+from k3jax.synthesis.input_images import Inputs, read_inputs
 from k3jax.synthesis.locks import Locks
 from k3jax.synthesis.phases import Phases
-from k3jax.synthesis.planning import Batch, Bucket
 from k3jax.synthesis.progress import Progress
 from k3jax.synthesis.run_manifest import Manifest
 from k3jax.synthesis.shard_writer import ShardInWork, ShardWriter
@@ -53,7 +53,7 @@ class Engine:
         self._encoding = manifest.settings.encoding
         self._writer = ShardWriter(store, manifest, phases.made_on, progress, locks)
         self._error: BaseException | None = None
-        self._seconds: dict[Bucket, float] = {}
+        self._seconds: dict[BatchKind, float] = {}
 
     def run(self) -> bool:
         """Works to the end; whether everything was made.

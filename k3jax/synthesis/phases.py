@@ -20,9 +20,9 @@ import numpy as np
 from k3jax.model.abstract import COMPONENTS
 from k3jax.pipelines.base_pipeline import BasePipeline
 from k3jax.sharding import data_parallelism
+from k3jax.synthesis.batches import Batch, ShardBatches, texts_of
 from k3jax.synthesis.embeddings import Embeddings
-from k3jax.synthesis.image_task import Inputs, make_images
-from k3jax.synthesis.planning import Batch, ShardPlan, texts_of
+from k3jax.synthesis.input_images import Inputs, images_from_inputs
 from k3jax.synthesis.run_manifest import Settings
 
 
@@ -36,8 +36,8 @@ Load = Callable[[Sequence[str]], BasePipeline]
 
 
 @dataclass(frozen=True)
-class PreparedShard:
-    plan: ShardPlan
+class EncodedShard:
+    plan: ShardBatches
     embeddings: Embeddings
 
 
@@ -51,7 +51,7 @@ class Phases:
         self,
         load: Load,
         settings: Settings,
-        plans: Callable[[], Iterator[ShardPlan]],
+        plans: Callable[[], Iterator[ShardBatches]],
         shards_per_phase: int | None = None,
         stopped: Callable[[], bool] = lambda: False,
     ):
@@ -66,7 +66,7 @@ class Phases:
         self._pipe: BasePipeline | None = None
         self.made_on: dict[str, Any] = {}
 
-    def __iter__(self) -> Iterator[PreparedShard]:
+    def __iter__(self) -> Iterator[EncodedShard]:
         alternate = self._shards_per_phase is not None
         plans = self._plans()
         first = next(plans, None)
@@ -77,7 +77,7 @@ class Phases:
         self._pipe = None
 
     def make(
-        self, prepared: PreparedShard, batch: Batch, inputs: Sequence[Inputs] | None = None
+        self, prepared: EncodedShard, batch: Batch, inputs: Sequence[Inputs] | None = None
     ) -> Sequence[np.ndarray]:
         """The images of a batch, each float32 (h, w, 3) in [0, 1]; NaN where the model failed.
 
@@ -108,7 +108,9 @@ class Phases:
         bucket = batch.bucket
         with self._turn:
             if inputs is not None:
-                images = make_images(self._pipe, bucket.task, batch.samples, inputs, arguments)
+                images = images_from_inputs(
+                    self._pipe, bucket.task, batch.samples, inputs, arguments
+                )
             else:
                 images = self._pipe(height=bucket.height, width=bucket.width, **arguments).images
         if not failed.any():
@@ -116,7 +118,7 @@ class Phases:
         nothing = np.full_like(images[0], np.nan)
         return [nothing if bad else image for bad, image in zip(failed, images, strict=True)]
 
-    def _together(self, plans: Iterator[ShardPlan]) -> Iterator[PreparedShard]:
+    def _together(self, plans: Iterator[ShardBatches]) -> Iterator[EncodedShard]:
         self._take(self._load(ALL))
         with ThreadPoolExecutor(1, "encode") as pool:
 
@@ -129,7 +131,7 @@ class Phases:
                 ahead = pool.submit(following)
                 yield prepared
 
-    def _alternating(self, plans: Iterator[ShardPlan]) -> Iterator[PreparedShard]:
+    def _alternating(self, plans: Iterator[ShardBatches]) -> Iterator[EncodedShard]:
         while group := list(itertools.islice(plans, self._shards_per_phase)):
             self._take(self._load(ENCODER))
             prepared = [self._prepare(plan) for plan in group]
@@ -138,7 +140,7 @@ class Phases:
             yield from prepared
             self._drop()
 
-    def _prepare(self, plan: ShardPlan) -> PreparedShard:
+    def _prepare(self, plan: ShardBatches) -> EncodedShard:
         texts, embeddings = texts_of(plan), Embeddings()
         size = self._pipe.batch_size
         step = -(-TEXTS_AT_ONCE // size) * size
@@ -148,7 +150,7 @@ class Phases:
             part = texts[first : first + step]
             with self._turn:
                 embeddings.add(part, self._pipe.encode_prompt(part))
-        return PreparedShard(plan, embeddings)
+        return EncodedShard(plan, embeddings)
 
     def _take(self, pipe: BasePipeline) -> None:
         self._pipe, mesh, encoder = pipe, pipe.mesh, pipe.encoder_mesh

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from k3jax.model.tokenizer import PromptTruncatedWarning
 from k3jax.sampling.samplers import make_sampler
+from k3jax.synthesis.batches import ShardBatches, batch_shard, read_samples
 from k3jax.synthesis.card import write_card
 from k3jax.synthesis.checking import Check, finished_shards, remove_leavings, shards_to_make
 from k3jax.synthesis.engine import Engine
@@ -21,9 +22,8 @@ from k3jax.synthesis.layout import INDEX, METRICS
 from k3jax.synthesis.local_store import LocalStore
 from k3jax.synthesis.locks import Locks
 from k3jax.synthesis.phases import Load, Phases
-from k3jax.synthesis.planning import ShardPlan, plan_shard, read_samples
 from k3jax.synthesis.progress import Progress
-from k3jax.synthesis.prompt_source import (
+from k3jax.synthesis.prompt_index import (
     PromptIndex,
     PromptSource,
     index_from_json,
@@ -133,13 +133,13 @@ def make_shards(
         there = finished_shards(store, layout) if only is None else set()
         done = sum(sizes[shard] for shard in mine if shard in there)
 
-        def plans() -> Iterator[ShardPlan]:
+        def plans() -> Iterator[ShardBatches]:
             sampler = make_sampler(manifest.settings.sampler)
             todo = only
             if todo is None:
                 todo = shards_to_make(store, manifest, mine, running.check, _note)
             for shard in todo:
-                yield plan_shard(shard, samples(shard), batch_size, sampler)
+                yield batch_shard(shard, samples(shard), batch_size, sampler)
 
         phases = Phases(
             load,

@@ -16,9 +16,9 @@ from typing import Any, get_args
 from k3jax.config import ModelConfig, SamplerConfig, from_dict, to_dict
 from k3jax.pipelines import request
 from k3jax.sampling.samplers import make_sampler
-from k3jax.synthesis.encoding import ImageFormat, codec_version
+from k3jax.synthesis.image_formats import ImageFormat, codec_version
 from k3jax.synthesis.layout import MANIFEST, Format, Layout
-from k3jax.synthesis.prompt_source import PromptIndex
+from k3jax.synthesis.prompt_index import PromptIndex
 from k3jax.synthesis.samples import RowRules
 from k3jax.synthesis.storage import Store, read_bytes
 

@@ -34,7 +34,7 @@ class Sample:
     Attributes:
         index: its place in the data set, from 0.
         line: of the prompt file, from 1.
-        image, mask: files that it starts from; see image_task.py.
+        image, mask: files that it starts from; see input_images.py.
         image_sha256, mask_sha256: of their content, where it is known already.
         strength: how much of the image is changed; None without one.
         fault: why it cannot be made; then only `index`, `id` and `line` mean anything.

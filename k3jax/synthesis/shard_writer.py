@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
 
-from k3jax.synthesis.encoding import Encoded
-from k3jax.synthesis.image_task import Inputs
+from k3jax.synthesis.image_formats import Encoded
+from k3jax.synthesis.input_images import Inputs
 from k3jax.synthesis.locks import Locks
-from k3jax.synthesis.phases import PreparedShard
+from k3jax.synthesis.phases import EncodedShard
 from k3jax.synthesis.progress import Progress
 from k3jax.synthesis.run_manifest import Manifest
 from k3jax.synthesis.samples import Sample, key_of
@@ -33,7 +33,7 @@ class AbandonedError(Exception):
 class ShardInWork:
     """A shard that the devices fill and the writer empties."""
 
-    def __init__(self, prepared: PreparedShard, slots: threading.BoundedSemaphore):
+    def __init__(self, prepared: EncodedShard, slots: threading.BoundedSemaphore):
         self.prepared, self.number = prepared, prepared.plan.shard
         self.ended = False
         self._slots = slots
@@ -96,7 +96,7 @@ class ShardWriter:
         pixels = 12 * manifest.settings.width * manifest.settings.height
         self._slots = threading.BoundedSemaphore(max(16, min(512, WAITING_BYTES // pixels)))
 
-    def begin(self, prepared: PreparedShard) -> ShardInWork:
+    def begin(self, prepared: EncodedShard) -> ShardInWork:
         """The next shard."""
         shard = ShardInWork(prepared, self._slots)
         self._shards.put(shard)

@@ -17,7 +17,7 @@ from k3jax import Kandinsky3Pipeline
 from k3jax.sampling.samplers import make_sampler
 from k3jax.sharding import make_mesh
 from k3jax.synthesis import engine, run
-from k3jax.synthesis.planning import plan_shard, texts_of
+from k3jax.synthesis.batches import batch_shard, texts_of
 from k3jax.synthesis.run import Running
 from k3jax.synthesis.samples import Sample
 from k3jax.synthesis.storage import store_at
@@ -91,7 +91,7 @@ def test_the_devices_hardly_wait(tmp_path, checkpoint, capsys):
             Sample(k, str(k), k, f"prompt {k}", None, k, 128, 128, 3.0)
             for k in range(shard * count, (shard + 1) * count)
         ]
-        return plan_shard(shard, samples, 4, make_sampler(pipe.config.sampler))
+        return batch_shard(shard, samples, 4, make_sampler(pipe.config.sampler))
 
     def alone(plans):
         start = time.monotonic()
@@ -110,7 +110,7 @@ def test_the_devices_hardly_wait(tmp_path, checkpoint, capsys):
     for number in range(3):
         before = alone([plan(shard, count) for shard in range(5)])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("k3jax.synthesis.loading.loader", lambda *_: lambda parts: pipe)
+            patch.setattr("k3jax.synthesis.weights.loader", lambda *_: lambda parts: pipe)
             patch.setattr("jax.local_devices", lambda: list(mesh.devices.flat))
             walls = []
             real = engine.Engine.run
@@ -198,7 +198,7 @@ def photographs(count):
 
 def test_an_index_of_many_prompts_is_small(tmp_path):
     """A file is read once, at the rate that is printed, and its index has a few bytes a row."""
-    from k3jax.synthesis.prompt_source import PromptSource, index_to_json
+    from k3jax.synthesis.prompt_index import PromptSource, index_to_json
     from k3jax.synthesis.samples import RowRules
 
     path = tmp_path / "p.jsonl"

@@ -75,7 +75,7 @@ def _digest(data) -> bytes:
 
 def install(setattr, **options) -> list[StubPipeline]:
     """Puts stubs in the place of pipelines; the list gets each that is made."""
-    from k3jax.synthesis import loading, remake
+    from k3jax.synthesis import regeneration, weights
 
     made = []
 
@@ -86,8 +86,8 @@ def install(setattr, **options) -> list[StubPipeline]:
 
         return load
 
-    setattr(loading, "loader", loader)
-    setattr(remake, "loader", loader)
+    setattr(weights, "loader", loader)
+    setattr(regeneration, "loader", loader)
     return made
 
 

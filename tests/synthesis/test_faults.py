@@ -9,7 +9,7 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 
-from k3jax.synthesis.encoding import ImageFormat
+from k3jax.synthesis.image_formats import ImageFormat
 from k3jax.synthesis.local_store import LocalStore
 
 import data_sets

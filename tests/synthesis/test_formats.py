@@ -13,7 +13,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from k3jax.synthesis.encoding import ImageFormat, encode_image
+from k3jax.synthesis.image_formats import ImageFormat, encode_image
 
 from data_sets import contents, write_jsonl
 

@@ -11,7 +11,7 @@ from PIL import Image
 from k3jax import Kandinsky3Pipeline
 from k3jax.pipelines.image_to_image import Kandinsky3Img2ImgPipeline
 from k3jax.pipelines.inpaint import Kandinsky3InpaintPipeline
-from k3jax.synthesis.image_task import read_inputs
+from k3jax.synthesis.input_images import read_inputs
 from k3jax.synthesis.samples import Sample
 
 from damaged_images import encoded, exif_block, png_chunk

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from k3jax.synthesis import prompt_files
-from k3jax.synthesis.prompt_source import PromptSource, index_from_json, index_to_json
+from k3jax.synthesis.prompt_index import PromptSource, index_from_json, index_to_json
 from k3jax.synthesis.samples import RowRules
 
 from data_sets import write_jsonl
@@ -90,7 +90,7 @@ def test_several_files(tmp_path):
 def test_any_row_is_read_where_it_stands(tmp_path, monkeypatch, kind):
     """Rows from the middle on are those of a whole reading, also across files, without it."""
     monkeypatch.setattr(prompt_files, "MARK_EVERY", 4)
-    monkeypatch.setattr("k3jax.synthesis.prompt_source.MARK_EVERY", 4)
+    monkeypatch.setattr("k3jax.synthesis.prompt_index.MARK_EVERY", 4)
     paths = []
     for number in range(2):
         prompts = [f"{number} {k}" + " x" * (k % 7) for k in range(23)]

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from k3jax import Kandinsky3Pipeline
-from k3jax.synthesis.remake import devices_as_recorded
+from k3jax.synthesis.regeneration import devices_as_recorded
 
 from data_sets import write_jsonl
 

@@ -131,9 +131,9 @@ def test_another_data_set_is_refused(
         prompts.write_text(prompts.read_text().replace("number 3", "number x"))
     elif change == "jax":
         real = data_sets_versions()
-        monkeypatch.setattr("k3jax.synthesis.request.versions", lambda: {**real, "jax": "0.0.1"})
+        monkeypatch.setattr("k3jax.synthesis.data_set.versions", lambda: {**real, "jax": "0.0.1"})
     elif change == "weights":
-        monkeypatch.setattr("k3jax.synthesis.loading.Weights.identity", {"fingerprint": "f" * 64})
+        monkeypatch.setattr("k3jax.synthesis.weights.Weights.identity", {"fingerprint": "f" * 64})
     message = refuses(*words, *(change if isinstance(change, list) else []))
     assert "holds another data set" in message and names in message
     assert contents(tmp_path / "out") == before

@@ -68,7 +68,7 @@ def test_encoding_is_ahead_of_the_devices(words, made, stubs, monkeypatch):
 
 def test_images_are_written_while_others_are_made(words, made, monkeypatch):
     """The run takes as long as the devices: encoders and writer work beside them."""
-    from k3jax.synthesis.encoding import ImageFormat
+    from k3jax.synthesis.image_formats import ImageFormat
 
     stub_pipeline.install(monkeypatch.setattr, seconds=(0.2,))
     real = ImageFormat.encode
@@ -99,7 +99,7 @@ def test_nothing_holds_the_weights_between_phases(words, made, monkeypatch):
     import gc
     import weakref
 
-    from k3jax.synthesis import loading
+    from k3jax.synthesis import weights
 
     alive = []
 
@@ -113,16 +113,16 @@ def test_nothing_holds_the_weights_between_phases(words, made, monkeypatch):
 
         return load
 
-    monkeypatch.setattr(loading, "loader", loader)
+    monkeypatch.setattr(weights, "loader", loader)
     made(*words, "--phases", "alternate", "--shards-per-phase", "2")
     assert len(alive) == 6
 
 
 @pytest.mark.parametrize("limit, together", [(None, True), (1 << 40, True), (1 << 20, False)])
 def test_phases_are_chosen_by_the_memory(words, made, stubs, monkeypatch, limit, together):
-    from k3jax.synthesis import loading
+    from k3jax.synthesis import weights
 
-    real = loading.weights_fit_together
+    real = weights.weights_fit_together
 
     def fits(checkpoint, settings, used):
         class Device:
@@ -133,9 +133,9 @@ def test_phases_are_chosen_by_the_memory(words, made, stubs, monkeypatch, limit,
             devices = np.array([Device()], object)
             shape = used.mesh.shape
 
-        return real(checkpoint, settings, loading.Devices(Mesh, Mesh, used.batch_size))
+        return real(checkpoint, settings, weights.Devices(Mesh, Mesh, used.batch_size))
 
-    monkeypatch.setattr(loading, "weights_fit_together", fits)
+    monkeypatch.setattr(weights, "weights_fit_together", fits)
     made(*words)
     assert (stubs[0].parts == phases.ALL) == together
 

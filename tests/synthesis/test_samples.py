@@ -8,7 +8,7 @@ import pytest
 
 from k3jax.config import SamplerConfig
 from k3jax.sampling.samplers import make_sampler
-from k3jax.synthesis.planning import plan_shard, texts_of
+from k3jax.synthesis.batches import batch_shard, texts_of
 from k3jax.synthesis.samples import MAX_SEED, RowRules, Sample, derived_seed, key_of, nearest_size
 
 
@@ -89,12 +89,12 @@ def test_a_plan_has_few_shapes():
     samples = [sample(k) for k in range(5)]
     samples += [sample(5, width=128), sample(6, guidance_scale=0.0, negative_prompt="n")]
     samples += [sample(7, negative_prompt="n"), sample(8, fault="bad"), sample(9)]
-    plan = plan_shard(3, samples, 4, GUIDED)
+    plan = batch_shard(3, samples, 4, GUIDED)
     made = [[s.index for s in batch.samples] for batch in plan.batches]
     assert made == [[0, 1, 2, 3], [4, 9], [5], [6], [7]]
     assert len({batch.bucket for batch in plan.batches}) == 4
     assert texts_of(plan) == ["p0", "p1", "p2", "n"]
-    assert len({b.bucket for b in plan_shard(3, samples, 4, FLASH).batches}) == 2
-    one = [[s.index for s in b.samples] for b in plan_shard(3, samples, 1, GUIDED).batches]
+    assert len({b.bucket for b in batch_shard(3, samples, 4, FLASH).batches}) == 2
+    one = [[s.index for s in b.samples] for b in batch_shard(3, samples, 1, GUIDED).batches]
     # The order in the shard does not depend on the batch.
     assert list(itertools.chain(*one)) == list(itertools.chain(*made))

@@ -158,7 +158,7 @@ def test_repair_without_the_prompts(tmp_path, made, refuses, stubs):
 
 def test_failed_samples_can_be_tried_again(tmp_path, made, stubs, monkeypatch):
     """An accident is mended; a bad line stays what it is."""
-    from k3jax.synthesis.encoding import ImageFormat
+    from k3jax.synthesis.image_formats import ImageFormat
 
     prompts = tmp_path / "p.jsonl"
     prompts.write_text('{"prompt": "a"}\n{\n{"prompt": "b"}\n')
@@ -188,5 +188,5 @@ def test_repair_with_other_weights_or_versions(tmp_path, made, refuses, stubs, m
     (out / "data" / "000000.tar").unlink()
     message = refuses("verify", out, "--repair", "--checkpoint", tmp_path / "none")
     assert "Say where the weights are with --checkpoint DIR" in message
-    monkeypatch.setattr("k3jax.synthesis.remake.versions", lambda: {"jax": "0.0.1"})
+    monkeypatch.setattr("k3jax.synthesis.regeneration.versions", lambda: {"jax": "0.0.1"})
     assert "made with other versions" in refuses("verify", out, "--repair")

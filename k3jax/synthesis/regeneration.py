@@ -8,18 +8,18 @@ from typing import Any
 
 from k3jax.checkpoints.format import Checkpoint, read_checkpoint
 from k3jax.sampling.samplers import make_sampler
+from k3jax.synthesis.batches import batch_shard, read_samples
 from k3jax.synthesis.checking import finished_shards, sidecar_fault
-from k3jax.synthesis.encoding import Encoded, encode_image
-from k3jax.synthesis.image_task import read_inputs
-from k3jax.synthesis.loading import Devices, Weights, loader
+from k3jax.synthesis.data_set import INSIDE, open_source
+from k3jax.synthesis.image_formats import Encoded, encode_image
+from k3jax.synthesis.input_images import read_inputs
 from k3jax.synthesis.phases import Phases
-from k3jax.synthesis.planning import plan_shard, read_samples
-from k3jax.synthesis.request import INSIDE, open_source
 from k3jax.synthesis.run import Running, indexed, make_shards
 from k3jax.synthesis.run_manifest import Manifest, differences, prompts_entry, versions
 from k3jax.synthesis.samples import Sample
 from k3jax.synthesis.sidecar import Sidecar, read_sidecar
 from k3jax.synthesis.storage import Store
+from k3jax.synthesis.weights import Devices, Weights, loader
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def remake_images(
 ) -> dict[str, Encoded]:
     """Images of samples by their ids, encoded as in the data set."""
     settings = manifest.settings
-    plan = plan_shard(0, samples, devices.batch_size, make_sampler(settings.sampler))
+    plan = batch_shard(0, samples, devices.batch_size, make_sampler(settings.sampler))
     phases = Phases(loader(weights, settings, devices), settings, lambda: iter([plan]))
     made = {}
     for prepared in phases:

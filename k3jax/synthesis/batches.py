@@ -6,20 +6,20 @@ from dataclasses import dataclass
 
 from k3jax.sampling.samplers import Sampler
 from k3jax.sampling.strength import steps_of_strength
-from k3jax.synthesis.image_task import Task, task_of
+from k3jax.synthesis.input_images import Task, operation_of
 from k3jax.synthesis.layout import Layout
-from k3jax.synthesis.prompt_source import PromptIndex, PromptSource
+from k3jax.synthesis.prompt_index import PromptIndex, PromptSource
 from k3jax.synthesis.samples import RowRules, Sample
 
 
 @dataclass(frozen=True)
-class Bucket:
+class BatchKind:
     """What samples must share to be made by one program.
 
     Attributes:
         guided: with guidance, at two forward passes a step.
         negative: with negative prompts.
-        task, steps: what is made of images, in how many steps; see image_task.py.
+        task, steps: what is made of images, in how many steps; see input_images.py.
     """
 
     width: int
@@ -32,12 +32,12 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Batch:
-    bucket: Bucket
+    bucket: BatchKind
     samples: tuple[Sample, ...]
 
 
 @dataclass(frozen=True)
-class ShardPlan:
+class ShardBatches:
     """
     Attributes:
         samples: all of the shard, in the order of the prompts.
@@ -64,32 +64,32 @@ def read_samples(
         yield from (sample for sample in samples if first <= sample.index < stop)
 
 
-def plan_shard(
+def batch_shard(
     shard: int, samples: Sequence[Sample], batch_size: int, sampler: Sampler
-) -> ShardPlan:
+) -> ShardBatches:
     """The batches of a shard. A sampler may make steps of its own number, or never guide."""
-    buckets: dict[Bucket, list[Sample]] = {}
+    buckets: dict[BatchKind, list[Sample]] = {}
     for sample in samples:
         if sample.fault is None:
-            buckets.setdefault(bucket_of(sample, sampler), []).append(sample)
+            buckets.setdefault(kind_of(sample, sampler), []).append(sample)
     batches = [
         Batch(bucket, tuple(members[first : first + batch_size]))
         for bucket, members in buckets.items()
         for first in range(0, len(members), batch_size)
     ]
-    return ShardPlan(shard, tuple(samples), tuple(batches))
+    return ShardBatches(shard, tuple(samples), tuple(batches))
 
 
-def bucket_of(sample: Sample, sampler: Sampler) -> Bucket:
+def kind_of(sample: Sample, sampler: Sampler) -> BatchKind:
     guided = sampler.guided and sample.guidance_scale > 0
     negative = guided and sample.negative_prompt is not None
     steps = sampler.num_steps
     if sample.strength is not None:
         steps = steps_of_strength(sample.strength, steps)
-    return Bucket(sample.width, sample.height, guided, negative, task_of(sample), steps)
+    return BatchKind(sample.width, sample.height, guided, negative, operation_of(sample), steps)
 
 
-def texts_of(plan: ShardPlan) -> list[str]:
+def texts_of(plan: ShardBatches) -> list[str]:
     """Every text that a shard needs encoded, once, in the order in which they first occur."""
     texts = {}
     for batch in plan.batches:

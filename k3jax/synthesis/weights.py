@@ -20,7 +20,7 @@ from k3jax.pipelines.compilation_cache import enable_compilation_cache
 from k3jax.pipelines.components import load_component, text_encoder_form
 from k3jax.pipelines.loaded_model import checked_batch_size
 from k3jax.sharding import data_parallelism, make_meshes
-from k3jax.synthesis.image_task import pipeline_class
+from k3jax.synthesis.input_images import pipeline_class
 from k3jax.synthesis.phases import ALL, Load
 from k3jax.synthesis.run_manifest import Settings
 

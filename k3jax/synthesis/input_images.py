@@ -44,7 +44,7 @@ class Inputs:
     sha256: Mapping[str, str]
 
 
-def task_of(sample: Sample) -> Task:
+def operation_of(sample: Sample) -> Task:
     if sample.image is None:
         return "text"
     return "image" if sample.mask is None else "inpaint"
@@ -77,7 +77,7 @@ def read_inputs(sample: Sample, base: str) -> Inputs | str:
         return str(error).rstrip(".")
 
 
-def make_images(
+def images_from_inputs(
     pipe: BasePipeline,
     task: Task,
     samples: Sequence[Sample],
