@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
 
     from k3jax.synthesis.gallery import write_gallery
     from k3jax.synthesis.run_manifest import read_manifest
-    from k3jax.synthesis.storage import store_at
+    from k3jax.synthesis.store import store_at
 
     store = store_at(args.output)
     names = write_gallery(store, read_manifest(store), args.max_images, args.progress)

@@ -51,11 +51,10 @@ def devices_by(args: argparse.Namespace) -> Callable:
 
 def run(args: argparse.Namespace) -> int:
     require("synth")
-    from k3jax.synthesis.local_store import LocalStore
     from k3jax.synthesis.regeneration import Prompts, remake_images, weights_of
     from k3jax.synthesis.run_manifest import read_manifest
     from k3jax.synthesis.samples import key_of
-    from k3jax.synthesis.storage import store_at, write_bytes
+    from k3jax.synthesis.store import LocalStore, store_at
 
     store = store_at(args.data_set)
     manifest = read_manifest(store)
@@ -83,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
                 print(f"k3jax: {sample_id} failed: {encoded.fault}", file=sys.stderr)
                 code = 1
                 continue
-            write_bytes(target, names[sample_id], encoded.content)
+            target.write(names[sample_id], encoded.content)
             print(Path(args.output) / names[sample_id])
             print(f"k3jax: {sample_id}: {_judged(encoded, row)}.", file=sys.stderr)
     return code

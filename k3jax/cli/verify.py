@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     require("synth")
     from k3jax.synthesis.audit import audit
     from k3jax.synthesis.run_manifest import read_manifest
-    from k3jax.synthesis.storage import store_at
+    from k3jax.synthesis.store import store_at
 
     store = store_at(args.output)
     manifest = read_manifest(store)

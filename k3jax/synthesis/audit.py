@@ -13,13 +13,12 @@ import numpy as np
 from tqdm import tqdm
 
 from k3jax.synthesis.checking import finished_shards, sidecar_fault
-from k3jax.synthesis.files import PART
 from k3jax.synthesis.image_formats import readable_fault
 from k3jax.synthesis.layout import DATA, METADATA, Layout
 from k3jax.synthesis.run_manifest import Manifest
 from k3jax.synthesis.shard_formats import StoredImage, read_shard, shard_digest
 from k3jax.synthesis.sidecar import OK, read_sidecar
-from k3jax.synthesis.storage import Store
+from k3jax.synthesis.store import PART, Store
 
 
 SHOWN_IDS = 5

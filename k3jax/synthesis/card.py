@@ -8,7 +8,7 @@ it where the files are. Form: https://huggingface.co/docs/hub/datasets-cards
 from k3jax.checkpoints.cards import LIMITS, front_matter
 from k3jax.synthesis.layout import CARD, DATA, ENDINGS
 from k3jax.synthesis.run_manifest import Manifest
-from k3jax.synthesis.storage import Store
+from k3jax.synthesis.store import Store
 
 
 LOADERS = {

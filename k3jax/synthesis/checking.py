@@ -5,13 +5,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
-from k3jax.synthesis.files import PART
 from k3jax.synthesis.layout import DATA, METADATA, Layout
-from k3jax.synthesis.locks import Locks
 from k3jax.synthesis.run_manifest import Manifest
 from k3jax.synthesis.shard_formats import shard_digest
 from k3jax.synthesis.sidecar import Sidecar, read_sidecar
-from k3jax.synthesis.storage import Store
+from k3jax.synthesis.store import PART, Locks, Store
 
 
 Check = Literal["sha256", "size", "none"]
@@ -98,6 +96,6 @@ def remove_leavings(store: Store, layout: Layout, locks: Locks) -> None:
             if not (name.startswith(".") and name.endswith(PART)):
                 continue
             stem = name[1:].split(".")[0]
-            if stem.isdigit() and locks.shard(int(stem)):
+            if stem.isdigit() and locks.take_shard(int(stem)):
                 store.delete(f"{folder}/{name}")
                 locks.release_shard(int(stem))

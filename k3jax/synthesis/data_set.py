@@ -13,10 +13,8 @@ from k3jax.pipelines import request
 from k3jax.pipelines.memory import check_memory
 from k3jax.sampling.denoise import loop_rows, sample_keys
 from k3jax.sampling.strength import steps_of_strength
-from k3jax.synthesis.files import is_remote
 from k3jax.synthesis.image_formats import QUALITY, ImageFormat
 from k3jax.synthesis.layout import INDEX, MANIFEST
-from k3jax.synthesis.locks import LOCK_FILE
 from k3jax.synthesis.prompt_index import PromptIndex, PromptSource, spool
 from k3jax.synthesis.run import indexed, keep_index
 from k3jax.synthesis.run_manifest import (
@@ -29,7 +27,7 @@ from k3jax.synthesis.run_manifest import (
 )
 from k3jax.synthesis.samples import RowRules
 from k3jax.synthesis.shares import Share
-from k3jax.synthesis.storage import Store, store_at
+from k3jax.synthesis.store import LOCK_FILE, Store, is_remote, store_at
 from k3jax.synthesis.weights import Devices, Weights
 
 

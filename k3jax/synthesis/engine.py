@@ -19,13 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 from k3jax.synthesis.batches import Batch, BatchKind
 from k3jax.synthesis.image_formats import Encoded, encode_image
 from k3jax.synthesis.input_images import Inputs, read_inputs
-from k3jax.synthesis.locks import Locks
 from k3jax.synthesis.phases import Phases
 from k3jax.synthesis.progress import Progress
 from k3jax.synthesis.run_manifest import Manifest
 from k3jax.synthesis.shard_writer import ShardInWork, ShardWriter
 from k3jax.synthesis.stopping import Stop
-from k3jax.synthesis.storage import Store
+from k3jax.synthesis.store import Locks, Store
 
 
 FINISH_SECONDS = 2.0  # to write the end of a shard
@@ -87,7 +86,7 @@ class Engine:
                     if self._stop.requested or self._writer.error is not None:
                         break
                     number = prepared.plan.shard
-                    if not self._locks.shard(number):
+                    if not self._locks.take_shard(number):
                         raise ValueError(
                             f"shard {number} of {self._store} is being made by another process: "
                             "two have the same share of the work (--job, --jobs). Stop one of them."

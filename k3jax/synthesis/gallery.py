@@ -26,7 +26,7 @@ from k3jax.synthesis.layout import DATA
 from k3jax.synthesis.run_manifest import Manifest
 from k3jax.synthesis.shard_formats import read_shard
 from k3jax.synthesis.sidecar import OK, read_sidecar
-from k3jax.synthesis.storage import Store, write_bytes
+from k3jax.synthesis.store import Store
 
 
 PAGE, FOLDER = "gallery.html", "gallery"
@@ -63,7 +63,7 @@ def write_gallery(
         number, text = len(chunks), json.dumps(waiting)
         if large:
             content = f"k3jaxThumbnails({number}, {text});\n"
-            write_bytes(store, f"{FOLDER}/{number}.js", content.encode())
+            store.write(f"{FOLDER}/{number}.js", content.encode())
             chunks.append("")
         else:
             chunks.append(
@@ -88,7 +88,7 @@ def write_gallery(
             bar.update(len(range(*manifest.layout.range(shard))))
     if waiting:
         flush()
-    write_bytes(store, PAGE, _page(store, manifest, images, chunks, total).encode())
+    store.write(PAGE, _page(store, manifest, images, chunks, total).encode())
     return [PAGE, FOLDER] if large else [PAGE]
 
 

@@ -21,8 +21,8 @@ from k3jax.pipelines.base_pipeline import BasePipeline
 from k3jax.pipelines.image_to_image import Kandinsky3Img2ImgPipeline
 from k3jax.pipelines.inpaint import Kandinsky3InpaintPipeline
 from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
-from k3jax.synthesis.files import is_remote, open_binary
 from k3jax.synthesis.samples import Sample
+from k3jax.synthesis.store import is_remote, open_file
 
 
 Task = Literal["text", "image", "inpaint"]
@@ -107,7 +107,7 @@ def _read(path: str, base: str, sha256: str | None, name: str) -> tuple[Image.Im
     if not is_remote(path) and not os.path.isabs(path):
         path = f"{base.rstrip('/')}/{path}"
     try:
-        with open_binary(path) as file:
+        with open_file(path) as file:
             content = file.read()
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None

@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
-from k3jax.synthesis.files import open_binary
+from k3jax.synthesis.store import open_file
 
 
 Mark = list[int]
@@ -33,7 +33,7 @@ class Lines:
         self.path, self._parse = path, parse
 
     def rows(self, mark: Mark | None = None) -> Iterator[tuple[Mark, int, RowValues]]:
-        with open_binary(self.path) as file:
+        with open_file(self.path) as file:
             byte, first = mark or (0, 1)
             file.seek(byte)
             for number, start, _, line in _lines(file, byte, first):
@@ -52,7 +52,7 @@ class Table:
 
     def __init__(self, path: str):
         self.path = path
-        with open_binary(path) as file:
+        with open_file(path) as file:
             lines = _Recorder(_lines(file, 0, 1))
             try:
                 self.header = [name.strip() for name in next(csv.reader(lines, strict=True))]
@@ -63,7 +63,7 @@ class Table:
         self._first = [lines.byte, lines.number]
 
     def rows(self, mark: Mark | None = None) -> Iterator[tuple[Mark, int, RowValues]]:
-        with open_binary(self.path) as file:
+        with open_file(self.path) as file:
             byte, number = mark or self._first
             file.seek(byte)
             lines = _Recorder(_lines(file, byte, number))
@@ -99,7 +99,7 @@ class Parquet:
         import pyarrow.parquet as pq
 
         self.path, self._wanted = path, frozenset(wanted)
-        with open_binary(path) as file:
+        with open_file(path) as file:
             try:
                 self.columns = pq.read_schema(file).names
             except Exception as error:
@@ -111,7 +111,7 @@ class Parquet:
         first = mark[0] if mark else 0
         read = [name for name in self.columns if name in self._wanted]
         others = dict.fromkeys(name for name in self.columns if name not in self._wanted)
-        with open_binary(self.path) as file:
+        with open_file(self.path) as file:
             table = pq.ParquetFile(file)
             counts = [table.metadata.row_group(g).num_rows for g in range(table.num_row_groups)]
             group = row = 0
@@ -201,7 +201,7 @@ def reader_of(path: str, kind: str | None, wanted: Iterable[str]) -> Reader:
 
 def file_digest(path: str) -> str:
     """sha256 of a file, as hexadecimal digits."""
-    with open_binary(path) as file:
+    with open_file(path) as file:
         if isinstance(file, io.BufferedReader):
             return hashlib.file_digest(file, "sha256").hexdigest()
         digest = hashlib.sha256()

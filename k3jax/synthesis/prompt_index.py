@@ -20,10 +20,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from k3jax.synthesis.files import expanded
 from k3jax.synthesis.prompt_files import MARK_EVERY, Mark, RowValues, file_digest, reader_of
 from k3jax.synthesis.samples import COLUMNS, Row, RowRules
-from k3jax.synthesis.storage import Store
+from k3jax.synthesis.store import Store, matching_files
 
 
 SHOWN_FAULTS = 5
@@ -87,7 +86,7 @@ class PromptSource:
         if unknown:
             raise ValueError(f"--column {unknown[0]}: known are {', '.join(COLUMNS)}.")
         wanted = [name for name in self._names.values() if name]
-        found = [path for pattern in paths for path in expanded(pattern)]
+        found = [path for pattern in paths for path in matching_files(pattern)]
         if not found:
             raise ValueError(f"no file matches {', '.join(paths)}.")
         self._readers = [reader_of(path, kind, wanted) for path in found]

@@ -18,7 +18,7 @@ from k3jax.synthesis.run import Running, indexed, make_shards
 from k3jax.synthesis.run_manifest import Manifest, differences, prompts_entry, versions
 from k3jax.synthesis.samples import Sample
 from k3jax.synthesis.sidecar import Sidecar, read_sidecar
-from k3jax.synthesis.storage import Store
+from k3jax.synthesis.store import Store
 from k3jax.synthesis.weights import Devices, Weights, loader
 
 

@@ -19,8 +19,6 @@ from k3jax.synthesis.card import write_card
 from k3jax.synthesis.checking import Check, finished_shards, remove_leavings, shards_to_make
 from k3jax.synthesis.engine import Engine
 from k3jax.synthesis.layout import INDEX, METRICS
-from k3jax.synthesis.local_store import LocalStore
-from k3jax.synthesis.locks import Locks
 from k3jax.synthesis.phases import Load, Phases
 from k3jax.synthesis.progress import Progress
 from k3jax.synthesis.prompt_index import (
@@ -33,7 +31,7 @@ from k3jax.synthesis.run_manifest import Manifest
 from k3jax.synthesis.samples import RowRules, Sample
 from k3jax.synthesis.shares import Share
 from k3jax.synthesis.stopping import Stop, stop_on_signals
-from k3jax.synthesis.storage import Store, read_bytes
+from k3jax.synthesis.store import LocalStore, Locks, Store
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def indexed(
 ) -> PromptIndex:
     """The index of the prompts: that of an earlier start, if they are still the same."""
     try:
-        head, _, rest = read_bytes(store, INDEX).partition(b"\n")
+        head, _, rest = store.read(INDEX).partition(b"\n")
         if head.decode() == _index_of(source, rules):
             return index_from_json(rest)
     except (FileNotFoundError, NotADirectoryError, KeyError, TypeError, ValueError):
@@ -121,7 +119,7 @@ def make_shards(
     warnings.filterwarnings("ignore", category=PromptTruncatedWarning)
     stop, locks = Stop(running.grace), Locks(store)
     try:
-        if not locks.share(share.worker, share.workers):
+        if not locks.take_share(share.worker, share.workers):
             raise ValueError(
                 f"another process is at work on share {share.worker} of {share.workers} of {store}:"
                 " give each its own number (--job, --jobs), or stop one."

@@ -20,7 +20,7 @@ from k3jax.synthesis.image_formats import ImageFormat, codec_version
 from k3jax.synthesis.layout import MANIFEST, Format, Layout
 from k3jax.synthesis.prompt_index import PromptIndex
 from k3jax.synthesis.samples import RowRules
-from k3jax.synthesis.storage import Store, read_bytes
+from k3jax.synthesis.store import Store
 
 
 VERSION = 1
@@ -159,7 +159,7 @@ def read_manifest(store: Store) -> Manifest:
         ValueError: there is none, or it is damaged, or of another version.
     """
     try:
-        content = read_bytes(store, MANIFEST)
+        content = store.read(MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{store} is not a data set of k3jax: it has no {MANIFEST}.") from None
     try:

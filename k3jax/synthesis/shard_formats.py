@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, Protocol
 
 from k3jax.synthesis.layout import Format
-from k3jax.synthesis.storage import Store
+from k3jax.synthesis.store import Store
 
 
 ROW_GROUP = 100  # images; what a writer holds in memory

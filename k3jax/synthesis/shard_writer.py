@@ -11,14 +11,13 @@ from typing import Any
 
 from k3jax.synthesis.image_formats import Encoded
 from k3jax.synthesis.input_images import Inputs
-from k3jax.synthesis.locks import Locks
 from k3jax.synthesis.phases import EncodedShard
 from k3jax.synthesis.progress import Progress
 from k3jax.synthesis.run_manifest import Manifest
 from k3jax.synthesis.samples import Sample, key_of
 from k3jax.synthesis.shard_formats import create_shard, record_of, record_types
 from k3jax.synthesis.sidecar import FAILED, OK, Sidecar, write_sidecar
-from k3jax.synthesis.storage import Store
+from k3jax.synthesis.store import Locks, Store
 
 
 WAITING_BYTES = 1 << 30  # of pixels between the devices and the writer

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from k3jax.synthesis.storage import Store, write_bytes
+from k3jax.synthesis.store import Store
 
 
 OK, FAILED = "ok", "failed"
@@ -82,7 +82,7 @@ def write_sidecar(store: Store, name: str, sidecar: Sidecar) -> None:
     table = pa.Table.from_pylist([dict(row) for row in sidecar.rows], schema)
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    write_bytes(store, name, sink.getvalue().to_pybytes())
+    store.write(name, sink.getvalue().to_pybytes())
 
 
 def read_sidecar(store: Store, name: str, columns: Sequence[str] | None = None) -> Sidecar:

@@ -20,7 +20,7 @@ from k3jax.synthesis import engine, run
 from k3jax.synthesis.batches import batch_shard, texts_of
 from k3jax.synthesis.run import Running
 from k3jax.synthesis.samples import Sample
-from k3jax.synthesis.storage import store_at
+from k3jax.synthesis.store import store_at
 
 import data_sets
 import stub_pipeline

@@ -11,7 +11,7 @@ import yaml
 
 from k3jax.synthesis.card import data_card
 from k3jax.synthesis.run_manifest import read_manifest
-from k3jax.synthesis.storage import store_at
+from k3jax.synthesis.store import store_at
 
 from data_sets import write_jsonl
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from k3jax.synthesis.image_formats import ImageFormat
-from k3jax.synthesis.local_store import LocalStore
+from k3jax.synthesis.store import LocalStore
 
 import data_sets
 import stub_pipeline
@@ -74,7 +74,7 @@ def test_disk_full(words, tmp_path, made, refuses, stubs, monkeypatch, kind, roo
         patch.setattr(builtins, "open", limited)
         message = refuses(*words)
     assert "cannot be written: No space left on device" in message
-    assert "What is finished stays" in message
+    assert "Finished shards are kept" in message
     left = contents(tmp_path / "out")
     assert set(left) < set(whole) and all(whole[name] == left[name] for name in left)
     made(*words)
