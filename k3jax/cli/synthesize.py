@@ -174,7 +174,7 @@ def run(args: argparse.Namespace) -> int:
     code, state = make_shards(
         opened.store,
         opened.manifest,
-        samples_of(opened.source, opened.index, opened.rules, opened.manifest),
+        samples_of(opened.index, opened.rules, opened.manifest),
         loader(weights, wanted, devices),
         devices.batch_size,
         Running(

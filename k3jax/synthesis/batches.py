@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The samples of a shard as batches of one compiled shape each."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from k3jax.sampling.samplers import Sampler
 from k3jax.sampling.strength import steps_of_strength
-from k3jax.synthesis.input_images import Task, operation_of
-from k3jax.synthesis.layout import Layout
-from k3jax.synthesis.prompt_index import PromptIndex, PromptSource
-from k3jax.synthesis.samples import RowRules, Sample
+from k3jax.synthesis.samples import Operation, Sample
 
 
 @dataclass(frozen=True)
@@ -19,14 +16,14 @@ class BatchKind:
     Attributes:
         guided: with guidance, at two forward passes a step.
         negative: with negative prompts.
-        task, steps: what is made of images, in how many steps; see input_images.py.
+        operation, steps: see `Sample.operation`; the steps that run, which `strength` reduces.
     """
 
     width: int
     height: int
     guided: bool
     negative: bool
-    task: Task
+    operation: Operation
     steps: int
 
 
@@ -48,20 +45,6 @@ class ShardBatches:
     shard: int
     samples: tuple[Sample, ...]
     batches: tuple[Batch, ...]
-
-
-def read_samples(
-    source: PromptSource, index: PromptIndex, rules: RowRules, layout: Layout, shard: int
-) -> Iterator[Sample]:
-    """The samples of a shard, read where their lines stand."""
-    first, stop = layout.range(shard)
-    per_row = rules.images_per_prompt
-    for number, line, default_id, row in source.rows(index, first // per_row, -(-stop // per_row)):
-        if isinstance(row, str):
-            samples = rules.bad_samples(row, default_id, number, line)
-        else:
-            samples = rules.samples(row, number, line)
-        yield from (sample for sample in samples if first <= sample.index < stop)
 
 
 def batch_shard(
@@ -86,7 +69,7 @@ def kind_of(sample: Sample, sampler: Sampler) -> BatchKind:
     steps = sampler.num_steps
     if sample.strength is not None:
         steps = steps_of_strength(sample.strength, steps)
-    return BatchKind(sample.width, sample.height, guided, negative, operation_of(sample), steps)
+    return BatchKind(sample.width, sample.height, guided, negative, sample.operation, steps)
 
 
 def texts_of(plan: ShardBatches) -> list[str]:

@@ -14,9 +14,9 @@ from k3jax.pipelines.memory import check_memory
 from k3jax.sampling.denoise import loop_rows, sample_keys
 from k3jax.sampling.strength import steps_of_strength
 from k3jax.synthesis.image_formats import QUALITY, ImageFormat
-from k3jax.synthesis.layout import INDEX, MANIFEST
-from k3jax.synthesis.prompt_index import PromptIndex, PromptSource, spool
-from k3jax.synthesis.run import indexed, keep_index
+from k3jax.synthesis.layout import MANIFEST
+from k3jax.synthesis.prompt_files import FORMATS
+from k3jax.synthesis.prompt_index import INDEX, PromptIndex, PromptSource, Summary, spool
 from k3jax.synthesis.run_manifest import (
     Manifest,
     Settings,
@@ -40,7 +40,6 @@ INSIDE = "./"
 class DataSet:
     store: Store
     manifest: Manifest
-    source: PromptSource
     index: PromptIndex
     rules: RowRules
 
@@ -151,19 +150,19 @@ def open_data_set(
         paths, found_at = [f"{store}/{name}"], [INSIDE + name]
     rules = settings.row_rules(config.model)
     source = open_source(paths, settings, rules, kind)
-    index = indexed(store, source, rules, progress)
-    _check_prompts(index, settings, config.synthesize.max_sizes)
+    index = source.index(store, progress)
+    _check_prompts(index.summary, settings, config.synthesize.max_sizes)
     if devices is not None:
         # Rows may do without guidance.
-        sizes = list(index.sizes)
+        sizes = [(w, h) for w, h, _ in index.summary.sizes]
         size = devices.batch_size
         check_memory(config.model, devices.mesh, size, settings.dtype, sizes, guided=False)
-    if index.unused:
-        names = ", ".join(index.unused[:10])
+    if index.summary.unused:
+        names = ", ".join(index.summary.unused[:10])
         print(f"k3jax: note: columns that are not used: {names}.", file=sys.stderr)
     manifest = Manifest(
         weights=weights.identity,
-        prompts=prompts_entry(index),
+        prompts=prompts_entry(index.summary),
         settings=settings,
         versions=versions(),
         found_at={
@@ -175,8 +174,8 @@ def open_data_set(
     )
     store.prepare()
     write_or_compare(store, manifest)
-    keep_index(store, source, rules, index)
-    return DataSet(store, manifest, source, index, rules)
+    index.save(store)
+    return DataSet(store, manifest, index, rules)
 
 
 def image_folder(prompts: str) -> str:
@@ -203,26 +202,26 @@ def _columns(texts: Sequence[str]) -> dict[str, str]:
 def _check_folder(store: Store) -> None:
     """Refuses a folder with something else in it."""
     names = {name for name in store.names("") if not name.startswith(".")}
-    known = {MANIFEST, INDEX, LOCK_FILE, "prompts.txt", "prompts.jsonl", "prompts.csv"}
+    known = {MANIFEST, INDEX, LOCK_FILE, *(f"prompts.{kind}" for kind in FORMATS)}
     if MANIFEST not in names and names - known:
         raise ValueError(
             f"{store} holds {sorted(names - known)[0]} and no data set: take an empty folder."
         )
 
 
-def _check_prompts(index: PromptIndex, settings: Settings, max_sizes: int) -> None:
-    if not index.rows:
-        names = ", ".join(file.name for file in index.files)
+def _check_prompts(summary: Summary, settings: Settings, max_sizes: int) -> None:
+    if not any(file["rows"] for file in summary.files):
+        names = ", ".join(file["name"] for file in summary.files)
         raise ValueError(f"{names} holds no prompts.")
-    if index.faults and not settings.skip_bad:
-        more = index.faults - len(index.examples)
+    if summary.faults and not settings.skip_bad:
+        more = summary.faults - len(summary.examples)
         raise ValueError(
-            f"{'; '.join(index.examples)}{f'; and {more} more bad lines' if more else ''}. Mend "
+            f"{'; '.join(summary.examples)}{f'; and {more} more bad lines' if more else ''}. Mend "
             "them, or let them be failed samples with --skip-bad."
         )
-    if len(index.sizes) > max_sizes:
+    if len(summary.sizes) > max_sizes:
         raise ValueError(
-            f"the prompts have {len(index.sizes)} sizes, each of them a program to compile: give "
+            f"the prompts have {len(summary.sizes)} sizes, each of them a program to compile: give "
             "a few with --buckets, such as --buckets 1024x1024,896x1152,1152x896, or raise "
             f"--max-sizes {max_sizes}."
         )

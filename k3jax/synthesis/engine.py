@@ -157,7 +157,7 @@ class Engine:
         """What the samples of each batch start from, read one batch ahead; None for texts."""
 
         def begin(batch: Batch):
-            if batch.bucket.task == "text":
+            if batch.bucket.operation == "text":
                 return None
             return [images.submit(read_inputs, s, self._image_folder) for s in batch.samples]
 

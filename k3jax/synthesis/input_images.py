@@ -10,7 +10,7 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -21,12 +21,8 @@ from k3jax.pipelines.base_pipeline import BasePipeline
 from k3jax.pipelines.image_to_image import Kandinsky3Img2ImgPipeline
 from k3jax.pipelines.inpaint import Kandinsky3InpaintPipeline
 from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
-from k3jax.synthesis.samples import Sample
+from k3jax.synthesis.samples import Operation, Sample
 from k3jax.synthesis.store import is_remote, open_file
-
-
-Task = Literal["text", "image", "inpaint"]
-IMAGE_FIELDS = ("image", "mask", "image_sha256", "mask_sha256")
 
 
 @dataclass(frozen=True)
@@ -42,12 +38,6 @@ class Inputs:
     image: np.ndarray
     mask: np.ndarray | None
     sha256: Mapping[str, str]
-
-
-def operation_of(sample: Sample) -> Task:
-    if sample.image is None:
-        return "text"
-    return "image" if sample.mask is None else "inpaint"
 
 
 def pipeline_class(in_channels: int, latent_channels: int) -> type[BasePipeline]:
@@ -79,7 +69,7 @@ def read_inputs(sample: Sample, base: str) -> Inputs | str:
 
 def images_from_inputs(
     pipe: BasePipeline,
-    task: Task,
+    operation: Operation,
     samples: Sequence[Sample],
     inputs: Sequence[Inputs],
     arguments: Mapping[str, Any],
@@ -96,7 +86,7 @@ def images_from_inputs(
         "strength": [sample.strength for sample in samples],
         "max_area": size,  # images have the size that they are worked at
     }
-    if task == "image":
+    if operation == "image":
         return Kandinsky3Img2ImgPipeline.from_pipe(pipe)(**more, **arguments).images
     masks = [given.mask for given in inputs]
     return Kandinsky3InpaintPipeline.from_pipe(pipe)(mask_image=masks, **more, **arguments).images

@@ -2,7 +2,7 @@
 """Names and arithmetic of a data set's files.
 
 manifest.json              what the data set is a function of
-prompts-index.json         where rows stand in the prompt files
+prompts-index.parquet      the checked rows of the prompt files
 data/000012.tar            shard 12 (.tar, .parquet, or a folder)
 metadata/000012.parquet    its sidecar, written last: with it the shard is finished
 metrics/                   how the work goes; nothing in it belongs to the data
@@ -15,7 +15,6 @@ from typing import Literal
 Format = Literal["webdataset", "parquet", "files"]
 
 MANIFEST = "manifest.json"
-INDEX = "prompts-index.json"
 CARD = "README.md"
 DATA, METADATA, METRICS = "data", "metadata", "metrics"
 ENDINGS = {"webdataset": ".tar", "parquet": ".parquet", "files": ""}

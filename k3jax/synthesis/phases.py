@@ -109,7 +109,7 @@ class Phases:
         with self._turn:
             if inputs is not None:
                 images = images_from_inputs(
-                    self._pipe, bucket.task, batch.samples, inputs, arguments
+                    self._pipe, bucket.operation, batch.samples, inputs, arguments
                 )
             else:
                 images = self._pipe(height=bucket.height, width=bucket.width, **arguments).images

@@ -8,14 +8,14 @@ from typing import Any
 
 from k3jax.checkpoints.format import Checkpoint, read_checkpoint
 from k3jax.sampling.samplers import make_sampler
-from k3jax.synthesis.batches import batch_shard, read_samples
+from k3jax.synthesis.batches import batch_shard
 from k3jax.synthesis.checking import finished_shards, sidecar_fault
 from k3jax.synthesis.data_set import INSIDE, open_source
 from k3jax.synthesis.image_formats import Encoded, encode_image
 from k3jax.synthesis.input_images import read_inputs
 from k3jax.synthesis.phases import Phases
-from k3jax.synthesis.run import Running, indexed, make_shards
-from k3jax.synthesis.run_manifest import Manifest, differences, prompts_entry, versions
+from k3jax.synthesis.run import Running, make_shards, samples_of
+from k3jax.synthesis.run_manifest import Manifest, differences, versions
 from k3jax.synthesis.samples import Sample
 from k3jax.synthesis.sidecar import Sidecar, read_sidecar
 from k3jax.synthesis.store import Store
@@ -84,9 +84,7 @@ class Prompts:
         sidecar = self.sidecar(shard)
         if sidecar is not None:
             return [sample_of(row) for row in sidecar.rows]
-        source, index = self._open()
-        layout = self._manifest.layout
-        return list(read_samples(source, index, self._rules, layout, shard))
+        return self._open()(shard)
 
     def sidecar(self, shard: int) -> Sidecar | None:
         """The sidecar of a shard if it can be relied on."""
@@ -128,15 +126,15 @@ class Prompts:
             manifest = self._manifest
             kind = manifest.found_at["prompts_format"]
             source = open_source(self._paths, manifest.settings, self._rules, kind)
-            index = indexed(self._store, source, self._rules)
-            now = [{k: f[k] for k in ("rows", "sha256")} for f in prompts_entry(index)["files"]]
+            index = source.index(self._store)
+            now = [{k: f[k] for k in ("rows", "sha256")} for f in index.summary.files]
             then = manifest.identity["prompts"]["files"]
             if found := differences(then, now, "file "):
                 raise ValueError(
                     f"the prompts are not those of the data set any more: {'; '.join(found)}. Say "
                     "where those are with --prompts."
                 )
-            self._opened = source, index
+            self._opened = samples_of(index, self._rules, manifest)
         return self._opened
 
 
@@ -189,7 +187,7 @@ def remake_images(
     for prepared in phases:
         for batch in plan.batches:
             inputs = None
-            if batch.bucket.task != "text":
+            if batch.bucket.operation != "text":
                 inputs = [read_inputs(s, manifest.found_at["images"]) for s in batch.samples]
                 bad = [given for given in inputs if isinstance(given, str)]
                 if bad:

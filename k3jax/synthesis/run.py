@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A process's run over its share of a data set, from prompts to finished shards."""
 
-import dataclasses
-import hashlib
-import json
 import os
 import socket
 import sys
@@ -14,19 +11,14 @@ from pathlib import Path
 
 from k3jax.model.tokenizer import PromptTruncatedWarning
 from k3jax.sampling.samplers import make_sampler
-from k3jax.synthesis.batches import ShardBatches, batch_shard, read_samples
+from k3jax.synthesis.batches import ShardBatches, batch_shard
 from k3jax.synthesis.card import write_card
 from k3jax.synthesis.checking import Check, finished_shards, remove_leavings, shards_to_make
 from k3jax.synthesis.engine import Engine
-from k3jax.synthesis.layout import INDEX, METRICS
+from k3jax.synthesis.layout import METRICS
 from k3jax.synthesis.phases import Load, Phases
 from k3jax.synthesis.progress import Progress
-from k3jax.synthesis.prompt_index import (
-    PromptIndex,
-    PromptSource,
-    index_from_json,
-    index_to_json,
-)
+from k3jax.synthesis.prompt_index import PromptIndex
 from k3jax.synthesis.run_manifest import Manifest
 from k3jax.synthesis.samples import RowRules, Sample
 from k3jax.synthesis.shares import Share
@@ -61,35 +53,17 @@ Samples = Callable[[int], Sequence[Sample]]
 """The samples of a shard."""
 
 
-def indexed(
-    store: Store, source: PromptSource, rules: RowRules, progress: bool = False
-) -> PromptIndex:
-    """The index of the prompts: that of an earlier start, if they are still the same."""
-    try:
-        head, _, rest = store.read(INDEX).partition(b"\n")
-        if head.decode() == _index_of(source, rules):
-            return index_from_json(rest)
-    except (FileNotFoundError, NotADirectoryError, KeyError, TypeError, ValueError):
-        pass
-    return source.scan(progress)
+def samples_of(index: PromptIndex, rules: RowRules, manifest: Manifest) -> Samples:
+    """Reads the samples of shards from the index of the prompts."""
+    per_row = rules.images_per_prompt
 
+    def read(shard: int) -> list[Sample]:
+        first, stop = manifest.layout.range(shard)
+        rows = index.read(first // per_row, -(-stop // per_row))
+        samples = (sample for row in rows for sample in rules.expand(row))
+        return [sample for sample in samples if first <= sample.index < stop]
 
-def keep_index(store: Store, source: PromptSource, rules: RowRules, index: PromptIndex) -> None:
-    """Keeps the index for the next start, and for the other processes."""
-    content = _index_of(source, rules).encode() + b"\n" + index_to_json(index)
-    store.create_new(INDEX, content)
-
-
-def _index_of(source: PromptSource, rules: RowRules) -> str:
-    """What an index depends on."""
-    values = [source.digests, source.description, dataclasses.asdict(rules)]
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def samples_of(
-    source: PromptSource, index: PromptIndex, rules: RowRules, manifest: Manifest
-) -> Samples:
-    return lambda shard: list(read_samples(source, index, rules, manifest.layout, shard))
+    return read
 
 
 def make_shards(

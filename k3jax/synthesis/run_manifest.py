@@ -18,7 +18,7 @@ from k3jax.pipelines import request
 from k3jax.sampling.samplers import make_sampler
 from k3jax.synthesis.image_formats import ImageFormat, codec_version
 from k3jax.synthesis.layout import MANIFEST, Format, Layout
-from k3jax.synthesis.prompt_index import PromptIndex
+from k3jax.synthesis.prompt_index import Summary
 from k3jax.synthesis.samples import RowRules
 from k3jax.synthesis.store import Store
 
@@ -136,9 +136,10 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def prompts_entry(index: PromptIndex) -> dict[str, Any]:
-    files = [{"name": f.name, "rows": f.rows, "sha256": f.sha256} for f in index.files]
-    return {"rows": index.rows, "tasks": list(index.tasks), "files": files}
+def prompts_entry(summary: Summary) -> dict[str, Any]:
+    """What a manifest holds of the prompts."""
+    rows = sum(file["rows"] for file in summary.files)
+    return {"rows": rows, "tasks": summary.tasks, "files": summary.files}
 
 
 def versions() -> dict[str, str]:

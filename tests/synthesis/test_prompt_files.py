@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from k3jax.synthesis import prompt_files
-from k3jax.synthesis.prompt_index import PromptSource, index_from_json, index_to_json
+from k3jax.synthesis import prompt_files, prompt_index
+from k3jax.synthesis.prompt_index import PromptSource
 from k3jax.synthesis.samples import RowRules
 
 from data_sets import write_jsonl
@@ -46,8 +46,7 @@ def write(folder, kind):
 def rows_of(paths, rules=RULES, **options):
     source = PromptSource([str(path) for path in paths], rules, **options)
     index = source.scan()
-    assert index_from_json(index_to_json(index)) == index
-    return [row for *_, row in source.rows(index, 0, index.rows)], index
+    return list(index.read(0, index.rows)), index
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
@@ -60,8 +59,9 @@ def test_columns(tmp_path, kind):
     assert [row.seed for row in rows] == [7, None, None]
     assert [(row.width, row.height) for row in rows] == [(64, 128), (1024, 512), (1024, 512)]
     assert [row.guidance_scale for row in rows] == [3.0, 0.0, 3.0]
-    assert index.faults == 0 and index.sizes == {(64, 128): 1, (1024, 512): 2}
-    assert index.unused == (() if kind == "jsonl" else ("note",))
+    summary = index.summary
+    assert summary.faults == 0 and summary.sizes == [[64, 128, 1], [1024, 512, 2]]
+    assert summary.unused == ([] if kind == "jsonl" else ["note"])
 
 
 def test_text(tmp_path):
@@ -89,8 +89,7 @@ def test_several_files(tmp_path):
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "parquet"])
 def test_any_row_is_read_where_it_stands(tmp_path, monkeypatch, kind):
     """Rows from the middle on are those of a whole reading, also across files, without it."""
-    monkeypatch.setattr(prompt_files, "MARK_EVERY", 4)
-    monkeypatch.setattr("k3jax.synthesis.prompt_index.MARK_EVERY", 4)
+    monkeypatch.setattr(prompt_index, "GROUP", 4)
     paths = []
     for number in range(2):
         prompts = [f"{number} {k}" + " x" * (k % 7) for k in range(23)]
@@ -106,17 +105,17 @@ def test_any_row_is_read_where_it_stands(tmp_path, monkeypatch, kind):
             pq.write_table(pa.table({"prompt": prompts}), paths[-1], row_group_size=6)
     source = PromptSource([str(p) for p in paths], RULES)
     index = source.scan()
-    everything = list(source.rows(index, 0, 46))
-    assert [number for number, *_ in everything] == list(range(46))
+    everything = list(index.read(0, 46))
+    assert [row.index for row in everything] == list(range(46))
     for start in range(46):
         for stop in (start, start + 1, min(46, start + 9), 46):
-            assert list(source.rows(index, start, stop)) == everything[start:stop]
+            assert list(index.read(start, stop)) == everything[start:stop]
 
 
 def test_other_names(tmp_path):
     path = write_jsonl(tmp_path / "p.jsonl", [{"caption": "a", "image": "x.png", "url": "u"}])
     (row,), index = rows_of([path], columns={"prompt": "caption", "id": "url", "image": ""})
-    assert (row.id, row.prompt) == ("u", "a") and index.unused == ("image",)
+    assert (row.id, row.prompt) == ("u", "a") and index.summary.unused == ["image"]
     with pytest.raises(ValueError, match=r"--column promt: known are id, prompt"):
         rows_of([path], columns={"promt": "caption"})
 
@@ -146,7 +145,7 @@ def test_other_names(tmp_path):
         ('{"prompt": "a", "id": "bad:1"}', "has an id that starts with 'bad:'"),
         ('{"prompt": "a", "id": "one"}', "has the id 'one' of p.jsonl, line 1"),
         ('{"prompt": "a", "id": 1.5}', "has the id 1.5; it must be a string"),
-        (b'{"prompt": "\xe4"}', "byte 13 is not UTF-8; save the file as UTF-8"),
+        (b'{"prompt": "\xe4"}', "byte 13 is not UTF-8 (Latin-1 or Windows-1252?)"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, refuses, stubs, line, reason):
@@ -165,10 +164,10 @@ def test_a_bad_line_is_named(tmp_path, refuses, stubs, line, reason):
     [
         ("prompt,seed\na,1,2\n", "line 2: has 3 cells under 2 columns"),
         ('prompt,seed\n"a,1\n', "line 2: not CSV (unexpected end of data)"),
-        ("text\na\n", "has no column 'prompt' (it has: text): name that of the prompts with --col"),
-        ("", "is empty: a CSV file begins with its columns"),
+        ("text\na\n", "has no column 'prompt' (it has: text): name the column of the prompts"),
+        ("", "p.csv is empty"),
         ("prompt\n", "p.csv holds no prompts"),
-        ("prompt,negative_promt\na,b\n", "if 'negative_prompt' is meant, say --column neg"),
+        ("prompt,negative_promt\na,b\n", "if 'negative_prompt' is meant, use --column neg"),
         ("prompt,mask\na,b\n", "line 2: has a mask but no image"),
     ],
 )
@@ -188,7 +187,7 @@ def test_a_line_without_end(tmp_path, monkeypatch):
     monkeypatch.setattr(prompt_files, "MAX_LINE", 1000)
     (tmp_path / "p.txt").write_text("a\n" + "b" * 5000 + "\nc\n")
     rows, index = rows_of([tmp_path / "p.txt"])
-    assert index.rows == 3 and index.faults == 1 and "is longer than" in rows[1]
+    assert index.rows == 3 and index.summary.faults == 1 and "is longer than" in rows[1].fault
     assert rows[2].prompt == "c" and rows[2].id == "000000003"
 
 
@@ -196,7 +195,7 @@ def test_a_line_without_end(tmp_path, monkeypatch):
     "name, reason",
     [
         ("none.txt", "none.txt does not exist"),
-        ("p.docx", "p.docx has none of the endings .txt, .jsonl, .csv, .parquet"),
+        ("p.docx", "p.docx has none of the endings .txt, .jsonl, .json, .csv, .tsv, .p"),
         ("bad.parquet", "bad.parquet cannot be read as Parquet"),
         ("", " cannot be read: Is a directory"),
     ],
@@ -224,7 +223,7 @@ def test_standard_input(tmp_path, made, refuses, monkeypatch, stubs):
     made("verify", tmp_path / "out", "--repair")  # from the copy
     pipe("one\nthree\n")
     message = refuses("synthesize", "-", tmp_path / "out", "--size", "64x64")
-    assert "standard input is not what" in message
+    assert "standard input differs from" in message
     share = ["--job", "0", "--jobs", "2"]
     assert "by one process" in refuses("synthesize", "-", tmp_path / "new", *share)
 

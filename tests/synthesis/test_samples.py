@@ -51,14 +51,14 @@ def test_seeds():
 
 def test_images_of_a_prompt():
     rules = RowRules(3, 4, 64, 64, 1.0, "dull", 64)
-    samples = rules.samples(rules.row({"prompt": "a", "seed": 7}, "line"), 5, 9)
+    samples = list(rules.expand(rules.sample({"prompt": "a", "seed": 7}, "line", 5, 9)))
     assert [s.id for s in samples] == ["line-0", "line-1", "line-2", "line-3"]
     assert [s.index for s in samples] == [20, 21, 22, 23]
     assert [s.seed for s in samples] == [7, 8, 9, 10]  # as `num_images_per_prompt` counts
     assert {s.negative_prompt for s in samples} == {"dull"}
-    samples = rules.samples(rules.row({"prompt": "a"}, "line"), 5, 9)
+    samples = list(rules.expand(rules.sample({"prompt": "a"}, "line", 5, 9)))
     assert [s.seed for s in samples] == [derived_seed(3, f"line-{k}") for k in range(4)]
-    bad = rules.bad_samples("not JSON", "line", 5, 9)
+    bad = list(rules.expand(Sample(5, "line", 9, fault="not JSON")))
     assert [s.index for s in bad] == [20, 21, 22, 23] and bad[0].fault == "not JSON"
 
 
