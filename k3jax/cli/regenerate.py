@@ -51,7 +51,7 @@ def devices_by(args: argparse.Namespace) -> Callable:
 
 def run(args: argparse.Namespace) -> int:
     require("synth")
-    from k3jax.synthesis.regeneration import Prompts, remake_images, weights_of
+    from k3jax.synthesis.regeneration import StoredSamples, regenerate, weights_of
     from k3jax.synthesis.run_manifest import read_manifest
     from k3jax.synthesis.samples import key_of
     from k3jax.synthesis.store import LocalStore, store_at
@@ -59,8 +59,8 @@ def run(args: argparse.Namespace) -> int:
     store = store_at(args.data_set)
     manifest = read_manifest(store)
     weights = weights_of(manifest, args.checkpoint, args.lora)
-    prompts = Prompts(store, manifest, weights.checkpoint, args.prompts)
-    places = prompts.find(args.ids)
+    stored = StoredSamples(store, manifest, weights.checkpoint, args.prompts)
+    places = stored.find(args.ids)
     found = {sample_id: places[sample_id] for sample_id in args.ids}
     target = LocalStore(args.output)
     extension = manifest.settings.encoding.extension
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     devices_for = devices_by(args)
     for made_on, group in _by_device(found):
         samples = [found[sample_id].sample for sample_id in group]
-        made = remake_images(manifest, weights, samples, devices_for(made_on))
+        made = regenerate(manifest, weights, samples, devices_for(made_on))
         for sample_id in group:
             encoded, row = made[sample_id], found[sample_id].row
             if encoded.fault is not None:

@@ -133,8 +133,8 @@ def run(args: argparse.Namespace) -> int:
     values = collect(args.config, args.overrides, settings)
 
     from k3jax.pipelines.components import text_encoder_form
-    from k3jax.synthesis.checking import finished_shards
     from k3jax.synthesis.data_set import open_data_set, settings_of
+    from k3jax.synthesis.metadata import finished_shards
     from k3jax.synthesis.shares import find_share
 
     share = find_share(os.environ, args.job, args.jobs, args.host, args.hosts)
@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
     )
     text_encoder_form(config.pipeline.int8_text_encoder, config.pipeline.stream_text_encoder)
 
-    from k3jax.synthesis.run import Running, make_shards, samples_of
+    from k3jax.synthesis.run import RunOptions, make_shards, samples_of
     from k3jax.synthesis.weights import Devices, Weights, loader, weights_fit_together
 
     devices = Devices.local(
@@ -179,7 +179,7 @@ def run(args: argparse.Namespace) -> int:
         samples_of(opened.index, opened.rules, opened.manifest),
         loader(weights, wanted, devices),
         devices.batch_size,
-        Running(
+        RunOptions(
             share,
             config.synthesize.check,
             config.synthesize.shards_per_phase if alternate else None,

@@ -11,7 +11,7 @@ from k3jax.synthesis.samples import Operation, Sample
 
 @dataclass(frozen=True)
 class BatchKind:
-    """What samples must share to be made by one program.
+    """What samples must share to be computed by one program.
 
     Attributes:
         guided: with guidance, at two forward passes a step.
@@ -29,17 +29,21 @@ class BatchKind:
 
 @dataclass(frozen=True)
 class Batch:
-    bucket: BatchKind
+    """Samples that one call of a pipeline computes."""
+
+    kind: BatchKind
     samples: tuple[Sample, ...]
 
 
 @dataclass(frozen=True)
 class ShardBatches:
-    """
+    """A shard, as samples and as batches.
+
     Attributes:
         samples: all of the shard, in the order of the prompts.
-        batches: those that can be made. A shard holds its images in the order of its batches:
-            bucket by bucket, and within one in the order of the prompts, whatever the batch size.
+        batches: of the samples without a fault. A shard holds its images in the order of its
+            batches: kind by kind, and within a kind in the order of the prompts, so that the order
+            does not depend on the batch size.
     """
 
     shard: int
@@ -50,14 +54,14 @@ class ShardBatches:
 def batch_shard(
     shard: int, samples: Sequence[Sample], batch_size: int, sampler: Sampler
 ) -> ShardBatches:
-    """The batches of a shard. A sampler may make steps of its own number, or never guide."""
-    buckets: dict[BatchKind, list[Sample]] = {}
+    """The batches of a shard. The sampler decides on the number of steps and on guidance."""
+    kinds: dict[BatchKind, list[Sample]] = {}
     for sample in samples:
         if sample.fault is None:
-            buckets.setdefault(kind_of(sample, sampler), []).append(sample)
+            kinds.setdefault(kind_of(sample, sampler), []).append(sample)
     batches = [
-        Batch(bucket, tuple(members[first : first + batch_size]))
-        for bucket, members in buckets.items()
+        Batch(kind, tuple(members[first : first + batch_size]))
+        for kind, members in kinds.items()
         for first in range(0, len(members), batch_size)
     ]
     return ShardBatches(shard, tuple(samples), tuple(batches))
@@ -72,12 +76,12 @@ def kind_of(sample: Sample, sampler: Sampler) -> BatchKind:
     return BatchKind(sample.width, sample.height, guided, negative, sample.operation, steps)
 
 
-def texts_of(plan: ShardBatches) -> list[str]:
+def texts_of(shard: ShardBatches) -> list[str]:
     """Every text that a shard needs encoded, once, in the order in which they first occur."""
     texts = {}
-    for batch in plan.batches:
+    for batch in shard.batches:
         for sample in batch.samples:
             texts[sample.prompt] = None
-            if batch.bucket.negative:
+            if batch.kind.negative:
                 texts[sample.negative_prompt] = None
     return list(texts)

@@ -14,12 +14,13 @@ from k3jax.pipelines.memory import check_memory
 from k3jax.sampling.denoise import loop_rows, sample_keys
 from k3jax.sampling.strength import steps_of_strength
 from k3jax.synthesis.image_formats import QUALITY, ImageFormat
-from k3jax.synthesis.layout import MANIFEST
+from k3jax.synthesis.metadata import COLUMNS
 from k3jax.synthesis.options import SynthesizeConfig
 from k3jax.synthesis.prompt_files import FORMATS
 from k3jax.synthesis.prompt_index import INDEX, PromptIndex, PromptSource, Summary, spool
 from k3jax.synthesis.run_manifest import (
-    Manifest,
+    MANIFEST,
+    RunManifest,
     Settings,
     parse_size,
     prompts_entry,
@@ -40,7 +41,7 @@ INSIDE = "./"
 @dataclass(frozen=True)
 class DataSet:
     store: Store
-    manifest: Manifest
+    manifest: RunManifest
     index: PromptIndex
     rules: RowRules
 
@@ -167,7 +168,7 @@ def open_data_set(
     if index.summary.unused:
         names = ", ".join(index.summary.unused[:10])
         print(f"k3jax: note: columns that are not used: {names}.", file=sys.stderr)
-    manifest = Manifest(
+    manifest = RunManifest(
         weights=weights.identity,
         prompts=prompts_entry(index.summary),
         settings=settings,
@@ -178,9 +179,10 @@ def open_data_set(
             "prompts_format": kind,
             "images": options.image_folder or image_folder(found_at[0]),
         },
+        added_columns=tuple(column.name for column in COLUMNS if column.added),
     )
     store.prepare()
-    write_or_compare(store, manifest)
+    manifest = write_or_compare(store, manifest)
     index.save(store)
     return DataSet(store, manifest, index, rules)
 

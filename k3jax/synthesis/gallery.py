@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A data set as one HTML page that opens from disk: thumbnails, prompts, seeds, a search box.
 
-Thumbnails stand in the page itself; those of a large set in scripts beside it, which a page opened
-from disk may load where it may not read data.
+Thumbnails are in the page itself; those of a large set are in scripts next to it, because a page
+that is opened from disk may load scripts, but no other files.
 """
 
 import base64
@@ -11,7 +11,7 @@ import io
 import json
 import os
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from typing import Any
@@ -21,11 +21,9 @@ from tqdm import tqdm
 
 from k3jax.checkpoints.digests import abbreviated
 from k3jax.images.decoding import opened
-from k3jax.synthesis.checking import finished_shards
-from k3jax.synthesis.layout import DATA
-from k3jax.synthesis.run_manifest import Manifest
+from k3jax.synthesis.metadata import Column, columns_of, finished_shards, read_sidecar
+from k3jax.synthesis.run_manifest import DATA, RunManifest
 from k3jax.synthesis.shard_formats import read_shard
-from k3jax.synthesis.sidecar import OK, read_sidecar
 from k3jax.synthesis.store import Store
 
 
@@ -36,12 +34,12 @@ THUMBNAIL = 320  # pixels of the longer side
 
 
 def write_gallery(
-    store: Store, manifest: Manifest, most: int = 100_000, progress: bool = False
+    store: Store, manifest: RunManifest, most: int = 100_000, progress: bool = False
 ) -> list[str]:
     """Writes gallery.html into the data set, and a folder gallery/ if it is a large one.
 
     Args:
-        most: images shown; of a larger set every n-th.
+        most: images shown; of a larger set, every n-th.
 
     Returns:
         The names of the page and, if there is one, of the folder.
@@ -55,6 +53,7 @@ def write_gallery(
     total = sum(len(range(*manifest.layout.range(shard))) for shard in shards)
     every = -(-total // most)
     large = -(-total // every) > INLINE_IMAGES
+    columns = [column for column in columns_of(manifest) if column.caption]
     images: list[list[Any]] = []
     waiting: list[str | None] = []
     chunks: list[str] = []
@@ -81,14 +80,14 @@ def write_gallery(
             contents = [row.pop("content", None) for row in rows]
             thumbnails = pool.map(thumbnail, contents, names)
             for row, small in zip(rows, thumbnails, strict=True):
-                images.append(_entry(row))
+                images.append(_entry(row, columns))
                 waiting.append(small)
                 if len(waiting) == PER_PAGE:
                     flush()
             bar.update(len(range(*manifest.layout.range(shard))))
     if waiting:
         flush()
-    store.write(PAGE, _page(store, manifest, images, chunks, total).encode())
+    store.write(PAGE, _page(store, manifest, columns, images, chunks, total).encode())
     return [PAGE, FOLDER] if large else [PAGE]
 
 
@@ -114,7 +113,7 @@ def thumbnail(content: bytes | None, name: str) -> str | None:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def _shown(store: Store, manifest: Manifest, shard: int, every: int) -> list[dict[str, Any]]:
+def _shown(store: Store, manifest: RunManifest, shard: int, every: int) -> list[dict[str, Any]]:
     """The rows of a shard that are shown, each with its image's bytes, in the prompts' order."""
     layout = manifest.layout
     name = layout.data(shard)
@@ -135,27 +134,19 @@ def _shown(store: Store, manifest: Manifest, shard: int, every: int) -> list[dic
     return list(rows.values())
 
 
-def _entry(row: Mapping[str, Any]) -> list[Any]:
-    """A row in the order that the page's script knows."""
-    seed = row["seed"]
-    return [
-        row["id"],
-        row["prompt"],
-        row["negative_prompt"],
-        None if seed is None else str(seed),  # numbers of JavaScript have 53 bits
-        row["width"],
-        row["height"],
-        row["guidance_scale"],
-        row["shard"],
-        None if row["status"] == OK else row["reason"],
-        # The page is no address: a % of the file's name must not be read as one of a link.
-        row["link"].replace("%", "%25") if "link" in row else None,
-    ]
+def _entry(row: Mapping[str, Any], columns: Sequence[Column]) -> list[Any]:
+    """The values of a row: its columns, then its shard, and the address of its file or None."""
+    values = [row.get(column.name) for column in columns]
+    # Numbers of JavaScript have 53 bits.
+    values = [str(v) if isinstance(v, int) and abs(v) >= 1 << 53 else v for v in values]
+    # In an address, a % of the file's name is written as %25.
+    return [*values, row["shard"], row["link"].replace("%", "%25") if "link" in row else None]
 
 
 def _page(
     store: Store,
-    manifest: Manifest,
+    manifest: RunManifest,
+    columns: Sequence[Column],
     images: list[list[Any]],
     chunks: list[str],
     total: int,
@@ -178,6 +169,8 @@ def _page(
         "per_page": PER_PAGE,
         "folder": FOLDER,
         "command": f"k3jax regenerate {shlex.quote(str(store))}",
+        "names": [*(column.name for column in columns), "shard", "link"],
+        "captions": {column.name: column.caption for column in columns} | {"shard": "shard"},
         "images": images,
     }
     parts = {
@@ -190,14 +183,14 @@ def _page(
 
 
 def _filled(template: str, parts: Mapping[str, str]) -> Iterator[str]:
-    """The template with its {{names}} replaced; what is put in is not looked at again."""
+    """The template with its {{names}} replaced, but not those in the replacements."""
     for piece in template.split("{{"):
         name, closed, rest = piece.partition("}}")
         yield parts[name] + rest if closed and name in parts else piece
 
 
 def _in_script(value: Any) -> str:
-    """JSON that no prompt can end: every < is written as an escape."""
+    """JSON in which no prompt can end the script: every < is written as an escape."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")

@@ -26,7 +26,7 @@ from k3jax.synthesis.store import is_remote, open_file
 
 
 @dataclass(frozen=True)
-class Inputs:
+class InputImages:
     """What a sample starts from.
 
     Attributes:
@@ -45,7 +45,7 @@ def pipeline_class(in_channels: int, latent_channels: int) -> type[BasePipeline]
     return Kandinsky3Pipeline if in_channels == latent_channels else Kandinsky3InpaintPipeline
 
 
-def read_inputs(sample: Sample, base: str) -> Inputs | str:
+def read_inputs(sample: Sample, base: str) -> InputImages | str:
     """The images of a sample, or why they cannot be used.
 
     Args:
@@ -56,13 +56,13 @@ def read_inputs(sample: Sample, base: str) -> Inputs | str:
         array = read_image(image, f"the image {sample.image}")
         hashes = {"image_sha256": image_hash}
         if sample.mask is None:
-            return Inputs(_fitted(array, sample), None, hashes)
+            return InputImages(_fitted(array, sample), None, hashes)
         image, hashes["mask_sha256"] = _read(sample.mask, base, sample.mask_sha256, "mask")
         mask = read_mask(image, f"the mask {sample.mask}")
         if mask.shape != array.shape[:2]:
             sizes = ["x".join(map(str, a.shape[1::-1])) for a in (mask, array)]
             raise ValueError(f"the mask is {sizes[0]} and the image {sizes[1]}")
-        return Inputs(_fitted(array, sample), _fitted(mask, sample), hashes)
+        return InputImages(_fitted(array, sample), _fitted(mask, sample), hashes)
     except ValueError as error:
         return str(error).rstrip(".")
 
@@ -71,7 +71,7 @@ def images_from_inputs(
     pipe: BasePipeline,
     operation: Operation,
     samples: Sequence[Sample],
-    inputs: Sequence[Inputs],
+    inputs: Sequence[InputImages],
     arguments: Mapping[str, Any],
 ) -> Sequence[np.ndarray]:
     """Images of samples that start from images, by the pipeline of their task.

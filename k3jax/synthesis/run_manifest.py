@@ -1,31 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""manifest.json: what every byte of a data set is a function of.
+"""manifest.json: everything that a data set is a function of, and the names of its files.
 
-It is written once, by whichever process comes first, and holds nothing of time or place except
-where the checkpoint and the prompts were found, which does not count.
+manifest.json              written once, by the first process
+prompts-index.parquet      the checked rows of the prompt files
+data/000012.tar            shard 12 (.tar, .parquet, or a folder)
+metadata/000012.parquet    its sidecar, written last: a shard that has one is finished
+metrics/                   progress of the processes; not part of the data
+
+The manifest has no times, and the places of the checkpoint and the prompts are not part of its
+fingerprint.
 """
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from k3jax.config import ModelConfig, SamplerConfig, from_dict, to_dict
 from k3jax.pipelines import request
 from k3jax.sampling.samplers import make_sampler
 from k3jax.synthesis.image_formats import ImageFormat, codec_version
-from k3jax.synthesis.layout import MANIFEST, Format, Layout
 from k3jax.synthesis.prompt_index import Summary
 from k3jax.synthesis.samples import RowRules
 from k3jax.synthesis.store import Store
 
 
+Format = Literal["webdataset", "parquet", "files"]
+
+MANIFEST = "manifest.json"
+DATA, METADATA, METRICS = "data", "metadata", "metrics"
+ENDINGS = {"webdataset": ".tar", "parquet": ".parquet", "files": ""}
 VERSION = 1
 PACKAGES = ("k3jax", "jax", "jaxlib", "libtpu", "numpy", "pillow", "pyarrow")
-IDENTITY = ("weights", "prompts", "settings", "versions")
 
 
 @dataclass(frozen=True)
@@ -84,12 +93,50 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """
+class ShardLayout:
+    """Names of the shards' files, and which samples each holds."""
+
+    samples: int
+    samples_per_shard: int
+    format: Format
+
+    @property
+    def shards(self) -> int:
+        return -(-self.samples // self.samples_per_shard)
+
+    def range(self, shard: int) -> tuple[int, int]:
+        """First sample of a shard, and the one after its last."""
+        first = shard * self.samples_per_shard
+        return first, min(first + self.samples_per_shard, self.samples)
+
+    def name(self, shard: int) -> str:
+        return f"{shard:0{max(6, len(str(self.shards - 1)))}d}"
+
+    def data(self, shard: int) -> str:
+        return f"{DATA}/{self.name(shard)}{ENDINGS[self.format]}"
+
+    def sidecar(self, shard: int) -> str:
+        return f"{METADATA}/{self.name(shard)}.parquet"
+
+    def shard_of_file(self, file: str) -> int | None:
+        """The shard of a file in data/ or metadata/; None for any other file."""
+        stem = file.split(".")[0]
+        if not stem.isdigit():
+            return None
+        shard = int(stem)
+        names = (self.data(shard).split("/")[1], self.sidecar(shard).split("/")[1])
+        return shard if shard < self.shards and file in names else None
+
+
+@dataclass(frozen=True)
+class RunManifest:
+    """The content of manifest.json.
+
     Attributes:
         weights: the checkpoint's fingerprint.
         prompts: sha256 and rows of every prompt file, and the tasks that they ask for.
         found_at: where the checkpoint and the prompts were; not part of the fingerprint.
+        added_columns: metadata columns beyond those of the first version; not part of it either.
     """
 
     weights: Mapping[str, Any]
@@ -97,12 +144,13 @@ class Manifest:
     settings: Settings
     versions: Mapping[str, str]
     found_at: Mapping[str, Any]
+    added_columns: Sequence[str] = ()
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> ShardLayout:
         settings = self.settings
         samples = self.prompts["rows"] * settings.images_per_prompt
-        return Layout(samples, settings.samples_per_shard, settings.format)
+        return ShardLayout(samples, settings.samples_per_shard, settings.format)
 
     @property
     def fingerprint(self) -> str:
@@ -153,7 +201,7 @@ def versions() -> dict[str, str]:
     return found | {"codecs": codec_version()}
 
 
-def read_manifest(store: Store) -> Manifest:
+def read_manifest(store: Store) -> RunManifest:
     """The manifest of a data set.
 
     Raises:
@@ -167,11 +215,11 @@ def read_manifest(store: Store) -> Manifest:
         values = json.loads(content)
         if values["data_set_version"] != VERSION:
             raise ValueError(f"it is of version {values['data_set_version']}, not {VERSION}")
-        manifest = Manifest(
+        manifest = RunManifest(
             **{
                 name: from_dict(Settings, value) if name == "settings" else value
                 for name, value in values.items()
-                if name in {field.name for field in dataclasses.fields(Manifest)}
+                if name in {field.name for field in dataclasses.fields(RunManifest)}
             }
         )
         if manifest.settings.format not in get_args(Format):
@@ -186,21 +234,25 @@ def read_manifest(store: Store) -> Manifest:
     return manifest
 
 
-def write_or_compare(store: Store, manifest: Manifest) -> None:
-    """Records what is made, or checks that the folder's data set is this one.
+def write_or_compare(store: Store, manifest: RunManifest) -> RunManifest:
+    """Writes the manifest of a new data set, or checks that the folder's data set is this one.
+
+    Returns:
+        The manifest that is stored.
 
     Raises:
         ValueError: it is another one, with everything that differs.
     """
     if store.create_new(MANIFEST, manifest.to_json()):
-        return
+        return manifest
     recorded = read_manifest(store)
     found = differences(recorded.identity, manifest.identity)
     if found:
         raise ValueError(
             f"{store} holds another data set: {'; '.join(found)}. Take another folder, or run "
-            "with what its manifest says."
+            "with the settings in its manifest."
         )
+    return dataclasses.replace(recorded, found_at=manifest.found_at)
 
 
 def differences(old: Any, new: Any, prefix: str = "", limit: int = 8) -> list[str]:

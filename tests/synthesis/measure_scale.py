@@ -18,7 +18,7 @@ from k3jax.sampling.samplers import make_sampler
 from k3jax.sharding import make_mesh
 from k3jax.synthesis import engine, run
 from k3jax.synthesis.batches import batch_shard, texts_of
-from k3jax.synthesis.run import Running
+from k3jax.synthesis.run import RunOptions
 from k3jax.synthesis.samples import Sample
 from k3jax.synthesis.store import store_at
 
@@ -215,4 +215,4 @@ def test_an_index_of_many_prompts_is_small(tmp_path):
     start = time.monotonic()
     (row,) = source.rows(index, PROMPTS - 1, PROMPTS)
     assert row[3].id == f"sample-{PROMPTS - 1}" and time.monotonic() - start < 1
-    assert store_at(str(tmp_path)).exists("p.jsonl") and isinstance(Running(), run.Running)
+    assert store_at(str(tmp_path)).exists("p.jsonl") and isinstance(RunOptions(), run.RunOptions)

@@ -14,8 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from k3jax.model.context import PromptEmbeds
 from k3jax.synthesis import phases
-from k3jax.synthesis.embeddings import Embeddings
-from k3jax.synthesis.stopping import Stop
+from k3jax.synthesis.engine import StopRequest
+from k3jax.synthesis.phases import Embeddings
 
 import data_sets
 import stub_pipeline
@@ -202,7 +202,7 @@ def test_the_progress_bar(words, capsys):
 
 
 def test_a_stop_knows_its_time():
-    stop = Stop(10)
+    stop = StopRequest(10)
     assert stop.leaves_time_for(1e9)
     stop.request("SIGTERM")
     assert stop.leaves_time_for(5) and not stop.leaves_time_for(9.5)

@@ -92,9 +92,9 @@ def test_a_plan_has_few_shapes():
     plan = batch_shard(3, samples, 4, GUIDED)
     made = [[s.index for s in batch.samples] for batch in plan.batches]
     assert made == [[0, 1, 2, 3], [4, 9], [5], [6], [7]]
-    assert len({batch.bucket for batch in plan.batches}) == 4
+    assert len({batch.kind for batch in plan.batches}) == 4
     assert texts_of(plan) == ["p0", "p1", "p2", "n"]
-    assert len({b.bucket for b in batch_shard(3, samples, 4, FLASH).batches}) == 2
+    assert len({b.kind for b in batch_shard(3, samples, 4, FLASH).batches}) == 2
     one = [[s.index for s in b.samples] for b in batch_shard(3, samples, 1, GUIDED).batches]
     # The order in the shard does not depend on the batch.
     assert list(itertools.chain(*one)) == list(itertools.chain(*made))
