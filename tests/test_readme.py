@@ -11,7 +11,7 @@ import pytest
 
 from k3jax.cli.main import parse
 from k3jax.pipelines import loaded_model
-from k3jax.pipelines.base_pipeline import BasePipeline
+from k3jax.pipelines.pipeline import BasePipeline
 from k3jax.sharding import make_mesh
 
 

@@ -23,8 +23,8 @@ from k3jax.model.abstract import COMPONENTS
 from k3jax.model.context import PromptEmbeds
 from k3jax.model.tokenizer import PromptTruncatedWarning
 from k3jax.pipelines import memory as room
-from k3jax.pipelines.base_pipeline import BasePipeline
-from k3jax.pipelines.loaded_model import checked_batch_size
+from k3jax.pipelines.loading import checked_batch_size
+from k3jax.pipelines.pipeline import BasePipeline
 from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
 from k3jax.sharding import make_meshes
 

@@ -2,17 +2,15 @@
 """The images of a call, batch by batch: contexts, the denoising loop, decoding."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
 from tqdm.auto import tqdm
 
-from k3jax.arguments import whole_number
-from k3jax.pipelines.base_pipeline import BasePipeline
+from k3jax.pipelines.options import CallOptions
+from k3jax.pipelines.pipeline import BasePipeline
 from k3jax.pipelines.preview import StepPreview, preview_map
 from k3jax.pipelines.programs import (
     add_noise,
@@ -21,62 +19,35 @@ from k3jax.pipelines.programs import (
     put_back,
     read_contexts,
 )
-from k3jax.pipelines.request import OutputType
 from k3jax.pipelines.rows import ImageGroup, ImageRows
 from k3jax.sampling.denoise import Known, denoise_program, initial_carry, loop_rows
-from k3jax.sampling.samplers import Sampler
 from k3jax.sharding import fetch
 
 
-Callback = Callable[[StepPreview], Any]
-
-
-@dataclass(frozen=True)
-class Loop:
-    """How the loop of a call runs, the same for all of its images.
-
-    Attributes:
-        guidance_interval: first and last guided step of the whole schedule, or None for all.
-        callback: is given a `StepPreview` of each batch every `callback_steps` steps.
-        progress_bar: whether to show one.
-    """
-
-    guidance_interval: tuple[int, int] | None = None
-    callback: Callback | None = None
-    callback_steps: int = 1
-    progress_bar: bool = True
-
-    def check(self, sampler: Sampler) -> None:
-        """Raises ValueError for settings that cannot be."""
-        loop_rows(sampler, self.guidance_interval)
-        whole_number(self.callback_steps, "callback_steps", least=1)
-
-
 def make_images(
-    pipe: BasePipeline, groups: Sequence[ImageGroup], loop: Loop, output_type: OutputType
+    pipe: BasePipeline, groups: Sequence[ImageGroup], options: CallOptions
 ) -> dict[int, np.ndarray]:
     """The images of groups by their numbers: uint8 for "pil", float32, or latents for "latent"."""
     made: dict[int, np.ndarray] = {}
     size = pipe.batch_size
     total = sum(-(-len(group.index) // size) * group.sampler.num_steps for group in groups)
-    decoded = output_type != "latent"
+    decoded = options.output_type != "latent"
     shapes = {group.shape for group in groups} if decoded else ()
     # The decoder takes nearly as long to compile as the loop: both at once.
     with (
         ThreadPoolExecutor(1) as beside,
-        tqdm(total=total, unit="step", disable=not loop.progress_bar, leave=False) as bar,
+        tqdm(total=total, unit="step", disable=not options.progress_bar, leave=False) as bar,
     ):
-        compiled = {
-            shape: beside.submit(pipe.compile_decoder, shape, output_type) for shape in shapes
-        }
+        kind = options.output_type
+        compiled = {shape: beside.submit(pipe.compile_decoder, shape, kind) for shape in shapes}
         for group in groups:
             for index, kept in pipe.batches(len(group.index)):
                 images = group.images.rows(index)
                 numbers = group.index[index][:kept]
-                latents = _sample(pipe, images, group, loop, numbers, bar)
+                latents = _sample(pipe, images, group, options, numbers, bar)
                 if decoded:
                     compiled[group.shape].result()
-                    latents = pipe.decode_batch(latents, output_type)
+                    latents = pipe.decode_batch(latents, kind)
                 made |= zip(numbers.tolist(), fetch(latents), strict=False)
     return made
 
@@ -85,7 +56,7 @@ def _sample(
     pipe: BasePipeline,
     batch: ImageRows,
     group: ImageGroup,
-    loop: Loop,
+    options: CallOptions,
     numbers: np.ndarray,
     bar: tqdm,
 ) -> jax.Array:
@@ -102,7 +73,7 @@ def _sample(
         )
     with pipe.computing(pipe.unet):
         contexts = read_contexts(pipe.unet, context, unconditional if guided else None)
-    rows = loop_rows(sampler, loop.guidance_interval)
+    rows = loop_rows(sampler, options.guidance_interval)
     if not guided:
         rows = {name: column for name, column in rows.items() if name != "guide"}
     keys = pipe.put(batch.key_data)
@@ -111,7 +82,7 @@ def _sample(
     if batch.known is not None:
         latents, mask = (pipe.put(x.astype(np.float32)) for x in (batch.known, batch.known_mask))
         known = Known(latents, mask, pipe.put(noise))
-    preview = None if loop.callback is None else sampler.prediction_type
+    preview = None if options.callback is None else sampler.prediction_type
     start = noise
     if batch.start is not None:
         start = pipe.put(batch.start.astype(np.float32))
@@ -123,7 +94,7 @@ def _sample(
     carry = pipe.put(initial_carry(sampler, start, preview is not None))
     guidance_scale = pipe.put(batch.guidance_scale) if guided else None
     extra_channels = None if batch.extra_channels is None else pipe.put(batch.extra_channels)
-    window = _window(sampler.num_steps, loop)
+    window = _window(sampler.num_steps, options)
     for first in range(0, sampler.num_steps, window):
         part = slice(first, first + window)
         given = None if batch.step_noise is None else batch.step_noise[part]
@@ -148,12 +119,12 @@ def _sample(
         bar.update(0 if first == 0 else window)
         carry = pipe.put(after)
         done = first + window
-        if preview is not None and done % loop.callback_steps == 0:
+        if preview is not None and done % options.callback_steps == 0:
             timestep = float(rows["timestep"][done - 1])
             predicted = fetch(carry[2])[: len(numbers)]
             colors = preview_map(pipe)
             steps = done, sampler.num_steps
-            loop.callback(StepPreview(*steps, timestep, numbers, predicted, colors))
+            options.callback(StepPreview(*steps, timestep, numbers, predicted, colors))
     jax.block_until_ready(carry[0])
     bar.update(window)
     latents = carry[0]
@@ -166,11 +137,11 @@ def _noise(pipe: BasePipeline, batch: ImageRows, keys: jax.Array, shape) -> jax.
     return initial_latents(keys, shape=shape)
 
 
-def _window(num_steps: int, loop: Loop) -> int:
+def _window(num_steps: int, options: CallOptions) -> int:
     """Steps per call of the compiled loop: about a fifth of them, dividing them evenly.
 
     Between the calls the host can show progress. A callback from inside the scan would do so too,
     but programs with host callbacks are left out of the persistent compilation cache.
     """
     fifth = next(w for w in range(max(num_steps // 5, 1), 0, -1) if num_steps % w == 0)
-    return fifth if loop.callback is None else math.gcd(fifth, int(loop.callback_steps))
+    return fifth if options.callback is None else math.gcd(fifth, options.callback_steps)

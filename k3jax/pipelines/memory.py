@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from k3jax.config import ModelConfig
-from k3jax.pipelines.base_pipeline import BasePipeline
+from k3jax.pipelines.pipeline import BasePipeline
 
 
 MAPS = 6.5

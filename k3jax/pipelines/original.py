@@ -26,9 +26,9 @@ from scipy import ndimage
 from k3jax.arguments import whole_number
 from k3jax.checkpoints.format import as_path, looks_like_checkpoint
 from k3jax.images.reading import read_mask
-from k3jax.pipelines.base_pipeline import BasePipeline
 from k3jax.pipelines.compilation_cache import user_cache
 from k3jax.pipelines.inpaint import Kandinsky3InpaintPipeline
+from k3jax.pipelines.pipeline import BasePipeline
 from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
 from k3jax.sharding import data_parallelism, make_mesh
 

@@ -5,6 +5,8 @@ It is a function of manifest.json without its places. `load_dataset` reads from 
 are. Form: https://huggingface.co/docs/hub/datasets-cards
 """
 
+import json
+
 from k3jax.checkpoints.cards import LIMITS, front_matter
 from k3jax.synthesis.metadata import columns_of
 from k3jax.synthesis.run_manifest import DATA, ENDINGS, RunManifest
@@ -32,8 +34,8 @@ def data_card(manifest: RunManifest) -> str:
     settings, layout, sampler = manifest.settings, manifest.layout, manifest.settings.sampler
     prompts, weights = manifest.prompts, manifest.weights
     lora = f", LoRA `{weights['lora']}` at {weights['lora_scale']:g}" if "lora" in weights else ""
-    interval = settings.guidance_interval
-    guided = f", in steps {interval[0]} to {interval[1]} only" if interval else ""
+    options = {k: v for k, v in settings.call_options.items() if v is not None}
+    call = "".join(f"; {name} {json.dumps(value)}" for name, value in options.items())
     int8 = " and the text encoder's in int8" if settings.int8_text_encoder else ""
     quality = "lossless" if settings.quality is None else f"quality {settings.quality}"
     installed = {n: version for n, version in manifest.versions.items() if version != "none"}
@@ -64,7 +66,7 @@ Computed by a model from {_count(prompts["rows"], "prompt")} with
 - Prompts: {_prompt_files(prompts)}.
 - Tasks: {", ".join(TASKS[task] for task in prompts["tasks"])}.
 - Unless a prompt says otherwise: {settings.width}x{settings.height} pixels, guidance
-  {sampler.guidance_scale:g}{guided}; {sampler.num_inference_steps} steps of {sampler.name}.
+  {sampler.guidance_scale:g}; {sampler.num_inference_steps} steps of {sampler.name}{call}.
 - Run seed {settings.seed}: each sample has its own seed, a hash of the run seed and its id.
 - Computed in {settings.dtype}, with weights in {settings.param_dtype}{int8}.
 - With: {versions}.

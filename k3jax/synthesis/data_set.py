@@ -8,10 +8,10 @@ from pathlib import Path
 
 from k3jax.arguments import check_number
 from k3jax.config import ModelConfig
-from k3jax.model.tokenizer import check_prompt
-from k3jax.pipelines import request
+from k3jax.pipelines import call_inputs
+from k3jax.pipelines.call_inputs import CallInputs
 from k3jax.pipelines.memory import check_memory
-from k3jax.sampling.denoise import loop_rows, sample_keys
+from k3jax.pipelines.options import TextToImageOptions
 from k3jax.sampling.strength import steps_of_strength
 from k3jax.synthesis.image_formats import QUALITY, ImageFormat
 from k3jax.synthesis.metadata import COLUMNS
@@ -19,6 +19,7 @@ from k3jax.synthesis.options import SynthesizeConfig
 from k3jax.synthesis.prompt_files import FORMATS
 from k3jax.synthesis.prompt_index import INDEX, PromptIndex, PromptSource, Summary, spool
 from k3jax.synthesis.run_manifest import (
+    CALL_OPTIONS,
     MANIFEST,
     RunManifest,
     Settings,
@@ -59,59 +60,48 @@ def settings_of(
     Raises:
         ValueError: one of them is wrong.
     """
-    wanted, made = options, generate
-    width, height = (made.width, made.height) if size is None else parse_size(size)
-    width, height = width or model.sample_size, height or model.sample_size
-    for w, h in ((width, height), *map(parse_size, wanted.buckets)):
-        request.check_size(model, h, w)
-    sampler, loop = request.chosen_sampler(
-        model.sampler,
-        name=made.sampler,
-        num_inference_steps=made.num_inference_steps,
-        eta=made.eta,
-        guidance_scale=made.guidance_scale,
-    )
-    loop_rows(loop, made.guidance_interval)
-    request.guidance_scales(sampler.guidance_scale, 1)
-    sample_keys([made.seed])
-    if made.negative_prompt is not None:
-        check_prompt(made.negative_prompt, 0)
+    call = TextToImageOptions.from_sources(generate, prompt="")
+    height, width = call.size(model)
+    if size is not None:
+        width, height = parse_size(size)
+    for w, h in ((width, height), *map(parse_size, options.buckets)):
+        call_inputs.check_size(model, h, w)
+    sampler = CallInputs(call, model).sampler
     for name, value in (
-        ("--samples-per-shard", wanted.samples_per_shard),
-        ("--images-per-prompt", made.num_images_per_prompt),
-        ("--max-sizes", wanted.max_sizes),
-        ("--shards-per-phase", wanted.shards_per_phase),
-        ("--grace", wanted.grace_seconds),
+        ("--samples-per-shard", options.samples_per_shard),
+        ("--max-sizes", options.max_sizes),
+        ("--shards-per-phase", options.shards_per_phase),
+        ("--grace", options.grace_seconds),
     ):
         if check_number(value, name) <= 0:
             raise ValueError(f"{name} is {value}; it must be more than 0.")
-    if wanted.lossless and wanted.quality is not None:
+    if options.lossless and options.quality is not None:
         raise ValueError("--quality and --lossless exclude each other: give one of them.")
-    quality = QUALITY[wanted.image_format] if wanted.quality is None else wanted.quality
-    encoding = ImageFormat(wanted.image_format, None if wanted.lossless else quality)
-    if wanted.strength is not None:
-        steps_of_strength(wanted.strength, loop.num_steps)
-    columns = _columns(wanted.columns)
+    quality = QUALITY[options.image_format] if options.quality is None else options.quality
+    encoding = ImageFormat(options.image_format, None if options.lossless else quality)
+    if options.strength is not None:
+        steps_of_strength(options.strength, sampler.num_steps)
+    columns = _columns(options.columns)
     return Settings(
-        format=wanted.format,
+        format=options.format,
         image_format=encoding.name,
         quality=encoding.quality,
-        samples_per_shard=wanted.samples_per_shard,
-        images_per_prompt=made.num_images_per_prompt,
-        seed=made.seed,
+        samples_per_shard=options.samples_per_shard,
+        images_per_prompt=call.num_images_per_prompt,
+        seed=call.seed,
         width=width,
         height=height,
-        buckets=tuple(wanted.buckets),
-        negative_prompt=made.negative_prompt,
-        sampler=sampler,
-        guidance_interval=made.guidance_interval,
+        buckets=tuple(options.buckets),
+        negative_prompt=call.negative_prompt,
+        sampler=call.sampler_config(model),
         conditioning=model.conditioning,
         dtype=pipeline.dtype,
         param_dtype=pipeline.param_dtype or pipeline.dtype,
         columns=tuple(f"{name}={theirs}" for name, theirs in sorted(columns.items())),
-        skip_bad=wanted.skip_bad,
-        strength=wanted.strength,
+        skip_bad=options.skip_bad,
+        strength=options.strength,
         int8_text_encoder=pipeline.int8_text_encoder,
+        **{name: getattr(call, name) for name, *_ in CALL_OPTIONS},
     )
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from k3jax.model.abstract import COMPONENTS
 from k3jax.model.context import PromptEmbeds
-from k3jax.pipelines.base_pipeline import BasePipeline
+from k3jax.pipelines.pipeline import BasePipeline
 from k3jax.sharding import data_parallelism
 from k3jax.synthesis.batches import Batch, ShardBatches, texts_of
 from k3jax.synthesis.input_images import InputImages, images_from_inputs
@@ -123,7 +123,7 @@ class Phases:
         Args:
             inputs: the images that they start from; None for text to image.
         """
-        settings, embeddings = self._settings, shard.embeddings
+        embeddings = shard.embeddings
         arguments = {"prompt_embeds": embeddings.of([s.prompt for s in batch.samples])}
         if batch.kind.negative:
             negatives = [s.negative_prompt for s in batch.samples]
@@ -137,10 +137,7 @@ class Phases:
         arguments |= {
             "seed": [s.seed for s in batch.samples],
             "guidance_scale": [s.guidance_scale for s in batch.samples],
-            "num_inference_steps": settings.sampler.num_inference_steps,
-            "sampler": settings.sampler.name,
-            "eta": settings.sampler.eta,
-            "guidance_interval": settings.guidance_interval,
+            **self._settings.call_options,
             "output_type": "np",
             "progress_bar": False,
         }

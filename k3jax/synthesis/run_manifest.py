@@ -15,12 +15,14 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, get_args
 
 from k3jax.config import ModelConfig, SamplerConfig, from_dict, to_dict
-from k3jax.pipelines import request
+from k3jax.pipelines import call_inputs
+from k3jax.pipelines.option_fields import config_fields
+from k3jax.pipelines.options import TextToImageOptions
 from k3jax.sampling.samplers import make_sampler
 from k3jax.synthesis.image_formats import ImageFormat, codec_version
 from k3jax.synthesis.prompt_index import Summary
@@ -37,15 +39,31 @@ VERSION = 1
 PACKAGES = ("k3jax", "jax", "jaxlib", "libtpu", "numpy", "pillow", "pyarrow")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What is made, in what form.
+CALL_OPTIONS = tuple(
+    field
+    for field in config_fields("generate", TextToImageOptions)
+    if field[0]
+    # These are in `SamplerConfig`, or belong to samples.
+    not in {
+        *("sampler", "num_inference_steps", "guidance_scale", "eta"),
+        *("negative_prompt", "height", "width", "num_images_per_prompt", "seed"),
+    }
+)
+"""(name, type, default) of the other options of a pipeline call. Each is a field of `Settings`."""
+
+FIRST_CALL_OPTIONS = ("guidance_interval",)
+"""Those in the first version. Later ones count for the fingerprint only if they are set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(make_dataclass("CallSettings", CALL_OPTIONS, frozen=True, kw_only=True)):
+    """What images are computed, and how they are stored.
 
     Attributes:
         quality: of lossy images; None for lossless ones.
-        seed: of the run; those of the samples come from it.
+        seed: of the run; those of the samples are derived from it.
         buckets: see `RowRules`.
-        sampler: with the number of steps and the guidance of rows that name none.
+        sampler: with the number of steps, and the guidance of rows that name none.
         columns: known column -> its name in the prompt files, where they differ.
         skip_bad: bad lines are failed samples.
         strength: of rows with an image that name none.
@@ -62,7 +80,6 @@ class Settings:
     buckets: tuple[str, ...]
     negative_prompt: str | None
     sampler: SamplerConfig
-    guidance_interval: tuple[int, int] | None
     conditioning: str
     dtype: str
     param_dtype: str
@@ -70,6 +87,11 @@ class Settings:
     skip_bad: bool
     strength: float | None = None
     int8_text_encoder: bool = False
+
+    @property
+    def call_options(self) -> dict[str, Any]:
+        """The options of every call of a pipeline, beyond the sampler and those of samples."""
+        return {name: getattr(self, name) for name, *_ in CALL_OPTIONS}
 
     def row_rules(self, model: ModelConfig) -> RowRules:
         """What rows are checked against, for a checkpoint's model."""
@@ -80,7 +102,7 @@ class Settings:
             self.height,
             self.sampler.guidance_scale,
             self.negative_prompt,
-            request.size_multiple(model),
+            call_inputs.size_multiple(model),
             tuple(parse_size(size) for size in self.buckets),
             make_sampler(self.sampler).num_steps,
             self.strength,
@@ -160,6 +182,9 @@ class RunManifest:
     @property
     def identity(self) -> dict[str, Any]:
         settings = to_dict(self.settings)
+        for name, _, default in CALL_OPTIONS:
+            if name not in FIRST_CALL_OPTIONS and settings[name] == default:
+                del settings[name]
         prompts = {**self.prompts, "files": [_content(f) for f in self.prompts["files"]]}
         values = {"weights": self.weights, "prompts": prompts, "settings": settings}
         return json.loads(json.dumps({**values, "versions": self.versions}))

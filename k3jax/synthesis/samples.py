@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from k3jax.model.tokenizer import check_prompt
+from k3jax.pipelines.option_fields import option_fields
+from k3jax.pipelines.options import ImageToImageOptions, InpaintOptions
 from k3jax.sampling.strength import steps_of_strength
 
 
@@ -24,7 +26,6 @@ COLUMNS = (
     *("id", "prompt", "negative_prompt", "seed", "width", "height", "guidance_scale"),
     *("image", "mask", "strength"),
 )
-DEFAULT_STRENGTH = 0.3  # as `Kandinsky3Img2ImgPipeline` has it
 MAX_SEED = 2**63 - 1  # what the int64 columns of every reader hold
 MAX_SIDE = 1 << 20  # pixels
 MAX_ID, MAX_PROMPT = 1000, 100_000  # characters; more is a file of another kind
@@ -151,7 +152,7 @@ class RowRules:
         if strength is None:
             strength = self.strength
         if strength is None:
-            strength = DEFAULT_STRENGTH if mask is None else 1.0
+            strength = _default_strength(ImageToImageOptions if mask is None else InpaintOptions)
         try:
             if steps_of_strength(strength, self.steps) == 0 and mask is not None:
                 raise ValueError("strength is 0, which repaints nothing: give more.")
@@ -174,6 +175,10 @@ class RowRules:
                     f"{self.multiple} (the nearest is {max(self.multiple, near)})"
                 )
         return nearest_size(self.buckets, *sizes) if self.buckets else (sizes[0], sizes[1])
+
+
+def _default_strength(options: type) -> float:
+    return option_fields(options)["strength"].default
 
 
 def nearest_size(buckets: tuple[tuple[int, int], ...], width: int, height: int) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from PIL import Image
 from k3jax.checkpoints.format import read_checkpoint
 from k3jax.model.abstract import abstract_module
 from k3jax.pipelines import memory as room
-from k3jax.pipelines.calls import Call
+from k3jax.pipelines.call_inputs import CallInputs
 from k3jax.pipelines.image_to_image import Kandinsky3Img2ImgPipeline
 from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
 from k3jax.sharding import make_mesh
@@ -25,7 +25,7 @@ OF_IMAGE = int(room.MAPS * 16 * 16 * CONFIG.unet.block_out_channels[0] * 2)  # 1
 @pytest.fixture
 def free(monkeypatch):
     """Sets the bytes that each device says are free."""
-    monkeypatch.setattr(Call, "images", began)
+    monkeypatch.setattr(CallInputs, "encode", began)
     return lambda size: monkeypatch.setattr(room, "free_memory", lambda device: size)
 
 

@@ -203,7 +203,7 @@ def test_duplicates_are_failed_samples(tmp_path, made, stubs):
     made("synthesize", path, tmp_path / "out", "--size", "64x64", "--skip-bad")
     rows = pq.read_table(tmp_path / "out" / "metadata").to_pylist()
     assert [row["status"] for row in rows] == ["ok", "ok", "failed"]
-    assert rows[2]["reason"] == "p.jsonl, line 3: has the id of p.jsonl, line 1"
+    assert rows[2]["reason"] == "p.jsonl, line 3: has the id 'a' of p.jsonl, line 1"
     made("verify", tmp_path / "out")
 
 

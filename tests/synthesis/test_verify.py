@@ -150,7 +150,7 @@ def test_repair_without_the_prompts(tmp_path, made, refuses, stubs):
     assert "p.txt does not exist" in refuses("verify", out, "--repair")
     moved.write_text("a\nx\nc\n")
     message = refuses("verify", out, "--repair", "--prompts", moved)
-    assert "the prompts are not those of the data set any more" in message
+    assert "the prompts are no longer those of the data set" in message
     moved.write_text("a\nb\nc\n")
     made("verify", out, "--repair", "--prompts", moved)
     assert contents(out) == before
@@ -187,6 +187,6 @@ def test_repair_with_other_weights_or_versions(tmp_path, made, refuses, stubs, m
     made("synthesize", tmp_path / "p.txt", out, "--size", "64x64")
     (out / "data" / "000000.tar").unlink()
     message = refuses("verify", out, "--repair", "--checkpoint", tmp_path / "none")
-    assert "Say where the weights are with --checkpoint DIR" in message
+    assert "with --checkpoint DIR" in message
     monkeypatch.setattr("k3jax.synthesis.regeneration.versions", lambda: {"jax": "0.0.1"})
     assert "made with other versions" in refuses("verify", out, "--repair")
