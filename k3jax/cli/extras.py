@@ -6,7 +6,7 @@ import importlib.util
 
 EXTRAS = {
     "convert": ("torch", "safetensors", "huggingface_hub"),
-    "synth": ("pyarrow", "fsspec"),
+    "synth": ("pyarrow", "fsspec", "prometheus_client"),
     "train": ("optax", "grain", "pyarrow"),
     "gcs": ("gcsfs",),
     "tpu": ("libtpu",),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make a data set of images from a file of prompts.
 
-PROMPTS is a .txt (a prompt a line), .jsonl, .csv or .parquet file, several, or quoted patterns of
-them; - for standard input; hf:NAME:SPLIT for a data set of Hugging Face; local or gs://, s3://, ...
+PROMPTS is a .txt (a prompt a line), .jsonl, .json, .csv, .tsv or .parquet file (text also with .gz),
+several, or quoted patterns of them; - for standard input; hf:NAME:SPLIT for a data set of Hugging Face; local or gs://, s3://, ...
 Their columns are id, prompt, negative_prompt, seed, width, height, guidance_scale, and for rows
 that start from an image: image, mask, strength. Only prompt is needed. OUT is a folder or an
 address, as gs://bucket/folder.
@@ -92,7 +92,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group("prompts").add_argument
     add("--column", action="append", metavar="NAME=THEIRS", help="a column's name in the files")
-    add("--prompts-format", choices=("txt", "jsonl", "csv", "parquet"), help="(by the ending)")
+    add(
+        "--prompts-format",
+        choices=("txt", "jsonl", "json", "csv", "tsv", "parquet"),
+        help="(by the ending)",
+    )
     add("--skip-bad", action="store_true", default=None, help="bad lines become failed samples")
 
     add = parser.add_argument_group("images (by default as the checkpoint says)").add_argument

@@ -18,7 +18,7 @@ class SynthesizeConfig:
     max_sizes: int = 16
     columns: tuple[str, ...] = ()
     """NAME=THEIRS each."""
-    prompts_format: Literal["txt", "jsonl", "csv", "parquet"] | None = None
+    prompts_format: Literal["txt", "jsonl", "json", "csv", "tsv", "parquet"] | None = None
     skip_bad: bool = False
     strength: float | None = None
     image_folder: str | None = None

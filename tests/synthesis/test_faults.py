@@ -81,6 +81,7 @@ def test_disk_full(words, tmp_path, made, refuses, stubs, monkeypatch, kind, roo
     assert contents(tmp_path / "out") == whole
 
 
+@pytest.mark.slow
 def test_a_limit_of_the_system(words, tmp_path, checkpoint):
     """Without any stand-in: the kernel refuses files of more than 16 kB."""
     words = [*words, "--checkpoint", checkpoint, "--image-format", "png"]
@@ -156,6 +157,7 @@ def test_numbers_that_are_not_finite(tmp_path, made, stubs):
         assert bad[row]["sha256"] == good[row]["sha256"]
 
 
+@pytest.mark.usefixtures("one_device")
 def test_weights_that_are_not_finite(tmp_path, made, monkeypatch):
     """With the small model: latents of one sample overflow, those beside it do not change."""
     import numpy as np
@@ -163,7 +165,7 @@ def test_weights_that_are_not_finite(tmp_path, made, monkeypatch):
     from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
 
     (tmp_path / "p.txt").write_text("one\ntwo\nthree\n")
-    words = ["--size", "64x64", "--dtype", "float32", "--batch-size", "8", "--image-format", "png"]
+    words = ["--size", "64x64", "--dtype", "float32", "--batch-size", "4", "--image-format", "png"]
     made("synthesize", tmp_path / "p.txt", tmp_path / "good", *words)
     real = Kandinsky3Pipeline.encode_prompt
 

@@ -18,7 +18,10 @@ from damaged_images import encoded, exif_block, png_chunk
 from data_sets import write_jsonl
 
 
-SETTINGS = ["--size", "64x64", "--dtype", "float32", "--image-format", "png", "--steps", "4"]
+SETTINGS = [
+    *("--size", "64x64", "--dtype", "float32", "--image-format", "png", "--steps", "4"),
+    *("--batch-size", "4"),
+]
 ROWS = [
     {"id": "changed", "prompt": "a red circle", "image": "in/square.png", "strength": 0.5},
     {"id": "wide", "prompt": "a red circle", "image": "in/wide.jpg", "strength": 0.5},
@@ -36,6 +39,9 @@ ROWS = [
     {"id": "colours", "prompt": "a cat", "image": "in/square.png", "mask": "in/square.png"},
     {"id": "folder", "prompt": "a cat", "image": "in", "strength": 0.5},
 ]
+
+
+pytestmark = pytest.mark.usefixtures("one_device_here")
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +78,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def data_set(folder, checkpoint):
+def data_set(folder, checkpoint, one_device_here):
     from k3jax.cli.main import main
 
     words = ["synthesize", folder / "rows.jsonl", folder / "out", "--checkpoint", checkpoint]
@@ -113,7 +119,7 @@ def test_rows(stored):
 
 
 def test_the_pipelines_make_the_same(stored, checkpoint, folder):
-    pipe = Kandinsky3Pipeline.from_pretrained(checkpoint, dtype="float32")
+    pipe = Kandinsky3Pipeline.from_pretrained(checkpoint, dtype="float32", batch_size=4)
 
     def same(name, made, tolerance=0):
         difference = np.asarray(made.images[0]).astype(int) - stored[name]["pixels"]

@@ -2,6 +2,7 @@
 """How the work goes: what overlaps, what is compiled, what is said, and how it stops."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -224,6 +225,46 @@ def start(words, checkpoint, seconds, *more):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal(words, tmp_path, run, made, stubs, monkeypatch, name):
+    """In this process: the shard that is being made is finished, and no other is begun."""
+    call = stub_pipeline.StubPipeline.__call__
+
+    def interrupted(self, *args, **rest):
+        if len(self.calls) == 1:  # in the second shard
+            os.kill(os.getpid(), getattr(signal, name))
+            time.sleep(0.2)
+        return call(self, *args, **rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stub_pipeline.StubPipeline, "__call__", interrupted)
+        code, out, err = run(*words, "--grace", "60")
+    assert code == (143 if name == "SIGTERM" else 130), err
+    assert out == ["data/000000.tar: 8 images", "data/000001.tar: 8 images"]
+    assert "stopped: 16 images made" in err[-1] and len(contents(tmp_path / "out")) == 4
+    assert len(made(*words)[0]) == 3
+    made("verify", tmp_path / "out")
+
+
+def test_a_signal_without_time(words, tmp_path, run, stubs, monkeypatch):
+    """In this process: the shard is abandoned between two batches; nothing of it stays."""
+    monkeypatch.setattr("k3jax.synthesis.engine.FINISH_SECONDS", 1000)
+    call = stub_pipeline.StubPipeline.__call__
+
+    def interrupted(self, *args, **rest):
+        if len(self.calls) == 2:  # the first batch of the second shard
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)
+        return call(self, *args, **rest)
+
+    monkeypatch.setattr(stub_pipeline.StubPipeline, "__call__", interrupted)
+    words = [*words[:-1], "16", "--batch-size", "8", "--guidance-scale", "1", "--grace", "60"]
+    code, out, _ = run(*words)
+    assert code == 143 and out == ["data/000000.tar: 16 images"]
+    assert len(contents(tmp_path / "out")) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_with_time_to_finish(words, tmp_path, made, checkpoint, stubs, name):
     """The shard that is being made is finished, and no other is begun."""
     process = start(words, checkpoint, "0.1", "--grace", "60")
@@ -237,6 +278,7 @@ def test_a_signal_with_time_to_finish(words, tmp_path, made, checkpoint, stubs, 
     made("verify", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_signal_without_time_to_finish(words, tmp_path, checkpoint):
     """The shard is abandoned between two batches; nothing of it stays."""
     process = start(words, checkpoint, "0.4", "--grace", "2")
@@ -247,6 +289,7 @@ def test_a_signal_without_time_to_finish(words, tmp_path, checkpoint):
     assert sorted(contents(tmp_path / "out")) == ["data/000000.tar", "metadata/000000.parquet"]
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_middle_of_a_long_batch(words, tmp_path, checkpoint):
     """Devices cannot be interrupted: the process leaves them, in time, and cleans up."""
     process = start(words, checkpoint, "0.1,30", "--grace", "2")
