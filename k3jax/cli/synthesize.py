@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make a data set of images from a file of prompts.
 
-PROMPTS is a .txt (a prompt a line), .jsonl, .json, .csv, .tsv or .parquet file (text also with .gz),
-several, or quoted patterns of them; - for standard input; hf:NAME:SPLIT for a data set of Hugging Face; local or gs://, s3://, ...
+PROMPTS is a .txt (a prompt a line), .jsonl, .json, .csv, .tsv or .parquet file (or text with .gz),
+several, or quoted patterns of them; - for standard input; hf:NAME:SPLIT for a data set of Hugging
+Face; local or gs://, s3://, ...
 Their columns are id, prompt, negative_prompt, seed, width, height, guidance_scale, and for rows
 that start from an image: image, mask, strength. Only prompt is needed. OUT is a folder or an
 address, as gs://bucket/folder.
