@@ -5,6 +5,7 @@ Each check takes (value, name) and returns a plain Python or numpy value, or rai
 JAX and no PyTorch is imported: arrays and tensors are known by their methods.
 """
 
+import contextlib
 import math
 import operator
 import unicodedata
@@ -14,6 +15,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 
+MOST_WHOLE = 10**20
 LONGEST_VALUE = 80  # characters of a value in a message
 Dtype = Literal["bfloat16", "float32"]
 HALF = ("float16", "fp16", "half")
@@ -36,18 +38,17 @@ def whole_number(value: Any, name: str, least: int | None = None) -> int:
         least: the smallest value allowed; None: any.
 
     Raises:
-        ValueError: a fraction, a bool, a text, or less than `least`.
+        ValueError: a fraction, a bool, a text, more than 20 digits, or less than `least`.
     """
-    number, value = None, _scalar(value)
-    if isinstance(value, float | np.floating):
-        number = int(value) if float(value).is_integer() else None
-    elif not isinstance(value, bool | np.bool_):
-        try:
-            number = operator.index(value)
-        except TypeError:
-            pass
-    if number is None:
-        raise ValueError(f"{name} is {shown(value)}; it must be a whole number.")
+    plain, number = _scalar(value), None
+    if isinstance(plain, float | np.floating):
+        number = int(plain) if float(plain).is_integer() else None
+    elif not _is_no_number(plain):
+        with contextlib.suppress(TypeError):
+            number = operator.index(plain)
+    if number is None or abs(number) >= MOST_WHOLE:
+        limit = "" if number is None else " of at most 20 digits"
+        raise ValueError(f"{name} is {shown(value)}; it must be a whole number{limit}.")
     if least is not None and number < least:
         raise ValueError(f"{name} is {shown(number)}; it must be {least} or more.")
     return number
@@ -57,14 +58,12 @@ def check_number(value: Any, name: str, least: float = -math.inf, most: float = 
     """A finite float from `least` to `most`.
 
     Raises:
-        ValueError: anything else, NaN, infinity and bools too.
+        ValueError: anything else, NaN, infinity, texts and bools too.
     """
-    value, number = _scalar(value), math.nan
-    if not isinstance(value, str | bytes | bool | np.bool_) and np.ndim(value) == 0:
-        try:
-            number = float(value)
-        except (TypeError, ValueError, OverflowError):
-            pass
+    plain, number = _scalar(value), math.nan
+    if not _is_no_number(plain):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            number = float(plain)
     if not math.isfinite(number):
         raise ValueError(f"{name} is {shown(value)}; it must be a finite number.")
     if least <= number <= most:
@@ -105,7 +104,7 @@ def check_texts(value: Any, name: str) -> str | list[str]:
     """One text or a list of them; their numbers count from 0."""
     if isinstance(value, str):
         return check_text(value, name)
-    if not isinstance(value, list | tuple | np.ndarray):
+    if not _is_list(value):
         raise ValueError(f"{name} is {shown(value)}; it must be a string or a list of strings.")
     if not len(value):
         raise ValueError(f"{name} is an empty list: give at least one.")
@@ -114,7 +113,7 @@ def check_texts(value: Any, name: str) -> str | list[str]:
 
 def check_texts_or_none(value: Any, name: str) -> str | list[str | None]:
     """As `check_texts`; in a list also None."""
-    if isinstance(value, str) or not isinstance(value, list | tuple | np.ndarray):
+    if not _is_list(value):
         return check_texts(value, name)
     found = list(enumerate(value))
     return [None if text is None else check_text(text, f"{name} {n}") for n, text in found]
@@ -153,7 +152,7 @@ def one_or_each(check: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
 
     def check_all(value: Any, name: str) -> Any:
         value = to_host(value)
-        if not isinstance(value, list | tuple | np.ndarray) or np.ndim(value) == 0:
+        if not _is_list(value):
             return check(value, name)
         if not len(value):
             raise ValueError(f"{name} is an empty list: give at least one.")
@@ -214,3 +213,13 @@ def _scalar(value: Any) -> Any:
     if isinstance(value, np.ndarray) and value.ndim == 0:
         return value[()]
     return value
+
+
+def _is_no_number(value: Any) -> bool:
+    if isinstance(value, np.generic | np.ndarray):
+        return value.ndim > 0 or value.dtype.kind not in "iuf"
+    return isinstance(value, bool | str | bytes | bytearray | complex)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim > 0)

@@ -16,12 +16,15 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from k3jax.config_limits import check_movq, check_sizes, check_text_encoder, check_unet
 
 
+AttentionForm = Literal["auto", "xla", "kernel"]
+"""Which form long attention takes: the platform's best, XLA's operations alone, or a kernel."""
+
 MAX_TOKENS = 128
 """Tokens of a prompt that the model sees, end-of-sequence included; the same in all references."""
 
 MOST_FLOAT = 10**300
 
-Conditioning = Literal["original", "diffusers"]
+ConditioningFamily = Literal["original", "diffusers"]
 SamplerName = Literal["kandinsky", "kandinsky30", "ddpm", "ddim", "dpm++2m", "flash"]
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
 
@@ -136,7 +139,7 @@ class ModelConfig:
     text_projection: TextProjectionConfig = field(default_factory=TextProjectionConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     movq: MoVQConfig = field(default_factory=MoVQConfig)
-    conditioning: Conditioning = "original"
+    conditioning: ConditioningFamily = "original"
     sample_size: int = 1024
     """Height and width in pixels of an image when a call names none."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)

@@ -24,8 +24,9 @@ from k3jax.cli.quick_compiles import compile_quickly_on_cpus
 from k3jax.cli.run_config import RunConfig, build, collect
 from k3jax.config import ModelConfig
 from k3jax.images.compositing import extend_canvas
+from k3jax.images.masks import read_mask
 from k3jax.images.pngs import ContactSheet, write_png
-from k3jax.images.reading import read_image, read_mask
+from k3jax.images.reading import read_image
 from k3jax.pipelines import call_inputs
 from k3jax.pipelines.call_inputs import CallInputs
 from k3jax.pipelines.compilation_cache import enable_compilation_cache

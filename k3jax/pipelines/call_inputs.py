@@ -14,6 +14,7 @@ from k3jax.arguments import finite_array
 from k3jax.config import MAX_TOKENS, ModelConfig, SamplerConfig
 from k3jax.model.context import PromptEmbeds
 from k3jax.pipelines.options import CallOptions
+from k3jax.pipelines.prompts import plain_prompts
 from k3jax.pipelines.rows import ImageRows, image_rows
 from k3jax.sampling.denoise import loop_rows, sample_keys
 from k3jax.sampling.samplers import Sampler, make_sampler
@@ -21,6 +22,9 @@ from k3jax.sampling.samplers import Sampler, make_sampler
 
 if TYPE_CHECKING:
     from k3jax.pipelines.pipeline import BasePipeline
+
+
+MOST_IMAGES = 10_000  # of a call, which holds them all in memory
 
 
 class StepCountWarning(UserWarning):
@@ -62,6 +66,12 @@ class CallInputs:
         self.num_inputs = paired({"prompts": count, **counts})
         strengths = strength if isinstance(strength, list) else [strength]
         self.strengths = strengths * (self.num_inputs if len(strengths) == 1 else 1)
+        if self.num_inputs * options.num_images_per_prompt > MOST_IMAGES:
+            raise ValueError(
+                f"num_images_per_prompt is {options.num_images_per_prompt} for {self.num_inputs} "
+                f"prompts; one call has at most {MOST_IMAGES:,} images (`k3jax synthesize` writes "
+                "more)."
+            )
         self._prompt_of = self.image_of(count)
         self.count = len(self._prompt_of)
         scale = options.guidance_scale
@@ -131,7 +141,10 @@ class CallInputs:
             "negative_prompt", self._negatives, self.options.negative_prompt
         ).items():
             names.setdefault(text, name)
-        encoded = pipe.encode_named(names) if names else None
+        if names:
+            policy, shown_as = pipe.long_prompts, list(names.values())
+            windows = plain_prompts(pipe.tokenizer, list(names), policy, False, shown_as)
+            encoded = pipe.encode_windows(windows)
         place = {text: row for row, text in enumerate(names)}
         if prompt_embeds is None:
             prompt_embeds = encoded[np.array([place[p] for p in self._prompts])]
@@ -207,11 +220,12 @@ def image_seeds(seed: int | Sequence[int], count: int) -> list[int]:
 
 def guidance_scales(guidance_scale: float | Sequence[float], count: int) -> np.ndarray:
     """w of each image, float32 (count,)."""
-    scales = np.asarray(guidance_scale, np.float32)
+    with np.errstate(over="ignore"):
+        scales = np.asarray(guidance_scale, np.float32)
     if scales.shape not in ((), (count,)):
-        raise ValueError(f"guidance_scale has shape {scales.shape} for {count} images.")
+        raise ValueError(f"guidance_scale has {scales.size} entries for {count} images.")
     if not np.isfinite(scales).all() or (scales < 0).any():
-        raise ValueError(f"guidance_scale is {guidance_scale}; it must be 0 or more.")
+        raise ValueError(f"guidance_scale is {guidance_scale}; it must be 0 or more, and finite.")
     return np.broadcast_to(scales, (count,))
 
 

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from k3jax.pipelines.options import CallOptions
 from k3jax.pipelines.pipeline import BasePipeline
-from k3jax.pipelines.preview import StepPreview, preview_map
+from k3jax.pipelines.preview import StepPreview
 from k3jax.pipelines.programs import (
     add_noise,
     initial_latents,
@@ -122,7 +122,7 @@ def _sample(
         if preview is not None and done % options.callback_steps == 0:
             timestep = float(rows["timestep"][done - 1])
             predicted = fetch(carry[2])[: len(numbers)]
-            colors = preview_map(pipe)
+            colors = pipe.preview_map()
             steps = done, sampler.num_steps
             options.callback(StepPreview(*steps, timestep, numbers, predicted, colors))
     jax.block_until_ready(carry[0])

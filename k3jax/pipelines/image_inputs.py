@@ -2,6 +2,7 @@
 """The inputs of calls that start from images: sizes, steps, masks, and groups of one size."""
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -10,15 +11,14 @@ import numpy as np
 from PIL import Image
 
 from k3jax.config import ModelConfig
-from k3jax.images.reading import resize_image, resize_mask
-from k3jax.images.sizes import work_size
+from k3jax.images.compositing import work_size
+from k3jax.images.masks import resize_mask
+from k3jax.images.reading import resize_image
 from k3jax.pipelines.call_inputs import CallInputs, size_multiple
 from k3jax.pipelines.pipeline import BasePipeline
-from k3jax.pipelines.programs import encode_masked, image_splits
+from k3jax.pipelines.programs import encode_masked
 from k3jax.pipelines.rows import ImageRows
-from k3jax.sampling.samplers import Sampler
-from k3jax.sampling.strength import last_steps, steps_of_strength
-from k3jax.sharding import fetch
+from k3jax.sampling.samplers import Sampler, last_steps, steps_of_strength
 
 
 Size = tuple[int, int]
@@ -191,10 +191,5 @@ def known_latents(repaint: np.ndarray, factor: int) -> np.ndarray:
 
 def _masked_channels(pipe: BasePipeline, images: np.ndarray, known: np.ndarray) -> np.ndarray:
     """float32 (b, h/8, w/8, 5): mask and latents of the masked image."""
-    parts = []
-    for index, kept in pipe.batches(len(images)):
-        batch = pipe.put((images[index], known[index]))
-        with pipe.computing(pipe.movq):
-            splits = image_splits(pipe.mesh, len(index))
-            parts.append(fetch(encode_masked(pipe.movq, *batch, splits=splits))[:kept])
-    return np.concatenate(parts)
+    program = functools.partial(pipe.run_movq, encode_masked)
+    return pipe.in_batches(program, images, known)

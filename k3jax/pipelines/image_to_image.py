@@ -20,7 +20,7 @@ from k3jax.pipelines.image_inputs import (
     to_work_size,
     work_sizes,
 )
-from k3jax.pipelines.memory import check_room
+from k3jax.pipelines.memory import check_fits
 from k3jax.pipelines.option_fields import takes
 from k3jax.pipelines.options import ImageToImageOptions
 from k3jax.pipelines.pipeline import BasePipeline, Output, output
@@ -64,7 +64,7 @@ class Kandinsky3Img2ImgPipeline(BasePipeline):
         sizes = [sizes[0]] * inputs.num_inputs if number == 1 else sizes
         steps = step_counts(inputs)
         check_given_noise(inputs, sizes, steps, self.config)
-        check_room(self, [s for s, n in zip(sizes, steps, strict=True) if n], inputs.guided)
+        check_fits(self, [s for s, n in zip(sizes, steps, strict=True) if n], inputs.guided)
 
         # Everything is checked; from here on it takes time.
         everything = inputs.encode(self) if any(steps) else None

@@ -18,7 +18,8 @@ import numpy as np
 
 from k3jax.config import ModelConfig
 from k3jax.images.compositing import default_feather, generated_share, paste_known
-from k3jax.images.reading import read_images, read_masks
+from k3jax.images.masks import read_masks
+from k3jax.images.reading import read_images
 from k3jax.pipelines.call_inputs import CallInputs
 from k3jax.pipelines.generation import make_images
 from k3jax.pipelines.image_inputs import (
@@ -32,7 +33,7 @@ from k3jax.pipelines.image_inputs import (
     to_own_size,
     work_sizes,
 )
-from k3jax.pipelines.memory import check_room
+from k3jax.pipelines.memory import check_fits
 from k3jax.pipelines.option_fields import takes
 from k3jax.pipelines.options import InpaintOptions
 from k3jax.pipelines.pipeline import BasePipeline, Output, output
@@ -86,7 +87,7 @@ class Kandinsky3InpaintPipeline(BasePipeline):
         if 0 in steps:
             raise ValueError("strength is 0, which repaints nothing: give more.")
         check_given_noise(inputs, sizes, steps, self.config)
-        check_room(self, sizes, inputs.guided)
+        check_fits(self, sizes, inputs.guided)
 
         # Everything is checked; from here on it takes time.
         everything = inputs.encode(self)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The components of a checkpoint on a mesh: loaded, or shared with another pipeline."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,12 +12,14 @@ from k3jax.checkpoints.digests import same_weights
 from k3jax.checkpoints.format import Checkpoint
 from k3jax.checkpoints.manifest import read_manifest
 from k3jax.checkpoints.restore import restore
+from k3jax.config import AttentionForm
 from k3jax.model.abstract import COMPONENTS
 from k3jax.model.int8 import is_int8
+from k3jax.model.tokenizer import Tokenizer
 from k3jax.pipelines.load_options import LoadOptions, TextEncoderForm
 from k3jax.pipelines.programs import image_splits
 from k3jax.pipelines.streaming import StreamedTextEncoder
-from k3jax.sharding import data_parallelism
+from k3jax.sharding import data_parallelism, make_mesh
 
 
 Component = nnx.Module | StreamedTextEncoder
@@ -46,42 +47,72 @@ def load_component(
     dtypes: tuple[Any, Any],
     verify: bool | None = None,
     form: TextEncoderForm = "whole",
+    attention: AttentionForm = "auto",
 ) -> Component:
     """One component on its mesh.
 
     Args:
         dtypes: of the computation, and of the weights.
         form: of the text encoder.
+        attention: see `k3jax.model.attention`.
     """
     dtype, param_dtype = (jnp.dtype(kind) for kind in dtypes)
-    kwargs = dict(mesh=mesh, param_dtype=param_dtype, dtype=dtype, verify=verify)
+    kwargs = dict(
+        mesh=mesh, param_dtype=param_dtype, dtype=dtype, verify=verify, attention=attention
+    )
     if form == "streamed":
         return StreamedTextEncoder(checkpoint, **kwargs)
     return restore(checkpoint, name, **kwargs, int8=form == "int8")
 
 
-def load_components(
-    checkpoint: Checkpoint, meshes: Mapping[str, jax.sharding.Mesh], options: LoadOptions
-) -> dict[str, Component | None]:
-    """Components, straight into their meshes' shardings; None for those that are left out.
+def load_checkpoint(checkpoint: Checkpoint, options: LoadOptions) -> dict[str, Any]:
+    """The arguments of `BasePipeline` that come from a checkpoint and the devices.
 
-    Args:
-        meshes: of each component.
+    All but what the weights themselves hold is checked before they are read.
     """
-    forms: dict[str, TextEncoderForm] = {"text_encoder": options.text_encoder_form}
+    mesh, encoder_mesh = options.mesh, options.encoder_mesh
+    mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
+    if isinstance(encoder_mesh, str):
+        encoder_mesh = make_mesh(encoder_mesh, mesh.devices.flat)
+    encoder_mesh = mesh if encoder_mesh is None else encoder_mesh
+    batch_size = checked_batch_size(options.batch_size, mesh, encoder_mesh)
+    tokenizer = Tokenizer(checkpoint.path / "tokenizer")
     names = COMPONENTS if options.components is None else options.components
-    return {
-        name: load_component(
+    components: dict[str, Component | None] = dict.fromkeys(COMPONENTS)
+    for name in (name for name in COMPONENTS if name in names):
+        encoder = name == "text_encoder"
+        components[name] = load_component(
             checkpoint,
             name,
-            meshes[name],
+            encoder_mesh if encoder else mesh,
             options.dtypes_of(name),
             options.verify,
-            forms.get(name, "whole"),
+            options.text_encoder_form if encoder else "whole",
+            options.attention,
         )
-        if name in names
-        else None
-        for name in COMPONENTS
+    return {
+        "tokenizer": tokenizer,
+        "components": components,
+        "mesh": mesh,
+        "encoder_mesh": encoder_mesh,
+        "batch_size": batch_size,
+        "attention": options.attention,
+        "fingerprint": checkpoint.fingerprint,
+        "digests": component_digests(checkpoint),
+    }
+
+
+def share_checkpoint(
+    pipe: Any, checkpoint: Checkpoint, release: bool, verify: bool | None
+) -> dict[str, Any]:
+    """As `load_checkpoint`, with the components that `pipe` has already, on its devices."""
+    components = share_components(pipe, checkpoint, release, verify)
+    same_encoder = components["text_encoder"] is pipe.text_encoder
+    return {
+        "tokenizer": pipe.tokenizer if same_encoder else Tokenizer(checkpoint.path / "tokenizer"),
+        "components": components,
+        "fingerprint": checkpoint.fingerprint,
+        "digests": component_digests(checkpoint),
     }
 
 
@@ -108,8 +139,9 @@ def share_components(
         if release:
             pipe.release(name)
     for name in new:
-        mesh = pipe.mesh_of(name)
-        modules[name] = load_component(checkpoint, name, mesh, dtypes[name], verify, forms[name])
+        mesh = pipe.encoder_mesh if name == "text_encoder" else pipe.mesh
+        kind = dtypes[name], verify, forms[name], pipe.attention
+        modules[name] = load_component(checkpoint, name, mesh, *kind)
     return modules
 
 

@@ -170,10 +170,11 @@ class CallOptions(Options):
 
     def sampler_config(self, config: ModelConfig) -> SamplerConfig:
         """The checkpoint's sampler with what differs in this call."""
+        scale = self.guidance_scale
         given = {
             "name": self.sampler,
             "num_inference_steps": self.num_inference_steps,
-            "guidance_scale": None if np.ndim(self.guidance_scale or 0) else self.guidance_scale,
+            "guidance_scale": None if isinstance(scale, list) else scale,
             "eta": self.eta,
         }
         given = {name: value for name, value in given.items() if value is not None}

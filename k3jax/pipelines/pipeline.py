@@ -6,7 +6,8 @@ The tasks are in text_to_image.py, image_to_image.py and inpaint.py; the loop is
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -15,30 +16,30 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
-from k3jax.arguments import check_texts
+from k3jax.arguments import check_choice, check_texts
 from k3jax.checkpoints.format import read_checkpoint
 from k3jax.checkpoints.lora_files import Lora, load_lora, warn_of_another_base
-from k3jax.config import ModelConfig
+from k3jax.config import AttentionForm, ModelConfig
 from k3jax.images.reading import read_images
-from k3jax.model import lora
+from k3jax.model import adapters
 from k3jax.model.abstract import COMPONENTS
-from k3jax.model.context import PromptEmbeds, window_length
+from k3jax.model.context import PromptEmbeds
 from k3jax.model.tokenizer import Tokenizer
 from k3jax.pipelines.call_inputs import check_latents
 from k3jax.pipelines.compilation_cache import enable_compilation_cache
 from k3jax.pipelines.load_options import LoadOptions
 from k3jax.pipelines.loading import (
     checked_batch_size,
-    component_digests,
-    load_components,
-    share_components,
+    load_checkpoint,
+    share_checkpoint,
 )
 from k3jax.pipelines.option_fields import takes
 from k3jax.pipelines.options import OutputType
+from k3jax.pipelines.preview import preview_map
 from k3jax.pipelines.programs import computing, decode_latents, encode_images, image_splits
 from k3jax.pipelines.prompts import LongPrompts, Windows, join_windows, plain_prompts
 from k3jax.pipelines.streaming import encode_batches
-from k3jax.sharding import batch_sharding, fetch, make_mesh, place
+from k3jax.sharding import batch_sharding, fetch, place
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,7 @@ class BasePipeline:
         long_prompts: what is done with prompts of more than 128 tokens; may be set. "truncate" cuts
             them off with a warning, "error" refuses them, "average" encodes them in parts and takes
             the mean of the parts at each position.
-        preview: the map of previews, see k3jax/pipelines/preview.py; None until it is needed.
     """
-
-    preview: np.ndarray | None = None
 
     def __init__(
         self,
@@ -78,6 +76,7 @@ class BasePipeline:
         digests: Mapping[str, str] | None = None,
         encoder_mesh: jax.sharding.Mesh | None = None,
         long_prompts: LongPrompts = "truncate",
+        attention: AttentionForm = "auto",
     ):
         """
         Args:
@@ -88,6 +87,7 @@ class BasePipeline:
             fingerprint: the checkpoint's, which a LoRA is compared with.
             digests: of the components' weights, by which `from_pipe` knows equal ones.
             encoder_mesh: of the text encoder, over the same devices; `mesh` by default.
+            attention: the form of it that other checkpoints are loaded with, in `from_pipe`.
         """
         self.check_config(config)
         self.config, self.tokenizer, self.mesh = config, tokenizer, mesh
@@ -96,9 +96,10 @@ class BasePipeline:
         self.text_encoder = components["text_encoder"]
         self.text_projection = components["text_projection"]
         self.unet = components["unet"]
-        self._unet_without_lora = None
         self.movq = components["movq"]
+        self._unet_without_lora = self._preview_map = None
         self.batch_size, self.long_prompts = batch_size, long_prompts
+        self.attention = attention
 
     @property
     def batch_size(self) -> int:
@@ -123,30 +124,14 @@ class BasePipeline:
 
         Raises:
             CheckpointError: not a checkpoint, damaged, or of another architecture.
-            ValueError: a mesh that does not divide the devices, a batch that does not split over
-                it, a component that there is not, or a text encoder both in int8 and streamed.
-                All but what the weights themselves hold is checked before they are read.
+            ValueError: one sentence on the argument that is wrong, before the weights are read.
+            TypeError: an argument that does not exist.
         """
         enable_compilation_cache()
         checkpoint = read_checkpoint(path)
-        cls.check_config(checkpoint.config)
-        mesh, encoder_mesh = options.mesh, options.encoder_mesh
-        mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
-        if isinstance(encoder_mesh, str):
-            encoder_mesh = make_mesh(encoder_mesh, mesh.devices.flat)
-        batch_size = checked_batch_size(options.batch_size, mesh, encoder_mesh or mesh)
-        tokenizer = Tokenizer(checkpoint.path / "tokenizer")
-        meshes = dict.fromkeys(COMPONENTS, mesh) | {"text_encoder": encoder_mesh or mesh}
-        return cls(
-            checkpoint.config,
-            tokenizer,
-            load_components(checkpoint, meshes, options),
-            mesh,
-            batch_size,
-            checkpoint.fingerprint,
-            component_digests(checkpoint),
-            encoder_mesh,
-        )
+        config = options.model_config(checkpoint.config)
+        cls.check_config(config)
+        return cls(config, **load_checkpoint(checkpoint, options))
 
     @classmethod
     def from_pipe(
@@ -156,6 +141,7 @@ class BasePipeline:
         *,
         release: bool = False,
         verify: bool | None = None,
+        batch_size: int | None = None,
     ) -> Self:
         """A pipeline for another task with the same modules; none is copied.
 
@@ -165,33 +151,33 @@ class BasePipeline:
             release: first release from `pipe` the components that are not shared; it then cannot
                 generate images any more. Memory never has to hold both U-Nets.
             verify: see `from_pretrained`.
+            batch_size: that of `pipe` by default.
         """
-        config, tokenizer = pipe.config, pipe.tokenizer
-        fingerprint, digests = pipe.fingerprint, pipe.digests
-        if path is None:
-            modules = {name: getattr(pipe, name) for name in COMPONENTS}
-        else:
+        own = {
+            "tokenizer": pipe.tokenizer,
+            "components": {name: getattr(pipe, name) for name in COMPONENTS},
+            "fingerprint": pipe.fingerprint,
+            "digests": pipe.digests,
+        }
+        config = pipe.config
+        if path is not None:
             checkpoint = read_checkpoint(path)
-            cls.check_config(checkpoint.config)
-            config, fingerprint = checkpoint.config, checkpoint.fingerprint
-            digests = component_digests(checkpoint)
-            modules = share_components(pipe, checkpoint, release, verify)
-            if modules["text_encoder"] is not pipe.text_encoder:
-                tokenizer = Tokenizer(checkpoint.path / "tokenizer")
+            config = checkpoint.config
+            cls.check_config(config)
+            own = share_checkpoint(pipe, checkpoint, release, verify)
         new = cls(
             config,
-            tokenizer,
-            modules,
-            pipe.mesh,
-            pipe.batch_size,
-            fingerprint,
-            digests,
-            pipe.encoder_mesh,
-            pipe.long_prompts,
+            **own,
+            mesh=pipe.mesh,
+            encoder_mesh=pipe.encoder_mesh,
+            batch_size=pipe.batch_size if batch_size is None else batch_size,
+            long_prompts=pipe.long_prompts,
+            attention=pipe.attention,
         )
         if new.unet is pipe.unet:
             new._unet_without_lora = pipe._unet_without_lora
-        new.preview = pipe.preview if new.movq is pipe.movq else None
+        if new.movq is pipe.movq:
+            new._preview_map = pipe._preview_map
         return new
 
     def release(self, component: str) -> None:
@@ -214,12 +200,12 @@ class BasePipeline:
             ValueError: not a LoRA, damaged, or of another architecture.
         """
         loaded = load_lora(path)
-        factor = lora.update_factor(loaded.config, scale)
+        factor = adapters.update_factor(loaded.config, scale)
         unet = self.unet if self._unet_without_lora is None else self._unet_without_lora
-        lora.check_fits(loaded.weights, unet, loaded.config, where=f"The LoRA {loaded.path}")
+        adapters.check_fits(loaded.weights, unet, loaded.config, where=f"The LoRA {loaded.path}")
         warn_of_another_base(loaded, self.fingerprint)
-        shardings = lora.lora_shardings(unet, loaded.weights, self.mesh)
-        self.unet = lora.apply(unet, jax.tree.map(place, loaded.weights, shardings), factor)
+        shardings = adapters.lora_shardings(unet, loaded.weights, self.mesh)
+        self.unet = adapters.apply(unet, jax.tree.map(place, loaded.weights, shardings), factor)
         self._unet_without_lora = unet
         return loaded
 
@@ -241,10 +227,6 @@ class BasePipeline:
             )
         encoder = module is self.text_encoder
         return computing(self.encoder_mesh if encoder else self.mesh, module.dtype)
-
-    def mesh_of(self, component: str) -> jax.sharding.Mesh:
-        """The mesh that a component's weights lie on."""
-        return self.encoder_mesh if component == "text_encoder" else self.mesh
 
     def encode_prompt(
         self,
@@ -270,28 +252,20 @@ class BasePipeline:
         prompts = [prompts] if isinstance(prompts, str) else prompts
         policy = self.long_prompts if long_prompts is None else long_prompts
         names = [f"prompt {number}" for number in range(len(prompts))]
-        return self._encode(plain_prompts(self.tokenizer, prompts, policy, word_weights, names))
+        return self.encode_windows(
+            plain_prompts(self.tokenizer, prompts, policy, word_weights, names)
+        )
 
-    def encode_named(self, prompts: Mapping[str, str]) -> PromptEmbeds:
-        """Embeddings of distinct prompts.
-
-        Args:
-            prompts: text -> its name in messages.
-        """
-        texts, names = list(prompts), list(prompts.values())
-        return self._encode(plain_prompts(self.tokenizer, texts, self.long_prompts, False, names))
-
-    def _encode(self, windows: Windows) -> PromptEmbeds:
+    def encode_windows(self, windows: Windows) -> PromptEmbeds:
+        """Embeddings of prompts that are cut into windows of tokens."""
         ids, mask = windows.input_ids, windows.attention_mask
         batches = list(self.batches(len(ids)))
         with self.computing(self.text_encoder):
-            texts = [(ids[rows], mask[rows]) for rows, _ in batches]
-            encoded = encode_batches(self.text_encoder, texts, self.encoder_mesh)
+            inputs = [(ids[rows], mask[rows]) for rows, _ in batches]
+            encoded = encode_batches(self.text_encoder, inputs, self.encoder_mesh)
             pairs = zip(encoded, batches, strict=True)
-            parts = [embeds[:kept].astype(np.float32) for embeds, (_, kept) in pairs]
-        lengths = np.asarray(window_length(mask.sum(1)), np.int32)
-        embeds = PromptEmbeds(np.concatenate(parts), mask, lengths, windows.token_weights)
-        return join_windows(embeds, windows.prompt_of)
+            embeds = np.concatenate([rows[:kept].astype(np.float32) for rows, (_, kept) in pairs])
+        return join_windows(windows, embeds)
 
     def encode_image(self, image: Any) -> np.ndarray:
         """Latents float32 (b, h/8, w/8, 4) of one image or several of one size.
@@ -312,13 +286,7 @@ class BasePipeline:
 
     def encode_arrays(self, images: np.ndarray) -> np.ndarray:
         """Latents float32 (b, h/8, w/8, 4) of uint8 (b, h, w, 3)."""
-        parts = []
-        for index, kept in self.batches(len(images)):
-            batch = self.put(images[index])
-            with self.computing(self.movq):
-                splits = image_splits(self.mesh, len(index))
-                parts.append(fetch(encode_images(self.movq, batch, splits=splits))[:kept])
-        return np.concatenate(parts)
+        return self.in_batches(functools.partial(self.run_movq, encode_images), images)
 
     def decode(self, latents: np.ndarray, output_type: OutputType = "pil") -> Output:
         """Images of latents (b, h/8, w/8, 4), as "pil" or "np".
@@ -326,31 +294,43 @@ class BasePipeline:
         Raises:
             ValueError: latents of another shape, or that are not finite; another output type.
         """
-        if output_type not in ("pil", "np"):
-            raise ValueError(f"output_type is {output_type!r}; decode makes 'pil' or 'np'.")
+        check_choice(output_type, "output_type", ("pil", "np"))
         latents = check_latents(latents, self.config, "latents")
         return output(self.decode_arrays(latents, output_type), output_type)
 
     def decode_arrays(self, latents: np.ndarray, output_type: OutputType) -> np.ndarray:
         """As `decode_batch`, of any number of latents."""
-        parts = []
-        for index, kept in self.batches(len(latents)):
-            images = self.decode_batch(self.put(latents[index]), output_type)
-            parts.append(fetch(images)[:kept])
-        return np.concatenate(parts)
+        return self.in_batches(lambda batch: self.decode_batch(batch, output_type), latents)
 
     def decode_batch(self, latents: jax.Array, output_type: OutputType) -> jax.Array:
         """Images of one compiled batch, uint8 for "pil", float32 for "np"."""
-        splits = image_splits(self.mesh, latents.shape[0])
-        with self.computing(self.movq):
-            return decode_latents(self.movq, latents, splits=splits, as_uint8=output_type == "pil")
+        return self.run_movq(decode_latents, latents, as_uint8=output_type == "pil")
 
     def compile_decoder(self, shape: tuple[int, int, int], output_type: OutputType) -> None:
         """Compiles what `decode_batch` runs for latents (h, w, c) of each image."""
         latents = self.put(np.zeros((self.batch_size, *shape), np.float32))
+        self.run_movq(decode_latents.lower, latents, as_uint8=output_type == "pil").compile()
+
+    def run_movq(self, program: Callable, *batch: jax.Array, **static: Any) -> Any:
+        """What a program of MoVQ returns for one compiled batch."""
+        splits = image_splits(self.mesh, self.batch_size)
         with self.computing(self.movq):
-            splits, as_uint8 = image_splits(self.mesh, self.batch_size), output_type == "pil"
-            decode_latents.lower(self.movq, latents, splits=splits, as_uint8=as_uint8).compile()
+            return program(self.movq, *batch, splits=splits, **static)
+
+    def preview_map(self) -> np.ndarray:
+        """The linear map from latents to the colours of previews; see `k3jax.pipelines.preview`."""
+        if self._preview_map is None:
+            with self.computing(self.movq):
+                self._preview_map = preview_map(self.movq, self.digests.get("movq"))
+        return self._preview_map
+
+    def in_batches(self, program: Callable, *arrays: np.ndarray) -> np.ndarray:
+        """What a program of one compiled batch returns for any number of rows, on the host."""
+        parts = []
+        for index, kept in self.batches(len(arrays[0])):
+            batch = self.put(tuple(array[index] for array in arrays))
+            parts.append(fetch(program(*batch))[:kept])
+        return np.concatenate(parts)
 
     def batches(self, count: int) -> Iterator[tuple[np.ndarray, int]]:
         """(rows of a compiled batch, how many of them count); the last batch repeats its last."""

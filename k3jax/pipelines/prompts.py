@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from k3jax.config import MAX_TOKENS
-from k3jax.model.context import PromptEmbeds
+from k3jax.model.context import PromptEmbeds, window_length
 from k3jax.model.tokenizer import Tokenizer, warn_of_cut
 
 
@@ -109,8 +109,15 @@ def plain_prompts(
     return Windows(ids, mask, token_weights if word_weights else None, np.array(prompt_of))
 
 
-def join_windows(embeds: PromptEmbeds, prompt_of: np.ndarray) -> PromptEmbeds:
-    """One row per prompt from one per window: the mean at each position of those that reach it."""
+def join_windows(windows: Windows, vectors: np.ndarray) -> PromptEmbeds:
+    """One row per prompt: the mean at each position of the windows that reach it.
+
+    Args:
+        vectors: embeddings (n, MAX_TOKENS, d_model) of the windows.
+    """
+    mask, prompt_of = windows.attention_mask, windows.prompt_of
+    lengths = np.asarray(window_length(mask.sum(1)), np.int32)
+    embeds = PromptEmbeds(vectors, mask, lengths, windows.token_weights)
     if np.array_equal(prompt_of, np.arange(len(embeds))):
         return embeds
     rows = []

@@ -6,7 +6,7 @@ import numpy as np
 from k3jax.config import ModelConfig
 from k3jax.pipelines.call_inputs import CallInputs, check_size, check_text_to_image
 from k3jax.pipelines.generation import make_images
-from k3jax.pipelines.memory import check_room
+from k3jax.pipelines.memory import check_fits
 from k3jax.pipelines.option_fields import takes
 from k3jax.pipelines.options import TextToImageOptions
 from k3jax.pipelines.pipeline import BasePipeline, Output, output
@@ -40,7 +40,7 @@ class Kandinsky3Pipeline(BasePipeline):
         factor = self.config.movq.scale_factor
         shape = (height // factor, width // factor, self.config.movq.latent_channels)
         inputs.check_noise(shape, inputs.sampler.num_steps)
-        check_room(self, [(width, height)], inputs.guided)
+        check_fits(self, [(width, height)], inputs.guided)
 
         # Everything is checked; from here on it takes time.
         group = ImageGroup(np.arange(inputs.count), inputs.encode(self), inputs.sampler, shape)

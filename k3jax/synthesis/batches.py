@@ -4,8 +4,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from k3jax.sampling.samplers import Sampler
-from k3jax.sampling.strength import steps_of_strength
+from k3jax.sampling.samplers import Sampler, steps_of_strength
 from k3jax.synthesis.samples import Operation, Sample
 
 

@@ -12,7 +12,7 @@ from k3jax.pipelines import call_inputs
 from k3jax.pipelines.call_inputs import CallInputs
 from k3jax.pipelines.memory import check_memory
 from k3jax.pipelines.options import TextToImageOptions
-from k3jax.sampling.strength import steps_of_strength
+from k3jax.sampling.samplers import steps_of_strength
 from k3jax.synthesis.image_formats import QUALITY, ImageFormat
 from k3jax.synthesis.metadata import COLUMNS
 from k3jax.synthesis.options import SynthesizeConfig

@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image
 
 from k3jax.images.decoding import load_image
-from k3jax.images.reading import read_image, read_mask, resize_image, resize_mask
+from k3jax.images.masks import read_mask, resize_mask
+from k3jax.images.reading import read_image, resize_image
 from k3jax.pipelines.image_to_image import Kandinsky3Img2ImgPipeline
 from k3jax.pipelines.inpaint import Kandinsky3InpaintPipeline
 from k3jax.pipelines.pipeline import BasePipeline

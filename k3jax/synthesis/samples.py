@@ -16,7 +16,7 @@ from typing import Any, Literal
 from k3jax.model.tokenizer import check_prompt
 from k3jax.pipelines.option_fields import option_fields
 from k3jax.pipelines.options import ImageToImageOptions, InpaintOptions
-from k3jax.sampling.strength import steps_of_strength
+from k3jax.sampling.samplers import steps_of_strength
 
 
 Operation = Literal["text", "image", "inpaint"]

@@ -113,10 +113,8 @@ def test_pipelines_share_across_versions(tmp_path, monkeypatch):
     class Pipe:
         text_encoder, text_projection = "encoder", "projection"
         digests = loading.component_digests(read_checkpoint(theirs))
-
-        @staticmethod
-        def mesh_of(name):
-            return None
+        mesh = encoder_mesh = None
+        attention = "auto"
 
     found = loading.share_components(Pipe, read_checkpoint(ours), False, None)
     assert found == {"text_encoder": "encoder", "text_projection": "projection"}

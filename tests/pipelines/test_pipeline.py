@@ -402,7 +402,7 @@ def test_guidance_interval(ours):
 
 def test_float32_means_float32(ours, monkeypatch):
     """On TPUs and GPUs the default multiplies float32 in fewer bits."""
-    from k3jax.pipelines import base_pipeline, generation, streaming
+    from k3jax.pipelines import generation, pipeline, streaming
 
     seen = []
 
@@ -417,7 +417,7 @@ def test_float32_means_float32(ours, monkeypatch):
         monkeypatch.setattr(module, name, call)
 
     spy(streaming, "encode_text")
-    spy(base_pipeline, "decode_latents")
+    spy(pipeline, "decode_latents")
     for name in ("make_contexts", "denoise_program"):
         spy(generation, name)
     with jax.default_matmul_precision("default"):

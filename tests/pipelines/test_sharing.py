@@ -106,7 +106,7 @@ def test_components_are_swapped_without_a_second_copy(pipe, checkpoints, monkeyp
     """`release` frees the old U-Net before the new one is read."""
     from k3jax.pipelines import loading
 
-    most, restore = [], components.restore
+    most, restore = [], loading.restore
 
     def watched(checkpoint, name, **kwargs):
         most.append(held())
