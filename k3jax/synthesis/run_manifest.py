@@ -51,9 +51,6 @@ CALL_OPTIONS = tuple(
 )
 """(name, type, default) of the other options of a pipeline call. Each is a field of `Settings`."""
 
-FIRST_CALL_OPTIONS = ("guidance_interval",)
-"""Those in the first version. Later ones count for the fingerprint only if they are set."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(make_dataclass("CallSettings", CALL_OPTIONS, frozen=True, kw_only=True)):
@@ -167,6 +164,7 @@ class RunManifest:
     versions: Mapping[str, str]
     found_at: Mapping[str, Any]
     added_columns: Sequence[str] = ()
+    stored_fingerprint: str | None = None
 
     @property
     def layout(self) -> ShardLayout:
@@ -176,18 +174,15 @@ class RunManifest:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of all that a data set is a function of."""
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+        """sha256 of everything that a data set is a function of.
+
+        Of a stored manifest, the one in the file: it may lack settings that came later.
+        """
+        return self.stored_fingerprint or _fingerprint(self.identity)
 
     @property
     def identity(self) -> dict[str, Any]:
-        settings = to_dict(self.settings)
-        for name, _, default in CALL_OPTIONS:
-            if name not in FIRST_CALL_OPTIONS and settings[name] == default:
-                del settings[name]
-        prompts = {**self.prompts, "files": [_content(f) for f in self.prompts["files"]]}
-        values = {"weights": self.weights, "prompts": prompts, "settings": settings}
-        return json.loads(json.dumps({**values, "versions": self.versions}))
+        return _identity(self._values())
 
     def to_json(self) -> bytes:
         values = {
@@ -195,10 +190,14 @@ class RunManifest:
             "fingerprint": self.fingerprint,
             "samples": self.layout.samples,
             "shards": self.layout.shards,
-            **dataclasses.asdict(self),
-            "settings": to_dict(self.settings),
+            **self._values(),
         }
         return (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode()
+
+    def _values(self) -> dict[str, Any]:
+        values = {**vars(self), "settings": to_dict(self.settings)}
+        del values["stored_fingerprint"]
+        return values
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -240,17 +239,14 @@ def read_manifest(store: Store) -> RunManifest:
         values = json.loads(content)
         if values["data_set_version"] != VERSION:
             raise ValueError(f"it is of version {values['data_set_version']}, not {VERSION}")
-        manifest = RunManifest(
-            **{
-                name: from_dict(Settings, value) if name == "settings" else value
-                for name, value in values.items()
-                if name in {field.name for field in dataclasses.fields(RunManifest)}
-            }
-        )
+        if _fingerprint(_identity(values)) != values["fingerprint"]:
+            raise ValueError("its fingerprint is not that of its content: it was changed by hand")
+        names = {field.name for field in dataclasses.fields(RunManifest)} & values.keys()
+        known = {name: values[name] for name in names}
+        known |= {"settings": from_dict(Settings, values["settings"])}
+        manifest = RunManifest(**known, stored_fingerprint=values["fingerprint"])
         if manifest.settings.format not in get_args(Format):
             raise ValueError(f"unknown format {manifest.settings.format!r}")
-        if manifest.fingerprint != values["fingerprint"]:
-            raise ValueError("its fingerprint is not that of its content: it was changed by hand")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{store}/{MANIFEST} is damaged ({error}): bring the old one back, or start the same "
@@ -291,9 +287,17 @@ def differences(old: Any, new: Any, prefix: str = "", limit: int = 8) -> list[st
     return found if len(found) <= limit else [*found[:limit], f"{len(found) - limit} more"]
 
 
-def _content(file: Mapping[str, Any]) -> dict[str, Any]:
-    """A prompt file without its name: it is the same under another."""
-    return {key: file[key] for key in ("rows", "sha256")}
+def _identity(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a manifest's values that the data set is a function of."""
+    identity = {name: values[name] for name in ("weights", "prompts", "settings", "versions")}
+    # The names of prompt files are not part of it.
+    files = [{key: file[key] for key in ("rows", "sha256")} for file in values["prompts"]["files"]]
+    identity["prompts"] = {**values["prompts"], "files": files}
+    return json.loads(json.dumps(identity))
+
+
+def _fingerprint(identity: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def _flat(value: Any, prefix: str) -> dict[str, Any]:
