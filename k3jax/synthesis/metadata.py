@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from k3jax.config import SamplerConfig
 from k3jax.synthesis.image_formats import EncodedImage
 from k3jax.synthesis.input_images import InputImages
+from k3jax.synthesis.phases import Embeddings
 from k3jax.synthesis.run_manifest import METADATA, RunManifest, ShardLayout
 from k3jax.synthesis.samples import Sample, key_of
 from k3jax.synthesis.store import Store
@@ -33,15 +34,19 @@ class Result:
     Attributes:
         image: its file, or why there is none.
         sampler: of the data set.
-        tokens: of the prompt that the model sees.
+        embeddings: of the texts of its shard.
         inputs: the images that it started from.
     """
 
     sample: Sample
     image: EncodedImage
     sampler: SamplerConfig
-    tokens: int | None = None
+    embeddings: Embeddings | None = None
     inputs: InputImages | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self.embeddings.tokens(self.sample.prompt)
 
     def input_digest(self, name: str) -> str | None:
         return None if self.inputs is None else self.inputs.sha256.get(name)

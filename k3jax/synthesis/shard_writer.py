@@ -135,8 +135,9 @@ class ShardWriter:
         name, sidecar = layout.data(number), layout.sidecar(number)
         start, rows = time.monotonic(), {}
 
-        def add(sample, image, tokens=None, inputs=None) -> dict[str, Any]:
-            result = Result(sample, image, manifest.settings.sampler, tokens, inputs)
+        def add(sample, image, inputs=None) -> dict[str, Any]:
+            embeddings = shard.encoded.embeddings
+            result = Result(sample, image, manifest.settings.sampler, embeddings, inputs)
             rows[sample.index] = row_of(result, self._columns)
             self._progress.sample(image.fault is not None)
             return rows[sample.index]
@@ -144,7 +145,7 @@ class ShardWriter:
         columns = self._shard_columns
         with create_shard(self._store, name, layout.format, columns) as (writer, digest):
             for sample, inputs, image in iter(shard.take, None):
-                row = add(sample, image, shard.encoded.embeddings.tokens(sample.prompt), inputs)
+                row = add(sample, image, inputs)
                 if image.fault is None:
                     writer.add(row["key"], extension, image.content, record_of(row, columns))
             # While a shard is replaced, its old sidecar must not call it finished.
