@@ -109,6 +109,15 @@ COLUMNS = (
     Column("image_sha256", _TEXT, "of that file", lambda r: r.input_digest("image_sha256")),
     Column("mask_sha256", _TEXT, "of that file", lambda r: r.input_digest("mask_sha256")),
     Column("tokens", _SIZE, "of the prompt that the model sees", lambda r: r.tokens),
+    Column(
+        "prompt_cut",
+        pa.bool_(),
+        "whether the prompt is longer than what the model sees",
+        lambda r: r.embeddings.is_cut(r.sample.prompt),
+        shard="prompt_cut",
+        caption="prompt cut",
+        added=True,
+    ),
     Column("sha256", _TEXT, "of the image file", lambda r: r.image.sha256, shard="sha256"),
     Column("bytes", _INT, "of the image file", lambda r: r.image.size),
     Column(

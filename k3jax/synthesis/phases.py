@@ -18,6 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from k3jax.config import MAX_TOKENS
 from k3jax.model.abstract import COMPONENTS
 from k3jax.model.context import PromptEmbeds
 from k3jax.pipelines.pipeline import BasePipeline
@@ -46,11 +47,13 @@ class Embeddings:
     def __init__(self):
         self._rows: dict[str, np.ndarray] = {}
         self._lengths: dict[str, int] = {}
+        self._cut: set[str] = set()
         self._shape = (0, 0)
 
-    def add(self, texts: Sequence[str], embeds: PromptEmbeds) -> None:
-        """Adds the embeddings of some texts, float32 (b, n, d_model)."""
+    def add(self, texts: Sequence[str], embeds: PromptEmbeds, lengths: Sequence[int]) -> None:
+        """Adds the embeddings of some texts, float32 (b, n, d_model), and how long they are."""
         self._shape = embeds.embeds.shape[1:]
+        self._cut |= {text for text, n in zip(texts, lengths, strict=True) if n > MAX_TOKENS}
         for row, text in enumerate(texts):
             tokens = int(embeds.attention_mask[row].sum())
             self._rows[text] = _narrowed(np.asarray(embeds.embeds[row, :tokens]))
@@ -59,6 +62,10 @@ class Embeddings:
     def tokens(self, text: str) -> int:
         """The number of tokens of a text that the model sees."""
         return len(self._rows[text])
+
+    def is_cut(self, text: str) -> bool:
+        """Whether a text has more tokens than the model sees."""
+        return text in self._cut
 
     def of(self, texts: Sequence[str]) -> PromptEmbeds:
         """The embeddings of these texts, one row each, as the pipelines take them."""
@@ -185,7 +192,8 @@ class Phases:
                 break
             part = texts[first : first + step]
             with self._turn:
-                embeddings.add(part, self._pipe.encode_prompt(part))
+                embeds = self._pipe.encode_prompt(part)
+            embeddings.add(part, embeds, [len(ids) for ids, _ in self._pipe.tokenizer.whole(part)])
         return EncodedShard(shard, embeddings)
 
     def _take(self, pipe: BasePipeline) -> None:

@@ -39,6 +39,14 @@ class StubPipeline:
     def on(cls, devices, **options):
         return cls(devices.batch_size, devices.mesh, devices.encoder_mesh, **options)
 
+    @property
+    def tokenizer(self):
+        """A token for each word."""
+        return self
+
+    def whole(self, prompts):
+        return [([0] * (len(prompt.split()) + 1), None) for prompt in prompts]
+
     def encode_prompt(self, prompts):
         self.encoded.append(list(prompts))
         embeds = np.zeros((len(prompts), TOKENS, WIDTH), np.float32)

@@ -55,6 +55,7 @@ def test_sidecar(data_set):
     assert good["prompt"] == "рыжий кот" and good["negative_prompt"] == "dull"
     assert good["steps"] == 2 and good["sampler"] == "kandinsky" and good["guidance_scale"] == 3
     assert (good["width"], good["height"], good["tokens"], good["line"]) == (64, 64, 3, 2)
+    assert good["prompt_cut"] is False and bad["prompt_cut"] is False
     assert good["status"] == "ok" and good["reason"] is None and 0 < good["seed"] < 2**63
     assert bad["status"] == "failed" and bad["sha256"] is None
     assert bad["reason"] == "1 of the image's 12288 values are not finite"

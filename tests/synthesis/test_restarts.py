@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -155,6 +156,26 @@ def test_prompts_elsewhere_are_the_same(words, prompts, made, stubs):
     made(words[0], moved, *words[2:])
     moved.rename(prompts)
     assert made(*words)[0] == []
+
+
+def test_a_data_set_from_before_a_column(words, tmp_path, made, stubs):
+    """It is completed without the column; a new one has it, in sidecars and shards."""
+    out = tmp_path / "out"
+    made(*words)
+    assert "prompt_cut" in pq.read_schema(out / "metadata" / "000001.parquet").names
+    path = out / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert manifest.pop("added_columns") == ["prompt_cut"]
+    path.write_text(json.dumps(manifest))
+    (out / "metadata" / "000001.parquet").unlink()
+    assert made(*words)[0] == ["data/000001.tar: 5 images"]
+    assert "prompt_cut" not in pq.read_schema(out / "metadata" / "000001.parquet").names
+    for number, expected in ((0, True), (1, False)):
+        with tarfile.open(out / "data" / f"00000{number}.tar") as archive:
+            record = json.load(archive.extractfile(archive.getnames()[1]))
+        assert ("prompt_cut" in record) == expected
+    made("verify", out)
+    made("regenerate", out, "n5", "-o", tmp_path / "again")
 
 
 def test_a_manifest_changed_by_hand(words, tmp_path, made, refuses, stubs):

@@ -148,13 +148,14 @@ def test_embeddings_are_kept_small_and_exact():
     mask = np.arange(128)[None] < np.array([[5], [128], [1]])
     lengths = np.array([6, 128, 2], np.int32)
     kept = Embeddings()
-    kept.add(["a", "b", "c"], PromptEmbeds(embeds, mask, lengths))
+    kept.add(["a", "b", "c"], PromptEmbeds(embeds, mask, lengths), [5, 129, 1])
     found = kept.of(["c", "a", "b", "a"])
     order = [2, 0, 1, 0]
     np.testing.assert_array_equal(found.embeds, np.where(mask[..., None], embeds, 0)[order])
     np.testing.assert_array_equal(found.attention_mask, mask[order])
     np.testing.assert_array_equal(found.lengths, lengths[order])
     assert [kept.tokens(text) for text in "abc"] == [5, 128, 1]
+    assert [kept.is_cut(text) for text in "abc"] == [False, True, False]
     assert [kept._rows[text].nbytes for text in "abc"] == [5 * 64 * 4, 128 * 64 * 2, 64 * 4]
 
 
