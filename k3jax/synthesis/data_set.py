@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run is asked for, checked in full before anything is made."""
+"""A data set that is begun or continued: its settings and prompts, checked before long work."""
 
 import sys
 from collections.abc import Sequence
@@ -41,6 +41,8 @@ INSIDE = "./"
 
 @dataclass(frozen=True)
 class DataSet:
+    """A data set whose manifest is stored, and the checked rows of its prompts."""
+
     store: Store
     manifest: RunManifest
     index: PromptIndex
@@ -121,10 +123,10 @@ def open_data_set(
     progress: bool = False,
     devices: Devices | None = None,
 ) -> DataSet:
-    """Reads all prompts, and records the data set in its folder or finds it recorded there.
+    """Reads all prompts, and writes the manifest, or compares it with the stored one.
 
     Args:
-        devices: what will make it; None: not here, and not checked.
+        devices: those of this host, to check their memory; None: not checked.
 
     Raises:
         ValueError: bad prompts, a folder that cannot be written, or one of another data set; images
@@ -215,8 +217,8 @@ def _check_prompts(summary: Summary, settings: Settings, max_sizes: int) -> None
     if summary.faults and not settings.skip_bad:
         more = summary.faults - len(summary.examples)
         raise ValueError(
-            f"{'; '.join(summary.examples)}{f'; and {more} more bad lines' if more else ''}. Mend "
-            "them, or let them be failed samples with --skip-bad."
+            f"{'; '.join(summary.examples)}{f'; and {more} more bad lines' if more else ''}. "
+            "Correct them, or let them be failed samples with --skip-bad."
         )
     if len(summary.sizes) > max_sizes:
         raise ValueError(

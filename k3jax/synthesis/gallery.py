@@ -34,12 +34,17 @@ THUMBNAIL = 320  # pixels of the longer side
 
 
 def write_gallery(
-    store: Store, manifest: RunManifest, most: int = 100_000, progress: bool = False
+    store: Store,
+    manifest: RunManifest,
+    most: int = 100_000,
+    progress: bool = False,
+    target: Store | None = None,
 ) -> list[str]:
-    """Writes gallery.html into the data set, and a folder gallery/ if it is a large one.
+    """Writes gallery.html, and a folder gallery/ if the data set is a large one.
 
     Args:
         most: images shown; of a larger set, every n-th.
+        target: the folder to write into; None: the data set's own.
 
     Returns:
         The names of the page and, if there is one, of the folder.
@@ -47,6 +52,8 @@ def write_gallery(
     Raises:
         ValueError: no shard is finished, or one is damaged.
     """
+    files_near = target is None
+    target = store if target is None else target
     shards = sorted(finished_shards(store, manifest.layout))
     if not shards:
         raise ValueError(f"{store} has no finished shard yet.")
@@ -62,7 +69,7 @@ def write_gallery(
         number, text = len(chunks), json.dumps(waiting)
         if large:
             content = f"k3jaxThumbnails({number}, {text});\n"
-            store.write(f"{FOLDER}/{number}.js", content.encode())
+            target.write(f"{FOLDER}/{number}.js", content.encode())
             chunks.append("")
         else:
             chunks.append(
@@ -70,11 +77,14 @@ def write_gallery(
             )
         waiting.clear()
 
-    store.delete(FOLDER)
+    target.delete(FOLDER)
     bar = tqdm(total=total, unit="image", desc="gallery", disable=not progress)
     with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
         for shard in shards:
             rows = _shown(store, manifest, shard, every)
+            if not files_near:
+                for row in rows:
+                    row.pop("link", None)
             # `map` starts all at once: a shard's thumbnails, no more, are in memory.
             names = [f"{store}/{row['shard']}, image {row['key']}" for row in rows]
             contents = [row.pop("content", None) for row in rows]
@@ -87,7 +97,7 @@ def write_gallery(
             bar.update(len(range(*manifest.layout.range(shard))))
     if waiting:
         flush()
-    store.write(PAGE, _page(store, manifest, columns, images, chunks, total).encode())
+    target.write(PAGE, _page(store, manifest, columns, images, chunks, total).encode())
     return [PAGE, FOLDER] if large else [PAGE]
 
 

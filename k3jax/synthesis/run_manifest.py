@@ -38,7 +38,6 @@ ENDINGS = {"webdataset": ".tar", "parquet": ".parquet", "files": ""}
 VERSION = 1
 PACKAGES = ("k3jax", "jax", "jaxlib", "libtpu", "numpy", "pillow", "pyarrow")
 
-
 CALL_OPTIONS = tuple(
     field
     for field in config_fields("generate", TextToImageOptions)
@@ -215,7 +214,7 @@ def prompts_entry(summary: Summary) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of everything that has a say in the bytes."""
+    """Of the packages that decide on the bytes."""
     found = {}
     for package in PACKAGES:
         try:
@@ -265,7 +264,7 @@ def write_or_compare(store: Store, manifest: RunManifest) -> RunManifest:
         ValueError: it is another one, with everything that differs.
     """
     if store.create_new(MANIFEST, manifest.to_json()):
-        return manifest
+        return dataclasses.replace(manifest, stored_fingerprint=manifest.fingerprint)
     recorded = read_manifest(store)
     found = differences(recorded.identity, manifest.identity)
     if found:
