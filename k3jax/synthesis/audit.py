@@ -70,7 +70,7 @@ class Audit:
 
     @property
     def to_remake(self) -> list[int]:
-        """Shards that are to be made again."""
+        """The shards to make again."""
         doubled = (shard for shards in self.duplicates.values() for shard in shards)
         return sorted({*self.missing, *self.damaged, *doubled})
 
@@ -84,12 +84,13 @@ def audit(
         decode: also decode every image, which takes most of the time.
     """
     layout = manifest.layout
-    finished = sorted(finished_shards(store, layout))
-    there = set(finished)
+    finished = finished_shards(store, layout)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = list(
             tqdm(
-                pool.map(lambda shard: audit_shard(store, manifest, shard, decode), finished),
+                pool.map(
+                    lambda shard: audit_shard(store, manifest, shard, decode), sorted(finished)
+                ),
                 total=len(finished),
                 desc="verify",
                 unit="shard",
@@ -107,7 +108,7 @@ def audit(
         layout.samples,
         sum(result.images for result in results),
         dict(failed),
-        [shard for shard in range(layout.shards) if shard not in there],
+        [shard for shard in range(layout.shards) if shard not in finished],
         {result.shard: result.faults for result in results if result.faults},
         _duplicates(store, layout, results),
         list(made_on.values()),
@@ -197,10 +198,10 @@ def _image_faults(
             unreadable.append(row["id"])
     missing = [row["id"] for key, row in rows.items() if key not in seen]
     for ids, words in (
-        (changed, "have other bytes than their sha256 says"),
+        (changed, "have other bytes than their sha256"),
         (unreadable, "cannot be read as images of their size"),
         (missing, "are missing"),
-        (unknown, "are there twice or not known"),
+        (unknown, "are doubled or unknown"),
     ):
         if ids:
             more = f" and {len(ids) - SHOWN_IDS} more" if len(ids) > SHOWN_IDS else ""

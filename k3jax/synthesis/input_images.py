@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one place where image tasks (image to image, inpainting) enter a data set.
+"""The images that samples start from, and the pipelines that they are for.
 
-Everything else carries the columns image, mask and strength along. An image with a mask is
-inpainted, one without is changed; a row with neither is text to image.
+An image with a mask is inpainted, one without is changed by image to image; a sample with neither
+is text to image.
 """
 
 import hashlib
@@ -83,13 +83,13 @@ def images_from_inputs(
     """
     size = samples[0].width * samples[0].height
     more = {
-        "image": [given.image for given in inputs],
+        "image": [source.image for source in inputs],
         "strength": [sample.strength for sample in samples],
         "max_area": size,  # images have the size that they are worked at
     }
     if operation == "image":
         return Kandinsky3Img2ImgPipeline.from_pipe(pipe)(**more, **arguments).images
-    masks = [given.mask for given in inputs]
+    masks = [source.mask for source in inputs]
     return Kandinsky3InpaintPipeline.from_pipe(pipe)(mask_image=masks, **more, **arguments).images
 
 

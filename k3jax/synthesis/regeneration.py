@@ -43,7 +43,7 @@ def weights_of(manifest: RunManifest, checkpoint: str | None, lora: str | None) 
         checkpoint, lora: where they are now; None: where they were.
 
     Raises:
-        ValueError: they are not there, or are others.
+        ValueError: they do not exist, or are others.
     """
     places, identity = manifest.found_at, manifest.weights
     path = checkpoint or places["checkpoint"]
@@ -95,7 +95,7 @@ class StoredSamples:
         """Samples by their ids, from the sidecars first, and then from the prompt files.
 
         Raises:
-            ValueError: there is no such sample, or it cannot be made.
+            ValueError: there is no such sample, or it is a bad line.
         """
         layout, found, left = self._manifest.layout, {}, set(ids)
         unread = set(range(layout.shards))

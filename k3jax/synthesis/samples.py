@@ -72,13 +72,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class RowRules:
-    """What rows are checked against, and what holds where they say nothing.
+    """The rules for rows of prompt files, and the values of those that name none.
 
     Attributes:
-        multiple: of which width and height must be, in pixels.
-        buckets: sizes (width, height) that the images are made in; a row gets the nearest. Empty:
-            every row its own.
-        steps: of the sampler, of which a strength leaves some.
+        multiple: width and height must be multiples of this many pixels.
+        buckets: sizes (width, height); a row gets the nearest one. Empty: its own size.
+        steps: of the sampler; a strength runs a part of them.
         strength: of rows with an image that name none; None: 0.3, and 1 where there is a mask.
         masked_only: the checkpoint is an inpainting one.
     """

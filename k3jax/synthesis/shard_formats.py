@@ -50,7 +50,7 @@ class ShardFileWriter(Protocol):
 def create_shard(
     store: Store, name: str, kind: Format, columns: Sequence[Column]
 ) -> Iterator[tuple[ShardFileWriter, "Digest"]]:
-    """A shard that appears when the body of the `with` has ended well.
+    """A shard that gets its name when the body of the `with` has ended without an error.
 
     Args:
         columns: see `shard_columns`.
@@ -221,7 +221,7 @@ class _ParquetWriter:
             self._writer = pq.ParquetWriter(
                 self._file,
                 schema,
-                # Images are compressed already, and none is there twice.
+                # Images are compressed already, and none occurs twice.
                 compression={name: "zstd" for name in others},
                 use_dictionary=others,
                 write_statistics=others,

@@ -165,7 +165,7 @@ def test_encodings(kind, quality, lossless):
         (["--column", "prompt"], "--column 'prompt' is not NAME=THEIRS"),
         (["--max-sizes", "1"], "the prompts have 2 sizes, each of them a program to compile"),
         (["--lora-scale", "2"], "--lora-scale is the strength of a LoRA"),
-        (["--jobs", "2"], "--jobs is 2: say which of them this is with --job"),
+        (["--jobs", "2"], "--jobs is 2: give the number of this one with --job"),
         (["--checkpoint", "none"], "There is no checkpoint at"),
         (["--config", "flash"], "the config's checkpoint weights/flash does not exist"),
     ],

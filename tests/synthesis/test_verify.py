@@ -102,7 +102,7 @@ def resigned(out, shard, edit):
         (lambda rows: rows[0].update(sha256="0" * 64), "n3 have other bytes than their sha256"),
         (lambda rows: rows[0].update(width=128), "n3 cannot be read as images of their size"),
         (lambda rows: rows[1].update(key="other"), "n4 are missing"),
-        (lambda rows: rows[1].update(status="failed"), "n4 are there twice or not known"),
+        (lambda rows: rows[1].update(status="failed"), "n4 are doubled or unknown"),
         (lambda rows: rows[1].update(id="n0"), "twice: n0 in shards 0-1"),
     ],
 )
@@ -132,7 +132,7 @@ def test_an_image_twice_in_a_tar(tmp_path, made, run, stubs):
         member.size = 3
         archive.addfile(member, io.BytesIO(b"abc"))
     code, lines, _ = run("verify", tmp_path / "out")
-    assert code == 1 and "000000001 are there twice or not known" in "\n".join(lines)
+    assert code == 1 and "000000001 are doubled or unknown" in "\n".join(lines)
 
 
 def test_repair_without_the_prompts(tmp_path, made, refuses, stubs):
