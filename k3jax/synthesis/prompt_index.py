@@ -14,6 +14,7 @@ import json
 import shutil
 import tempfile
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, get_args, get_type_hints
@@ -152,58 +153,39 @@ class PromptSource:
 
     def scan(self, progress: bool = False) -> PromptIndex:
         """Reads all files."""
-        counts, hashes, tasks, sizes, examples = [], array("q"), set(), {}, []
-        columns, faults = {}, 0
-
-        def checked() -> Iterator[Sample]:
-            nonlocal faults
-            for number, file in enumerate(self._files):
-                first = len(hashes)
-                rows = tqdm(
-                    file.rows(),
-                    desc="reading prompts",
-                    unit="row",
-                    disable=not progress,
-                    leave=False,
-                )
-                for line, values in rows:
-                    row = self._row(values, number, line, len(hashes))
-                    if row.fault is None:
-                        hashes.append(hash(row.id))
-                        size = (row.width, row.height)
-                        sizes[size] = sizes.get(size, 0) + 1
-                        tasks.add(row.operation)
-                    else:
-                        hashes.append(hash((len(hashes), "bad")))
-                        faults += 1
-                        if len(examples) < SHOWN_FAULTS:
-                            examples.append(row.fault)
-                    if isinstance(values, dict) and len(columns) < 1000:
-                        columns.update(dict.fromkeys(values))
-                    yield row
-                counts.append(len(hashes) - first)
-
-        def summary(duplicates: Mapping[int, Sample]) -> Summary:
-            files = [
-                {"name": _last(file.path), "sha256": digest, "rows": rows}
-                for file, digest, rows in zip(self._files, self._digests, counts, strict=True)
-            ]
-            return Summary(
-                self.key,
-                files,
-                [(*size, count) for size, count in sizes.items()],
-                faults + len(duplicates),
-                [*examples, *(row.fault for row in duplicates.values())][:SHOWN_FAULTS],
-                self._unused(columns),
-                sorted(tasks),
-            )
-
-        index = _written(checked(), lambda: summary({}))
-        duplicates = self._duplicates(index, np.frombuffer(hashes, np.int64), counts)
+        writer, hashes, files = _IndexWriter(), array("q"), []
+        sizes, tasks, columns, faults, examples = Counter(), set(), {}, 0, []
+        bar = {"desc": "reading prompts", "unit": "row", "leave": False, "disable": not progress}
+        for number, file in enumerate(self._files):
+            first = len(hashes)
+            for line, values in tqdm(file.rows(), **bar):
+                row = self._row(values, number, line, len(hashes))
+                writer.add(row)
+                if row.fault is None:
+                    hashes.append(hash(row.id))
+                    sizes[row.width, row.height] += 1
+                    tasks.add(row.operation)
+                else:
+                    hashes.append(hash((len(hashes), "bad")))
+                    faults += 1
+                    examples += [row.fault] if len(examples) < SHOWN_FAULTS else []
+                if isinstance(values, dict) and len(columns) < 1000:
+                    columns.update(dict.fromkeys(values))
+            rows, digest = len(hashes) - first, self._digests[number]
+            files.append({"name": _last(file.path), "sha256": digest, "rows": rows})
+        areas = [(*size, count) for size, count in sizes.items()]
+        unused = self._unused(columns)
+        summary = Summary(self.key, files, areas, faults, examples, unused, sorted(tasks))
+        index = writer.finish(summary)
+        duplicates = self._duplicates(index, np.frombuffer(hashes, np.int64))
         if not duplicates:
             return index
-        rows = (duplicates.get(row.index, row) for row in index.read(0, index.rows))
-        return _written(rows, lambda: summary(duplicates))
+        writer = _IndexWriter()
+        for row in index.read(0, index.rows):
+            writer.add(duplicates.get(row.index, row))
+        examples = [*examples, *(row.fault for row in duplicates.values())][:SHOWN_FAULTS]
+        faults += len(duplicates)
+        return writer.finish(dataclasses.replace(summary, faults=faults, examples=examples))
 
     def _row(self, values: RowValues, file: int, line: int, number: int) -> Sample:
         """A row of a file as a sample, with the fault that it has."""
@@ -245,22 +227,21 @@ class PromptSource:
                 )
         return unused
 
-    def _duplicates(
-        self, index: PromptIndex, hashes: np.ndarray, counts: Sequence[int]
-    ) -> dict[int, Sample]:
+    def _duplicates(self, index: PromptIndex, hashes: np.ndarray) -> dict[int, Sample]:
         """Rows with the id of an earlier one, as bad rows. Hashes find the few to be compared."""
-        order = np.argsort(hashes, kind="stable")
-        equal = hashes[order][1:] == hashes[order][:-1]
-        doubtful = sorted({*order[1:][equal].tolist(), *order[:-1][equal].tolist()})
-        ends, places, duplicates = np.cumsum(counts), {}, {}
-        for number in doubtful:
-            (row,) = index.read(number, number + 1)
-            file = int(np.searchsorted(ends, number, "right"))
+        values, counts = np.unique(hashes, return_counts=True)
+        doubtful = set(np.flatnonzero(np.isin(hashes, values[counts > 1])).tolist())
+        ends = np.cumsum([file["rows"] for file in index.summary.files])
+        places, duplicates = {}, {}
+        for row in index.read(0, index.rows) if doubtful else ():
+            if row.index not in doubtful or row.fault is not None:
+                continue
+            file = int(np.searchsorted(ends, row.index, "right"))
             where = self._where(file, row.line)
-            if row.fault is None and places.setdefault(row.id, where) != where:
-                fault = f"{where}: has the id {row.id[:80]!r} of {places[row.id]}"
+            if places.setdefault(row.id, where) != where:
+                fault = printable(f"{where}: has the id {row.id[:80]!r} of {places[row.id]}")
                 default_id = self._default_id(file, row.line)
-                duplicates[number] = Sample(number, default_id, row.line, fault=fault)
+                duplicates[row.index] = Sample(row.index, default_id, row.line, fault=fault)
         return duplicates
 
 
@@ -289,26 +270,31 @@ def spool(stream: BinaryIO, store: Store, kind: str) -> str:
     return name
 
 
-def _written(rows: Iterator[Sample], summary) -> PromptIndex:
-    """An index of rows in a temporary file. `summary` is called after the last row."""
-    file = tempfile.TemporaryFile()
-    with pq.ParquetWriter(
-        file, _SCHEMA, compression="zstd", write_statistics=False, write_page_checksum=True
-    ) as writer:
-        group = []
-        for row in rows:
-            group.append(row)
-            if len(group) == GROUP:
-                writer.write_table(_table(group))
-                group.clear()
-        if group:
-            writer.write_table(_table(group))
-        writer.add_key_value_metadata({_KEY.decode(): json.dumps(dataclasses.asdict(summary()))})
-    return PromptIndex(file)
+class _IndexWriter:
+    """Writes an index into a temporary file."""
 
+    def __init__(self):
+        self._file, self._rows = tempfile.TemporaryFile(), []
+        options = {"write_statistics": False, "write_page_checksum": True}
+        self._writer = pq.ParquetWriter(self._file, _SCHEMA, compression="zstd", **options)
 
-def _table(rows: Sequence[Sample]) -> pa.Table:
-    return pa.table({n: [getattr(row, n) for row in rows] for n in _SCHEMA.names}, _SCHEMA)
+    def add(self, row: Sample) -> None:
+        self._rows.append(row)
+        if len(self._rows) == GROUP:
+            self._flush()
+
+    def finish(self, summary: Summary) -> PromptIndex:
+        if self._rows:
+            self._flush()
+        note = json.dumps(dataclasses.asdict(summary))
+        self._writer.add_key_value_metadata({_KEY.decode(): note})
+        self._writer.close()
+        return PromptIndex(self._file)
+
+    def _flush(self) -> None:
+        columns = {n: [getattr(row, n) for row in self._rows] for n in _SCHEMA.names}
+        self._writer.write_table(pa.table(columns, _SCHEMA))
+        self._rows.clear()
 
 
 def _last(path: str) -> str:
