@@ -18,13 +18,12 @@ from PIL import Image
 
 from k3jax.arguments import check_choice, check_texts
 from k3jax.checkpoints.format import read_checkpoint
-from k3jax.checkpoints.lora_files import Lora, load_lora, warn_of_another_base
 from k3jax.config import AttentionForm, ModelConfig
 from k3jax.images.reading import read_images
-from k3jax.model import adapters
 from k3jax.model.abstract import COMPONENTS
 from k3jax.model.context import PromptEmbeds
 from k3jax.model.tokenizer import Tokenizer
+from k3jax.pipelines.adapters import AdaptedUNet
 from k3jax.pipelines.call_inputs import check_latents
 from k3jax.pipelines.compilation_cache import enable_compilation_cache
 from k3jax.pipelines.load_options import LoadOptions
@@ -54,7 +53,7 @@ class Output:
     images: Any
 
 
-class BasePipeline:
+class BasePipeline(AdaptedUNet):
     """The components of a checkpoint on a mesh.
 
     Attributes:
@@ -97,7 +96,7 @@ class BasePipeline:
         self.text_projection = components["text_projection"]
         self.unet = components["unet"]
         self.movq = components["movq"]
-        self._unet_without_lora = self._preview_map = None
+        self._preview_map = None
         self.batch_size, self.long_prompts = batch_size, long_prompts
         self.attention = attention
 
@@ -175,7 +174,7 @@ class BasePipeline:
             attention=pipe.attention,
         )
         if new.unet is pipe.unet:
-            new._unet_without_lora = pipe._unet_without_lora
+            new._adapters = pipe._adapters
         if new.movq is pipe.movq:
             new._preview_map = pipe._preview_map
         return new
@@ -184,35 +183,7 @@ class BasePipeline:
         """Frees a component's memory, unless another pipeline holds it too."""
         setattr(self, component, None)
         if component == "unet":
-            self._unet_without_lora = None
-
-    def load_lora(self, path: str, scale: float = 1.0) -> Lora:
-        """Lays a LoRA over the U-Net, in place of the one before. Another scale compiles nothing.
-
-        Args:
-            path: the LoRA's folder.
-            scale: strength; 1 as it was trained, 0 as without it.
-
-        Returns:
-            What was read.
-
-        Raises:
-            ValueError: not a LoRA, damaged, or of another architecture.
-        """
-        loaded = load_lora(path)
-        factor = adapters.update_factor(loaded.config, scale)
-        unet = self.unet if self._unet_without_lora is None else self._unet_without_lora
-        adapters.check_fits(loaded.weights, unet, loaded.config, where=f"The LoRA {loaded.path}")
-        warn_of_another_base(loaded, self.fingerprint)
-        shardings = adapters.lora_shardings(unet, loaded.weights, self.mesh)
-        self.unet = adapters.apply(unet, jax.tree.map(place, loaded.weights, shardings), factor)
-        self._unet_without_lora = unet
-        return loaded
-
-    def unload_lora(self) -> None:
-        """The U-Net as it was before `load_lora`."""
-        if self._unet_without_lora is not None:
-            self.unet, self._unet_without_lora = self._unet_without_lora, None
+            self._adapters = None
 
     def computing(self, module: nnx.Module) -> contextlib.AbstractContextManager:
         """The context in which programs of a component are called; see `programs.computing`.

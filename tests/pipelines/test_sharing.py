@@ -222,11 +222,11 @@ def test_arguments_are_checked_before_weights_are_read(
 
 
 def test_a_lora_stays_with_its_unet(pipe, checkpoints):
-    pipe._unet_without_lora = pipe.unet
+    pipe._adapters = pipe.unet
     other = Kandinsky3Img2ImgPipeline.from_pipe(pipe)
-    assert other._unet_without_lora is pipe.unet
+    assert other._adapters is pipe.unet
     inpaint = Kandinsky3InpaintPipeline.from_pipe(pipe, checkpoints[1])
-    assert inpaint._unet_without_lora is None
+    assert inpaint._adapters is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         other.unload_lora()
