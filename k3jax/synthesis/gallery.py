@@ -22,7 +22,7 @@ from tqdm import tqdm
 from k3jax.checkpoints.digests import abbreviated
 from k3jax.images.decoding import opened
 from k3jax.synthesis.metadata import Column, columns_of, finished_shards, read_sidecar
-from k3jax.synthesis.run_manifest import DATA, RunManifest
+from k3jax.synthesis.run_manifest import RunManifest
 from k3jax.synthesis.shard_formats import read_shard
 from k3jax.synthesis.store import Store
 
@@ -52,8 +52,8 @@ def write_gallery(
     Raises:
         ValueError: no shard is finished, or one is damaged.
     """
-    files_near = target is None
-    target = store if target is None else target
+    inside = target is None
+    target = store if inside else target
     shards = sorted(finished_shards(store, manifest.layout))
     if not shards:
         raise ValueError(f"{store} has no finished shard yet.")
@@ -77,14 +77,13 @@ def write_gallery(
             )
         waiting.clear()
 
-    target.delete(FOLDER)
+    if inside:  # another folder may have a gallery/ of its own
+        store.delete(FOLDER)
     bar = tqdm(total=total, unit="image", desc="gallery", disable=not progress)
     with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
         for shard in shards:
-            rows = _shown(store, manifest, shard, every)
-            if not files_near:
-                for row in rows:
-                    row.pop("link", None)
+            links = inside and manifest.layout.format == "files"
+            rows = _shown(store, manifest, shard, every, links)
             # `map` starts all at once: a shard's thumbnails, no more, are in memory.
             names = [f"{store}/{row['shard']}, image {row['key']}" for row in rows]
             contents = [row.pop("content", None) for row in rows]
@@ -123,7 +122,9 @@ def thumbnail(content: bytes | None, name: str) -> str | None:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def _shown(store: Store, manifest: RunManifest, shard: int, every: int) -> list[dict[str, Any]]:
+def _shown(
+    store: Store, manifest: RunManifest, shard: int, every: int, links: bool
+) -> list[dict[str, Any]]:
     """The rows of a shard that are shown, each with its image's bytes, in the prompts' order."""
     layout = manifest.layout
     name = layout.data(shard)
@@ -134,9 +135,8 @@ def _shown(store: Store, manifest: RunManifest, shard: int, every: int) -> list[
         for image in read_shard(store, name, layout.format):
             if image.key in rows:
                 rows[image.key]["content"] = image.content
-                if layout.format == "files":
-                    file = f"{name.removeprefix(f'{DATA}/')}/{image.key}.{extension}"
-                    rows[image.key]["link"] = f"{DATA}/{file}"
+                if links:  # to the image's own file
+                    rows[image.key]["link"] = f"{name}/{image.key}.{extension}"
     except Exception as error:
         raise ValueError(
             f"{store}/{name} cannot be read ({error}); `k3jax verify --repair` mends it."

@@ -192,8 +192,9 @@ def test_another_folder(tmp_path, made, stubs):
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "a"}])
     out, page = tmp_path / "out", tmp_path / "pages" / "gallery.html"
     made("synthesize", prompts, out, "--size", "64x64", "--format", "files")
+    (page.parent / "gallery").mkdir(parents=True)
     assert made("gallery", out, "--output", page.parent)[0] == [str(page)]
-    assert not (out / "gallery.html").exists()
+    assert not (out / "gallery.html").exists() and (page.parent / "gallery").is_dir()
     text = page.read_text()
     assert "data:image/webp" in text and ".jpg" not in text
 
