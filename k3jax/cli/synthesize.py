@@ -166,7 +166,14 @@ def run(args: argparse.Namespace) -> int:
     weights = Weights(checkpoint, config.pipeline.lora, config.pipeline.lora_scale)
     check_lora(config)
     opened = open_data_set(
-        args.source, args.output, share, weights, config, wanted, args.progress, devices
+        args.source,
+        args.output,
+        share,
+        weights,
+        config.synthesize,
+        wanted,
+        args.progress,
+        devices,
     )
     layout = opened.manifest.layout
     mine = len(share.shards(layout.shards))
