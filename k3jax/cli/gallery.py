@@ -9,7 +9,7 @@ from the network. The thumbnails of more than 2,000 images are next to it, in th
 
 import argparse
 
-from k3jax.cli.extras import require
+from k3jax.cli.environment import require
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

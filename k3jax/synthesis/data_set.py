@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from k3jax.arguments import check_number
 from k3jax.config import ModelConfig
 from k3jax.pipelines import call_inputs
 from k3jax.pipelines.call_inputs import CallInputs
@@ -69,14 +68,6 @@ def settings_of(
     for w, h in ((width, height), *map(parse_size, options.buckets)):
         call_inputs.check_size(model, h, w)
     sampler = CallInputs(call, model).sampler
-    for name, value in (
-        ("--samples-per-shard", options.samples_per_shard),
-        ("--max-sizes", options.max_sizes),
-        ("--shards-per-phase", options.shards_per_phase),
-        ("--grace", options.grace_seconds),
-    ):
-        if check_number(value, name) <= 0:
-            raise ValueError(f"{name} is {value}; it must be more than 0.")
     if options.lossless and options.quality is not None:
         raise ValueError("--quality and --lossless exclude each other: give one of them.")
     quality = QUALITY[options.image_format] if options.quality is None else options.quality
