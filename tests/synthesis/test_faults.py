@@ -190,7 +190,7 @@ def test_bad_lines_are_failed_samples(tmp_path, made, refuses, stubs):
     words = ["synthesize", path, tmp_path / "out", "--size", "64x64", "--images-per-prompt", "2"]
     refuses(*words)
     _, err = made(*words, "--skip-bad", "--samples-per-shard", "3")
-    assert "4 images made" in err[-1] and "4 samples failed" in err[-1]
+    assert "4 images " in err[-1] and "4 samples failed" in err[-1]
     rows = pq.read_table(tmp_path / "out" / "metadata").to_pylist()
     assert [row["status"] for row in rows] == ["ok", "ok", *["failed"] * 4, "ok", "ok"]
     assert rows[2]["id"] == "bad:000000002-0" and rows[2]["line"] == 2

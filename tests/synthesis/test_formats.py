@@ -153,7 +153,7 @@ def test_encodings(kind, quality, lossless):
         (["--image-format", "png", "--quality", "3"], "PNG has no quality"),
         (["--quality", "0"], "quality is 0; it must be between 1 and 100"),
         (["--image-format", "webp", "--quality", "3", "--lossless"], "exclude each other"),
-        (["--samples-per-shard", "0"], "--samples-per-shard is 0; it must be more than 0"),
+        (["--samples-per-shard", "0"], "samples_per_shard is 0; it must be 1 or more"),
         (["--images-per-prompt", "-1"], "num_images_per_prompt is -1"),
         (["--size", "1024"], "size '1024' is not WIDTHxHEIGHT"),
         (["--size", "100x100"], "height is 100; it must be a positive multiple of 8"),

@@ -42,9 +42,9 @@ def test_all_is_well(data_set, made):
     assert values["good"] and values["images"] == 11 and values["remake"] == []
 
 
-def flip(path):
+def flip(path, part=2):
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[len(content) // part] ^= 1
     path.write_bytes(content)
 
 
@@ -61,7 +61,8 @@ DAMAGE = {
     "truncated": (lambda out: halve(shard_file(out, 1)), "has other bytes than when"),
     "missing data": (lambda out: shard_file(out, 1).unlink(), "data/000001"),
     "missing sidecar": (lambda out: sidecar_of(out, 1).unlink(), "missing: shards 1"),
-    "flipped sidecar": (lambda out: flip(sidecar_of(out, 1)), "000001.parquet is damaged"),
+    # In the rows; the end of the file describes them.
+    "flipped sidecar": (lambda out: flip(sidecar_of(out, 1), 8), "000001.parquet is damaged"),
     "truncated sidecar": (lambda out: halve(sidecar_of(out, 1)), "000001.parquet is damaged"),
     "swapped sidecar": (
         lambda out: sidecar_of(out, 1).write_bytes(sidecar_of(out, 2).read_bytes()),
