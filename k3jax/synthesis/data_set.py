@@ -1,29 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run is asked for, checked in full before anything is made."""
+"""A data set that is begun or continued: its settings and prompts, checked before long work."""
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from k3jax.arguments import check_number
 from k3jax.config import ModelConfig
-from k3jax.model.tokenizer import check_prompt
 from k3jax.pipelines import call_inputs
+from k3jax.pipelines.call_inputs import CallInputs
 from k3jax.pipelines.memory import check_memory
 from k3jax.pipelines.options import TextToImageOptions
-from k3jax.sampling.denoise import loop_rows, sample_keys
 from k3jax.sampling.samplers import steps_of_strength
-from k3jax.synthesis.encoding import QUALITY, ImageFormat
-from k3jax.synthesis.files import is_remote
-from k3jax.synthesis.layout import INDEX, MANIFEST
-from k3jax.synthesis.loading import Devices, Weights
-from k3jax.synthesis.locks import LOCK_FILE
+from k3jax.synthesis.image_formats import QUALITY, ImageFormat
+from k3jax.synthesis.metadata import COLUMNS
 from k3jax.synthesis.options import SynthesizeConfig
-from k3jax.synthesis.prompt_source import PromptIndex, PromptSource, spool
-from k3jax.synthesis.run import indexed, keep_index
+from k3jax.synthesis.prompt_files import FORMATS
+from k3jax.synthesis.prompt_index import INDEX, PromptIndex, PromptSource, Summary, spool
 from k3jax.synthesis.run_manifest import (
-    Manifest,
+    CALL_OPTIONS,
+    MANIFEST,
+    RunManifest,
     Settings,
     parse_size,
     prompts_entry,
@@ -32,7 +29,8 @@ from k3jax.synthesis.run_manifest import (
 )
 from k3jax.synthesis.samples import RowRules
 from k3jax.synthesis.shares import Share
-from k3jax.synthesis.storage import Store, store_at
+from k3jax.synthesis.store import LOCK_FILE, Store, is_remote, store_at
+from k3jax.synthesis.weights import Devices, Weights
 
 
 STDIN = "-"
@@ -42,9 +40,10 @@ INSIDE = "./"
 
 @dataclass(frozen=True)
 class DataSet:
+    """A data set whose manifest is stored, and the checked rows of its prompts."""
+
     store: Store
-    manifest: Manifest
-    source: PromptSource
+    manifest: RunManifest
     index: PromptIndex
     rules: RowRules
 
@@ -62,54 +61,40 @@ def settings_of(
     Raises:
         ValueError: one of them is wrong.
     """
-    wanted, made = options, generate
-    width, height = (made.width, made.height) if size is None else parse_size(size)
-    width, height = width or model.sample_size, height or model.sample_size
-    for w, h in ((width, height), *map(parse_size, wanted.buckets)):
+    call = TextToImageOptions.from_sources(generate, prompt="")
+    height, width = call.size(model)
+    if size is not None:
+        width, height = parse_size(size)
+    for w, h in ((width, height), *map(parse_size, options.buckets)):
         call_inputs.check_size(model, h, w)
-    options = TextToImageOptions.from_sources(made)
-    sampler, loop = call_inputs.checked_sampler(options.sampler_config(model))
-    loop_rows(loop, made.guidance_interval)
-    call_inputs.guidance_scales(sampler.guidance_scale, 1)
-    sample_keys([made.seed])
-    if made.negative_prompt is not None:
-        check_prompt(made.negative_prompt, 0)
-    for name, value in (
-        ("--samples-per-shard", wanted.samples_per_shard),
-        ("--images-per-prompt", made.num_images_per_prompt),
-        ("--max-sizes", wanted.max_sizes),
-        ("--shards-per-phase", wanted.shards_per_phase),
-        ("--grace", wanted.grace_seconds),
-    ):
-        if check_number(value, name) <= 0:
-            raise ValueError(f"{name} is {value}; it must be more than 0.")
-    if wanted.lossless and wanted.quality is not None:
+    sampler = CallInputs(call, model).sampler
+    if options.lossless and options.quality is not None:
         raise ValueError("--quality and --lossless exclude each other: give one of them.")
-    quality = QUALITY[wanted.image_format] if wanted.quality is None else wanted.quality
-    encoding = ImageFormat(wanted.image_format, None if wanted.lossless else quality)
-    if wanted.strength is not None:
-        steps_of_strength(wanted.strength, loop.num_steps)
-    columns = _columns(wanted.columns)
+    quality = QUALITY[options.image_format] if options.quality is None else options.quality
+    encoding = ImageFormat(options.image_format, None if options.lossless else quality)
+    if options.strength is not None:
+        steps_of_strength(options.strength, sampler.num_steps)
+    columns = _columns(options.columns)
     return Settings(
-        format=wanted.format,
+        format=options.format,
         image_format=encoding.name,
         quality=encoding.quality,
-        samples_per_shard=wanted.samples_per_shard,
-        images_per_prompt=made.num_images_per_prompt,
-        seed=made.seed,
+        samples_per_shard=options.samples_per_shard,
+        images_per_prompt=call.num_images_per_prompt,
+        seed=call.seed,
         width=width,
         height=height,
-        buckets=tuple(wanted.buckets),
-        negative_prompt=made.negative_prompt,
-        sampler=sampler,
-        guidance_interval=made.guidance_interval,
+        buckets=tuple(options.buckets),
+        negative_prompt=call.negative_prompt,
+        sampler=call.sampler_config(model),
         conditioning=model.conditioning,
         dtype=pipeline.dtype,
         param_dtype=pipeline.param_dtype or pipeline.dtype,
         columns=tuple(f"{name}={theirs}" for name, theirs in sorted(columns.items())),
-        skip_bad=wanted.skip_bad,
-        strength=wanted.strength,
+        skip_bad=options.skip_bad,
+        strength=options.strength,
         int8_text_encoder=pipeline.int8_text_encoder,
+        **{name: getattr(call, name) for name, *_ in CALL_OPTIONS},
     )
 
 
@@ -129,10 +114,10 @@ def open_data_set(
     progress: bool = False,
     devices: Devices | None = None,
 ) -> DataSet:
-    """Reads all prompts, and records the data set in its folder or finds it recorded there.
+    """Reads all prompts, and writes the manifest, or compares it with the stored one.
 
     Args:
-        devices: what will make it; None: not here, and not checked.
+        devices: those of this host, to check their memory; None: not checked.
 
     Raises:
         ValueError: bad prompts, a folder that cannot be written, or one of another data set; images
@@ -154,21 +139,21 @@ def open_data_set(
         paths, found_at = [f"{store}/{name}"], [INSIDE + name]
     rules = settings.row_rules(weights.checkpoint.config)
     source = open_source(paths, settings, rules, kind)
-    index = indexed(store, source, rules, progress)
-    _check_prompts(index, settings, options.max_sizes)
+    index = source.index(store, progress)
+    _check_prompts(index.summary, settings, options.max_sizes)
     if devices is not None:
         # Rows may do without guidance.
-        sizes = list(index.sizes)
+        sizes = [(w, h) for w, h, _ in index.summary.sizes]
         size = devices.batch_size
         check_memory(
             weights.checkpoint.config, devices.mesh, size, settings.dtype, sizes, guided=False
         )
-    if index.unused:
-        names = ", ".join(index.unused[:10])
+    if index.summary.unused:
+        names = ", ".join(index.summary.unused[:10])
         print(f"k3jax: note: columns that are not used: {names}.", file=sys.stderr)
-    manifest = Manifest(
+    manifest = RunManifest(
         weights=weights.identity,
-        prompts=prompts_entry(index),
+        prompts=prompts_entry(index.summary),
         settings=settings,
         versions=versions(),
         found_at={
@@ -177,11 +162,12 @@ def open_data_set(
             "prompts_format": kind,
             "images": options.image_folder or image_folder(found_at[0]),
         },
+        added_columns=tuple(column.name for column in COLUMNS if column.added),
     )
     store.prepare()
-    write_or_compare(store, manifest)
-    keep_index(store, source, rules, index)
-    return DataSet(store, manifest, source, index, rules)
+    manifest = write_or_compare(store, manifest)
+    index.save(store)
+    return DataSet(store, manifest, index, rules)
 
 
 def image_folder(prompts: str) -> str:
@@ -208,26 +194,26 @@ def _columns(texts: Sequence[str]) -> dict[str, str]:
 def _check_folder(store: Store) -> None:
     """Refuses a folder with something else in it."""
     names = {name for name in store.names("") if not name.startswith(".")}
-    known = {MANIFEST, INDEX, LOCK_FILE, "prompts.txt", "prompts.jsonl", "prompts.csv"}
+    known = {MANIFEST, INDEX, LOCK_FILE, *(f"prompts.{kind}" for kind in FORMATS)}
     if MANIFEST not in names and names - known:
         raise ValueError(
             f"{store} holds {sorted(names - known)[0]} and no data set: take an empty folder."
         )
 
 
-def _check_prompts(index: PromptIndex, settings: Settings, max_sizes: int) -> None:
-    if not index.rows:
-        names = ", ".join(file.name for file in index.files)
+def _check_prompts(summary: Summary, settings: Settings, max_sizes: int) -> None:
+    if not any(file["rows"] for file in summary.files):
+        names = ", ".join(file["name"] for file in summary.files)
         raise ValueError(f"{names} holds no prompts.")
-    if index.faults and not settings.skip_bad:
-        more = index.faults - len(index.examples)
+    if summary.faults and not settings.skip_bad:
+        more = summary.faults - len(summary.examples)
         raise ValueError(
-            f"{'; '.join(index.examples)}{f'; and {more} more bad lines' if more else ''}. Mend "
-            "them, or let them be failed samples with --skip-bad."
+            f"{'; '.join(summary.examples)}{f'; and {more} more bad lines' if more else ''}. "
+            "Correct them, or let them be failed samples with --skip-bad."
         )
-    if len(index.sizes) > max_sizes:
+    if len(summary.sizes) > max_sizes:
         raise ValueError(
-            f"the prompts have {len(index.sizes)} sizes, each of them a program to compile: give "
+            f"the prompts have {len(summary.sizes)} sizes, each of them a program to compile: give "
             "a few with --buckets, such as --buckets 1024x1024,896x1152,1152x896, or raise "
             f"--max-sizes {max_sizes}."
         )

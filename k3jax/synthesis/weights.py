@@ -20,17 +20,17 @@ from k3jax.pipelines.load_options import LoadOptions
 from k3jax.pipelines.loading import checked_batch_size, load_component
 from k3jax.pipelines.pipeline import BasePipeline
 from k3jax.sharding import data_parallelism, make_meshes
-from k3jax.synthesis.image_task import pipeline_class
-from k3jax.synthesis.phases import ALL, Load
+from k3jax.synthesis.input_images import pipeline_class
+from k3jax.synthesis.phases import ALL, LoadPipeline
 from k3jax.synthesis.run_manifest import Settings
 
 
-ROOM = 0.7  # share of the memory that weights may take; the rest is for activations
+WEIGHTS_SHARE = 0.7  # of device memory; the rest is for activations
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A checkpoint, and the LoRA laid over it."""
+    """A checkpoint, and the LoRA for its U-Net."""
 
     checkpoint: Checkpoint
     lora: str | None = None
@@ -57,12 +57,12 @@ class Weights:
 
 @dataclass(frozen=True)
 class Devices:
-    """How this host's devices are used.
+    """The devices of this host, and how they are used.
 
     Attributes:
         encoder_mesh: of the text encoder, over the same devices.
         batch_size: images of a compiled batch over all of them.
-        stream_text_encoder: it is read layer by layer for each encoding, and takes no room.
+        stream_text_encoder: it is read layer by layer for each encoding, and takes no memory.
     """
 
     mesh: jax.sharding.Mesh
@@ -78,7 +78,7 @@ class Devices:
         images_per_device: int | None = None,
         stream_text_encoder: bool = False,
     ) -> "Devices":
-        """Of this host alone: hosts do not wait for each other."""
+        """Those of this host alone, so that hosts do not wait for each other."""
         meshes = make_meshes(mesh, encoder_mesh, jax.local_devices())
         batch_size = data_parallelism(meshes[0]) * (images_per_device or 1)
         return cls(*meshes, batch_size, stream_text_encoder)
@@ -94,8 +94,8 @@ class Devices:
         return dataclasses.replace(self, batch_size=chosen)
 
 
-def loader(weights: Weights, settings: Settings, devices: Devices) -> Load:
-    """Loads the components that are asked for, with the data set's sampler as the default."""
+def loader(weights: Weights, settings: Settings, devices: Devices) -> LoadPipeline:
+    """A function that loads some components, with the data set's sampler as the default."""
     enable_compilation_cache()
     checkpoint = weights.checkpoint
     config = dataclasses.replace(
@@ -135,7 +135,7 @@ def loader(weights: Weights, settings: Settings, devices: Devices) -> Load:
 
 
 def weights_fit_together(checkpoint: Checkpoint, settings: Settings, devices: Devices) -> bool:
-    """Whether a device has room for its part of all weights at once; True where it cannot say."""
+    """Whether a device has memory for its part of all weights; True where that is unknown."""
     memory = devices.mesh.devices.flat[0].memory_stats() or {}
     if "bytes_limit" not in memory:
         return True
@@ -150,4 +150,4 @@ def weights_fit_together(checkpoint: Checkpoint, settings: Settings, devices: De
             of_weight = 1
         count = sum(math.prod(leaf.shape) for leaf in leaf_shapes(checkpoint, name).values())
         needed += count * of_weight / (shape["fsdp"] * shape["tensor"])
-    return needed < ROOM * memory["bytes_limit"]
+    return needed < WEIGHTS_SHARE * memory["bytes_limit"]

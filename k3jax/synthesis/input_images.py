@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one place where image tasks (image to image, inpainting) enter a data set.
+"""The images that samples start from, and the pipelines that they are for.
 
-Everything else carries the columns image, mask and strength along. An image with a mask is
-inpainted, one without is changed; a row with neither is text to image.
+An image with a mask is inpainted, one without is changed by image to image; a sample with neither
+is text to image.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -22,16 +22,12 @@ from k3jax.pipelines.image_to_image import Kandinsky3Img2ImgPipeline
 from k3jax.pipelines.inpaint import Kandinsky3InpaintPipeline
 from k3jax.pipelines.pipeline import BasePipeline
 from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
-from k3jax.synthesis.files import is_remote, open_binary
-from k3jax.synthesis.samples import Sample
-
-
-Task = Literal["text", "image", "inpaint"]
-IMAGE_FIELDS = ("image", "mask", "image_sha256", "mask_sha256")
+from k3jax.synthesis.samples import Operation, Sample
+from k3jax.synthesis.store import is_remote, open_file
 
 
 @dataclass(frozen=True)
-class Inputs:
+class InputImages:
     """What a sample starts from.
 
     Attributes:
@@ -45,18 +41,12 @@ class Inputs:
     sha256: Mapping[str, str]
 
 
-def task_of(sample: Sample) -> Task:
-    if sample.image is None:
-        return "text"
-    return "image" if sample.mask is None else "inpaint"
-
-
 def pipeline_class(in_channels: int, latent_channels: int) -> type[BasePipeline]:
     """What a checkpoint is loaded as: an inpainting U-Net can do nothing else."""
     return Kandinsky3Pipeline if in_channels == latent_channels else Kandinsky3InpaintPipeline
 
 
-def read_inputs(sample: Sample, base: str) -> Inputs | str:
+def read_inputs(sample: Sample, base: str) -> InputImages | str:
     """The images of a sample, or why they cannot be used.
 
     Args:
@@ -67,22 +57,22 @@ def read_inputs(sample: Sample, base: str) -> Inputs | str:
         array = read_image(image, f"the image {sample.image}")
         hashes = {"image_sha256": image_hash}
         if sample.mask is None:
-            return Inputs(_fitted(array, sample), None, hashes)
+            return InputImages(_fitted(array, sample), None, hashes)
         image, hashes["mask_sha256"] = _read(sample.mask, base, sample.mask_sha256, "mask")
         mask = read_mask(image, f"the mask {sample.mask}")
         if mask.shape != array.shape[:2]:
             sizes = ["x".join(map(str, a.shape[1::-1])) for a in (mask, array)]
             raise ValueError(f"the mask is {sizes[0]} and the image {sizes[1]}")
-        return Inputs(_fitted(array, sample), _fitted(mask, sample), hashes)
+        return InputImages(_fitted(array, sample), _fitted(mask, sample), hashes)
     except ValueError as error:
         return str(error).rstrip(".")
 
 
-def make_images(
+def images_from_inputs(
     pipe: BasePipeline,
-    task: Task,
+    operation: Operation,
     samples: Sequence[Sample],
-    inputs: Sequence[Inputs],
+    inputs: Sequence[InputImages],
     arguments: Mapping[str, Any],
 ) -> Sequence[np.ndarray]:
     """Images of samples that start from images, by the pipeline of their task.
@@ -93,13 +83,13 @@ def make_images(
     """
     size = samples[0].width * samples[0].height
     more = {
-        "image": [given.image for given in inputs],
+        "image": [source.image for source in inputs],
         "strength": [sample.strength for sample in samples],
         "max_area": size,  # images have the size that they are worked at
     }
-    if task == "image":
+    if operation == "image":
         return Kandinsky3Img2ImgPipeline.from_pipe(pipe)(**more, **arguments).images
-    masks = [given.mask for given in inputs]
+    masks = [source.mask for source in inputs]
     return Kandinsky3InpaintPipeline.from_pipe(pipe)(mask_image=masks, **more, **arguments).images
 
 
@@ -108,7 +98,7 @@ def _read(path: str, base: str, sha256: str | None, name: str) -> tuple[Image.Im
     if not is_remote(path) and not os.path.isabs(path):
         path = f"{base.rstrip('/')}/{path}"
     try:
-        with open_binary(path) as file:
+        with open_file(path) as file:
             content = file.read()
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None

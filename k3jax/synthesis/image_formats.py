@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pixels -> the bytes of an image file: the same for the same pixels, with no date in them."""
+"""Pixels -> the bytes of an image file: the same for the same pixels, without dates."""
 
 import hashlib
 import io
@@ -18,7 +18,8 @@ QUALITY = {"jpeg": 95, "png": None, "webp": 90}
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """
+    """How images are encoded.
+
     Attributes:
         name: "jpeg" (4:4:4), "png" or "webp".
         quality: 1 to 100 for lossy images; None: lossless.
@@ -57,15 +58,19 @@ class ImageFormat:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedImage:
     """An encoded image, or why there is none."""
 
     content: bytes | None
     sha256: str | None
     fault: str | None = None
 
+    @property
+    def size(self) -> int | None:
+        return None if self.content is None else len(self.content)
 
-def encode_image(image: np.ndarray, encoding: ImageFormat) -> Encoded:
+
+def encode_image(image: np.ndarray, encoding: ImageFormat) -> EncodedImage:
     """float32 (h, w, 3) in [0, 1] -> the bytes of a file.
 
     An image that is not a number somewhere, and one that the encoder refuses, is a fault of that
@@ -73,14 +78,14 @@ def encode_image(image: np.ndarray, encoding: ImageFormat) -> Encoded:
     """
     if not np.isfinite(np.sum(image)):  # values of 0 to 1 cannot overflow it
         bad = image.size - np.count_nonzero(np.isfinite(image))
-        return Encoded(None, None, f"{bad} of the image's {image.size} values are not finite")
+        return EncodedImage(None, None, f"{bad} of the image's {image.size} values are not finite")
     try:
         content = encoding.encode(_as_uint8(image))
     except MemoryError:
         raise
     except Exception as error:
-        return Encoded(None, None, f"the {encoding.name} encoder failed ({error!r})")
-    return Encoded(content, hashlib.sha256(content).hexdigest())
+        return EncodedImage(None, None, f"the {encoding.name} encoder failed ({error!r})")
+    return EncodedImage(content, hashlib.sha256(content).hexdigest())
 
 
 def _as_uint8(image: np.ndarray) -> np.ndarray:
@@ -93,7 +98,7 @@ def _as_uint8(image: np.ndarray) -> np.ndarray:
 
 
 def readable_fault(content: bytes, width: int, height: int) -> str | None:
-    """Why the bytes are no image of this size; None if they are."""
+    """Why the bytes are not an image of this size; None if they are."""
     try:
         with opened(io.BytesIO(content), "the image") as image:
             image.load()
@@ -106,6 +111,6 @@ def readable_fault(content: bytes, width: int, height: int) -> str | None:
 
 
 def codec_version() -> str:
-    """Of the libraries that decide on the bytes."""
+    """Versions of the libraries that encode images."""
     names = ("jpg", "libjpeg_turbo", "zlib", "zlib_ng", "webp")
     return ", ".join(f"{name} {features.version(name)}" for name in names if features.version(name))
