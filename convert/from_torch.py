@@ -20,7 +20,7 @@ from k3jax.convert.modules import layer_shapes, module_shapes
 from k3jax.convert.rules import ConversionError, Plan, Shape, raise_faults, to_jax_array
 from k3jax.convert.sources import Source, open_source
 from k3jax.convert.tensors import Tensors, shapes
-from k3jax.convert.tokenizer import prepare_tokenizer
+from k3jax.convert.tokenizer_files import prepare_tokenizer
 from k3jax.model.abstract import abstract_module
 from k3jax.model.tokenizer import tokenizer_fault
 

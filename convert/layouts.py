@@ -4,7 +4,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from k3jax.convert.own_settings import settings_file
+from k3jax.convert.architecture import settings_file
 from k3jax.convert.rules import ConversionError
 from k3jax.convert.weight_files import ReadBytes, weight_files
 from k3jax.model.tokenizer import TOKENIZER_FILES

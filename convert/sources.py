@@ -24,7 +24,7 @@ from k3jax.convert.architecture import (
 )
 from k3jax.convert.hub import fetch
 from k3jax.convert.layouts import Layout, find_layout
-from k3jax.convert.own_settings import with_own_settings
+from k3jax.convert.architecture import with_own_settings
 from k3jax.convert.rules import ConversionError, Table
 from k3jax.convert.tensors import Tensors, flat, from_tensor, open_pickle, open_weights, shapes
 from k3jax.files import read_object

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from k3jax.checkpoints.packaged import DEFAULT
+from k3jax.checkpoints.format import DEFAULT
 from k3jax.cli.main import main
 from k3jax.pipelines.base_pipeline import BasePipeline
 from k3jax.planning import compiler

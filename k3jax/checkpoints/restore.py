@@ -30,7 +30,7 @@ from k3jax.checkpoints.manifest import (
     files_below,
     read_manifest,
 )
-from k3jax.checkpoints.packaged import packaged_path
+from k3jax.checkpoints.format import packaged_path
 from k3jax.checkpoints.writer import CheckpointWriter
 from k3jax.files import CheckpointError, is_local
 from k3jax.model.abstract import abstract_module

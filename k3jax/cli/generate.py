@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable
 from typing import get_args
 
-from k3jax.checkpoints.packaged import DEFAULT
+from k3jax.checkpoints.format import DEFAULT
 from k3jax.cli.joining import add_distributed, join
 from k3jax.cli.output import check_folder, plan
 from k3jax.cli.prompts import check_prompts, read_prompts

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from k3jax.arguments import check_number
-from k3jax.checkpoints.packaged import DEFAULT
+from k3jax.checkpoints.format import DEFAULT
 from k3jax.cli.batches import check_memory, checked_mesh, load_and_encode, run_settings
 from k3jax.cli.generate import NOTE, asked_checkpoint, check_architecture, check_lora
 from k3jax.cli.image_options import SETTINGS

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from k3jax.checkpoints.packaged import INPAINTING
+    from k3jax.checkpoints.format import INPAINTING
     from k3jax.cli.image_runs import Task, run_images
     from k3jax.pipelines.inpaint import Kandinsky3InpaintPipeline
 

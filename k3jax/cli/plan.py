@@ -115,11 +115,11 @@ def run_config(args: argparse.Namespace, default: str) -> RunConfig:
 
 
 def _question(args: argparse.Namespace, where, config: RunConfig):
-    from k3jax.planning.question import Question
+    from k3jax.planning.workload import PlanOptions
 
     height, width, sampler = size_and_sampler(config)
     pipeline = config.pipeline
-    return Question(
+    return PlanOptions(
         where=where,
         model=config.model,
         sampler=sampler,
@@ -139,7 +139,7 @@ def _question(args: argparse.Namespace, where, config: RunConfig):
 
 def parts(args: argparse.Namespace) -> tuple[str, ...]:
     """What --programs asks for."""
-    from k3jax.planning.question import PARTS
+    from k3jax.planning.workload import PARTS
 
     return PARTS if args.programs is None else tuple(args.programs.replace(" ", "").split(","))
 

@@ -30,7 +30,6 @@ from k3jax.planning.collectives import (
     ring_passes,
 )
 from k3jax.planning.hlo import BYTES, Computation, Instruction, Module, parse_arrays
-from k3jax.planning.kinds import kind_of
 
 
 Figure = Literal["schedule", "floor"]
@@ -43,7 +42,17 @@ FREE = set(
 
 MISREAD = 4
 """A schedule of more than this times XLA's own estimate is of the form that cannot be read (see
-bundles.py), and the estimate counts instead."""
+schedules.py), and the estimate counts instead."""
+
+
+Kind = Literal["products", "attention", "reductions", "element-wise", "copies"]
+"""products: matrix products and convolutions, with all that is fused to them. attention: Pallas
+kernels; we have no others. copies: the same values elsewhere or in another order."""
+
+MOVES = frozenset(
+    "bitcast broadcast concatenate constant copy dynamic-slice dynamic-update-slice fusion gather "
+    "get-tuple-element iota pad parameter reshape reverse slice transpose tuple".split()
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,7 @@ class Cost:
         stalls: seconds that kernels wait for prefetches and collectives.
         kernels: how many run.
         unknown_loops: loops whose trips cannot be told; they count once.
-        kinds: kind of kernel (kinds.py) -> its share of the seconds; what is left is waiting.
+        kinds: kind of kernel (`Kind`) -> its share of the seconds; what is left is waiting.
     """
 
     seconds: float
@@ -94,7 +103,7 @@ def estimate(module: Module, chip: Chip, cycles: Mapping[str, int] | None = None
     """The cost of a program.
 
     Args:
-        cycles: kernel -> cycles, from `bundles.read_schedules`; None or empty: the floor.
+        cycles: kernel -> cycles, from `schedules.read_schedules`; None or empty: the floor.
     """
     floor = _Walk(module, chip, _no_cycles)
     floor.run()
@@ -259,3 +268,19 @@ def _matcher(module: Module, cycles: Mapping[str, int]):
         return similar.get(alike(i, inside)) if own is None else own
 
     return find
+
+
+def kind_of(module: Module, instruction: Instruction, flops: float) -> Kind:
+    """Of a kernel with that many FLOPs of matrix products and convolutions."""
+    if instruction.op == "custom-call" and "tpu_custom_call" in instruction.attributes:
+        return "attention"
+    if flops:
+        return "products"
+    operations = {instruction.op}
+    for name in instruction.called:
+        operations |= module.operations(name)
+    if operations & {"reduce", "reduce-window"}:
+        return "reductions"
+    # A pad is put over another map by the larger of the two.
+    moves = MOVES | {"maximum"} if "pad" in operations else MOVES
+    return "copies" if operations <= moves else "element-wise"

@@ -11,9 +11,9 @@ import math
 from collections.abc import Callable
 
 from k3jax.planning.compiler import Compiled, OutOfMemory
-from k3jax.planning.programs import COMPONENT, DENOISER, Name, Work, input_bytes, weight_bytes
-from k3jax.planning.question import TITLES, Question
-from k3jax.planning.units import size_text
+from k3jax.planning.workload import COMPONENT, DENOISER, Name, Work, input_bytes, weight_bytes
+from k3jax.planning.workload import TITLES, PlanOptions
+from k3jax.planning.compiler import size_text
 from k3jax.sharding import mesh_sizes
 
 
@@ -36,19 +36,19 @@ class DoesNotFit(ValueError):
 class Trial:
     """Whether a program fits at a batch, by arithmetic first."""
 
-    def __init__(self, question: Question, compile_program: Compile, say: Say):
-        self.question, self.compile, self.say = question, compile_program, say
-        self.usable = question.where.chip.usable
-        self.sizes = mesh_sizes(question.mesh, question.where.count)
+    def __init__(self, options: PlanOptions, compile_program: Compile, say: Say):
+        self.options, self.compile, self.say = options, compile_program, say
+        self.usable = options.where.chip.usable
+        self.sizes = mesh_sizes(options.mesh, options.where.count)
         self.encoder_sizes = self.sizes
-        if "encode" in question.parts:
-            self.encoder_sizes = _encoder_sizes(question, self.sizes)
+        if "encode" in options.parts:
+            self.encoder_sizes = _encoder_sizes(options, self.sizes)
         self._weights = {
             name: weight_bytes(name, self.work("denoise", 1)) for name in sorted(DENOISER)
         }
 
     def work(self, name: Name, batch: int) -> Work:
-        q = self.question
+        q = self.options
         model = dataclasses.replace(q.model, sampler=q.sampler)
         work = Work(
             model,
@@ -86,7 +86,7 @@ class Trial:
         """(the program, "") or (None, why not)."""
         if fault := self.arithmetic(name, batch):
             return None, fault
-        self.say(f"compiling the {TITLES[name]} for {self.question.where.name}, batch {batch}")
+        self.say(f"compiling the {TITLES[name]} for {self.options.where.name}, batch {batch}")
         try:
             compiled = self.compile(name, self.work(name, batch))
         except OutOfMemory as error:
@@ -117,15 +117,15 @@ def largest_batch(
     return None, tried
 
 
-def _encoder_sizes(question: Question, sizes: dict[str, int]) -> dict[str, int]:
+def _encoder_sizes(options: PlanOptions, sizes: dict[str, int]) -> dict[str, int]:
     """The mesh of the text encoder."""
-    count, chip = question.where.count, question.where.chip
-    if question.encoder_mesh is not None:
-        return mesh_sizes(question.encoder_mesh, count)
+    count, chip = options.where.count, options.where.chip
+    if options.encoder_mesh is not None:
+        return mesh_sizes(options.encoder_mesh, count)
 
     def fits(mesh: dict[str, int]) -> bool:
-        dtypes = question.dtype, question.param_dtype, question.int8_text_encoder
-        work = Work(question.model, mesh, 1, 64, 64, *dtypes)
+        dtypes = options.dtype, options.param_dtype, options.int8_text_encoder
+        work = Work(options.model, mesh, 1, 64, 64, *dtypes)
         return weight_bytes("text_encoder", work) < chip.usable
 
     splits = (k for k in range(2, count + 1) if count % k == 0)
@@ -133,26 +133,26 @@ def _encoder_sizes(question: Question, sizes: dict[str, int]) -> dict[str, int]:
     return sizes if fits(sizes) else next(filter(fits, meshes), sizes)
 
 
-def weights_sentence(question: Question, name: Name, fault: str) -> str:
+def weights_sentence(options: PlanOptions, name: Name, fault: str) -> str:
     """Not even one image fits, and nothing was compiled to find that out."""
-    advice = f"split them with --mesh (for example data=-1,fsdp={min(4, question.where.count)})"
-    if question.where.count == 1:
+    advice = f"split them with --mesh (for example data=-1,fsdp={min(4, options.where.count)})"
+    if options.where.count == 1:
         advice = "take more chips, or a chip with more memory"
     if name == "encode":
-        if not question.int8_text_encoder:
+        if not options.int8_text_encoder:
             advice += ", or halve its weights with --int8-text-encoder"
         advice += ", or leave it out with --programs denoise,decode"
     return (
-        f"no batch fits {question.where.name} with --mesh {question.mesh}: for the {TITLES[name]} "
+        f"no batch fits {options.where.name} with --mesh {options.mesh}: for the {TITLES[name]} "
         f"{fault} at batch 1; {advice}."
     )
 
 
 def batch_sentence(
-    question: Question, name: Name, fault: str, largest: int | None, tried: list[int]
+    options: PlanOptions, name: Name, fault: str, largest: int | None, tried: list[int]
 ) -> str:
-    where, words = question.where.name, ", ".join(map(str, tried))
-    start = f"--batch {question.batch} does not fit {where}: for the {TITLES[name]} "
+    where, words = options.where.name, ", ".join(map(str, tried))
+    start = f"--batch {options.batch} does not fit {where}: for the {TITLES[name]} "
     start += fault.rstrip(". ")
     if largest is not None:
         return f"{start}; the largest batch that fits is {largest} images a chip (tried: {words})."

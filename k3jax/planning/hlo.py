@@ -11,7 +11,7 @@ import math
 import re
 from dataclasses import dataclass, field
 
-from k3jax.planning.convolutions import convolution_flops
+from k3jax.planning.flops import convolution_flops
 
 
 BYTES = {

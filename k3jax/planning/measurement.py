@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the programs of a batch take on the devices that are there.
 
-The same programs as in `k3jax plan` (k3jax/planning/programs.py), so that a plan can be held
+The same programs as in `k3jax plan` (k3jax/planning/workload.py), so that a plan can be held
 against what a chip does. Weights are not loaded: how long arithmetic takes does not depend on its
 numbers, as long as they are not all alike (zeros would cost less power, and so run at higher
 clocks).
@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from k3jax.planning.programs import Name, Work, arguments, lower
+from k3jax.planning.workload import Name, Work, arguments, lower
 
 
 def measure(program: Name, work: Work, mesh: jax.sharding.Mesh, repeats: int = 5) -> dict[str, Any]:

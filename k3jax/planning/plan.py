@@ -13,9 +13,9 @@ from k3jax.planning.fitting import (
     largest_batch,
     weights_sentence,
 )
-from k3jax.planning.programs import DENOISER, Name, Work, weight_bytes
-from k3jax.planning.question import Question, program_names
-from k3jax.planning.totals import Evaluations, Totals, baseline, evaluations, total
+from k3jax.planning.workload import DENOISER, Name, Work, weight_bytes
+from k3jax.planning.workload import PlanOptions, program_names
+from k3jax.planning.throughput import Evaluations, Totals, baseline, evaluations, total
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Plan:
         does not say, because the encoder is left out or on another mesh.
     """
 
-    question: Question
+    options: PlanOptions
     programs: tuple[Program, ...]
     evaluations: Evaluations
     totals: Totals
@@ -54,7 +54,7 @@ class Plan:
     together: bool | None
 
 
-def make_plan(question: Question, compile_program: Compile, say: Say) -> Plan:
+def make_plan(options: PlanOptions, compile_program: Compile, say: Say) -> Plan:
     """Compiles what is asked for.
 
     Args:
@@ -65,30 +65,30 @@ def make_plan(question: Question, compile_program: Compile, say: Say) -> Plan:
         DoesNotFit: with the largest batch of those tried that does.
         ValueError: settings that cannot be.
     """
-    if question.batch < 1:
-        raise ValueError(f"--batch is {question.batch}; it must be 1 or more.")
-    made = evaluations(question.sampler, question.guidance_interval)
-    names = program_names(question.parts, made)
-    trial = Trial(question, compile_program, say)
+    if options.batch < 1:
+        raise ValueError(f"--batch is {options.batch}; it must be 1 or more.")
+    made = evaluations(options.sampler, options.guidance_interval)
+    names = program_names(options.parts, made)
+    trial = Trial(options, compile_program, say)
     for name in names:
         if fault := trial.arithmetic(name, 1):
-            raise DoesNotFit(weights_sentence(question, name, fault), None)
+            raise DoesNotFit(weights_sentence(options, name, fault), None)
     programs = []
     for position, name in enumerate(names):
-        compiled, fault = trial(name, question.batch)
+        compiled, fault = trial(name, options.batch)
         if compiled is None:
-            largest, tried = largest_batch(trial, names[position:], question.batch, say)
-            raise DoesNotFit(batch_sentence(question, name, fault, largest, tried), largest)
-        work = trial.work(name, question.batch)
+            largest, tried = largest_batch(trial, names[position:], options.batch, say)
+            raise DoesNotFit(batch_sentence(options, name, fault, largest, tried), largest)
+        work = trial.work(name, options.batch)
         programs.append(Program(name, work, made.runs[name], trial.beside(name), compiled))
-    return _finish(question, tuple(programs), made, trial)
+    return _finish(options, tuple(programs), made, trial)
 
 
-def _finish(question: Question, programs, made: Evaluations, trial: Trial) -> Plan:
-    chip, where = question.where.chip, question.where
-    own, name = baseline(question.model.sampler)
+def _finish(options: PlanOptions, programs, made: Evaluations, trial: Trial) -> Plan:
+    chip, where = options.where.chip, options.where
+    own, name = baseline(options.model.sampler)
     totals = total(
-        images=trial.work("denoise", question.batch).images,
+        images=trial.work("denoise", options.batch).images,
         chips=where.count,
         peak=chip.peak,
         seconds={p.name: p.compiled.cost.seconds for p in programs},
@@ -96,13 +96,13 @@ def _finish(question: Question, programs, made: Evaluations, trial: Trial) -> Pl
         made=made,
         against=evaluations(own),
         baseline=name,
-        price=question.price,
+        price=options.price,
     )
     split = trial.encoder_sizes != trial.sizes
     together = None
-    if "encode" in question.parts and not split:
-        encoder = weight_bytes("text_encoder", trial.work("encode", question.batch))
+    if "encode" in options.parts and not split:
+        encoder = weight_bytes("text_encoder", trial.work("encode", options.batch))
         rest = sum(weight_bytes(part, trial.work("denoise", 1)) for part in DENOISER)
         needed = [p.memory + (rest if p.name == "encode" else encoder) for p in programs]
         together = max(needed) <= chip.usable
-    return Plan(question, programs, made, totals, split, together)
+    return Plan(options, programs, made, totals, split, together)

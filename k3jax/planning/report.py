@@ -4,10 +4,10 @@
 import dataclasses
 from typing import Any, get_args
 
-from k3jax.planning.kinds import Kind
+from k3jax.planning.cost import Kind
 from k3jax.planning.plan import Plan, Program
-from k3jax.planning.question import TITLES
-from k3jax.planning.units import size_text
+from k3jax.planning.workload import TITLES
+from k3jax.planning.compiler import size_text
 
 
 CAVEATS = {
@@ -31,9 +31,9 @@ CAVEATS = {
 
 def notes(plan: Plan) -> list[str]:
     """What the numbers rest on, as sentences."""
-    question, figures = plan.question, {p.compiled.cost.figure for p in plan.programs}
+    options, figures = plan.options, {p.compiled.cost.figure for p in plan.programs}
     found = [CAVEATS[figure] for figure in ("schedule", "floor") if figure in figures]
-    if question.where.chip.name == "v6e":
+    if options.where.chip.name == "v6e":
         found.append(CAVEATS["v6e"])
     if any(p.compiled.cost.collectives for p in plan.programs):
         found.append(CAVEATS["collectives"])
@@ -45,24 +45,24 @@ def notes(plan: Plan) -> list[str]:
 
 def to_json(plan: Plan) -> dict[str, Any]:
     """One object; bytes, seconds, FLOPs and dollars, all per chip unless named otherwise."""
-    question, chip = plan.question, plan.question.where.chip
+    options, chip = plan.options, plan.options.where.chip
     return {
-        "topology": question.where.name,
-        "chips": question.where.count,
+        "topology": options.where.name,
+        "chips": options.where.count,
         "chip": {
             "name": chip.name,
             "hbm_usable": int(chip.usable),
             "hbm_bandwidth": chip.bandwidth,
             "peak_flops": chip.peak,
         },
-        "batch_per_chip": question.batch,
-        "height": question.height,
-        "width": question.width,
-        "dtype": question.dtype,
-        "param_dtype": question.param_dtype,
-        "sampler": question.sampler.name,
-        "guidance_scale": question.sampler.guidance_scale,
-        "guidance_interval": question.guidance_interval,
+        "batch_per_chip": options.batch,
+        "height": options.height,
+        "width": options.width,
+        "dtype": options.dtype,
+        "param_dtype": options.param_dtype,
+        "sampler": options.sampler.name,
+        "guidance_scale": options.sampler.guidance_scale,
+        "guidance_interval": options.guidance_interval,
         "evaluations": {
             "steps": plan.evaluations.steps,
             "guided": plan.evaluations.guided,
@@ -71,7 +71,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         },
         "programs": [_program_json(program, chip) for program in plan.programs],
         "weights_fit_together": plan.together,
-        "price_per_chip_hour": question.price,
+        "price_per_chip_hour": options.price,
         "totals": dataclasses.asdict(plan.totals),
         "compiler": plan.programs[0].compiled.compiler,
         "notes": notes(plan),
@@ -80,11 +80,11 @@ def to_json(plan: Plan) -> dict[str, Any]:
 
 def to_lines(plan: Plan) -> list[str]:
     """The same for people."""
-    question, where = plan.question, plan.question.where
+    options, where = plan.options, plan.options.where
     chips = f"{where.count} chip{'s' * (where.count > 1)} of {size_text(where.chip.usable)}"
     lines = [
-        f"{where.name}: {chips}, {question.batch} image{'s' * (question.batch > 1)} per chip, "
-        f"{plan.totals.images} at a time, {question.width} x {question.height}, {question.dtype}",
+        f"{where.name}: {chips}, {options.batch} image{'s' * (options.batch > 1)} per chip, "
+        f"{plan.totals.images} at a time, {options.width} x {options.height}, {options.dtype}",
         "",
         *_table(plan),
         "",
@@ -127,7 +127,7 @@ def _share(cost, chip) -> float:
 
 
 def _table(plan: Plan) -> list[str]:
-    chip = plan.question.where.chip
+    chip = plan.options.where.chip
     columns = [_column(program, chip) for program in plan.programs]
     head = [TITLES[program.name] for program in plan.programs]
     rows = [("", *head)]
@@ -177,11 +177,11 @@ def _collective(program: Program, kind: str | None) -> str:
 
 
 def _total_lines(plan: Plan) -> list[str]:
-    question, totals, made = plan.question, plan.totals, plan.evaluations
+    options, totals, made = plan.options, plan.totals, plan.evaluations
     parts = {"encode": totals.encode, "denoise": totals.denoise, "decode": totals.decode}
-    split = ", ".join(f"{name} {parts[name]:.3g} s" for name in question.parts)
+    split = ", ".join(f"{name} {parts[name]:.3g} s" for name in options.parts)
     lines = [
-        f"{made.steps} steps of {question.sampler.name}, {made.guided} with guidance and "
+        f"{made.steps} steps of {options.sampler.name}, {made.guided} with guidance and "
         f"{made.plain} without: {made.passes} U-Net passes an image",
         f"{totals.seconds:.3g} s for a batch of {totals.images} ({split})",
         f"{totals.images_per_second_per_chip:.3g} images/s/chip, "
@@ -190,10 +190,10 @@ def _total_lines(plan: Plan) -> list[str]:
     ]
     if totals.dollars_per_1000 is not None:
         lines.append(
-            f"${totals.dollars_per_1000:.3g} per 1,000 images at ${question.price:g} a chip-hour"
+            f"${totals.dollars_per_1000:.3g} per 1,000 images at ${options.price:g} a chip-hour"
         )
     missing = [
-        TITLES[part] for part in ("encode", "denoise", "decode") if part not in question.parts
+        TITLES[part] for part in ("encode", "denoise", "decode") if part not in options.parts
     ]
     if missing:
         lines.append(f"Left out of all totals: {', '.join(missing)}.")

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from k3jax.checkpoints.cards import RELEASED, model_card
-from k3jax.checkpoints.packaged import DEFAULT
+from k3jax.checkpoints.format import DEFAULT
 from k3jax.checkpoints.restore import CheckpointWriter, read_checkpoint, save_module, verify
 from k3jax.config import ModelConfig
 from k3jax.convert.to_torch import export

@@ -7,7 +7,7 @@ import pytest
 
 from k3jax.planning.chips import parse_slice
 from k3jax.planning.hlo import parse_hlo
-from k3jax.planning.question import Question
+from k3jax.planning.workload import PlanOptions
 
 from made_programs import model_of
 
@@ -28,13 +28,13 @@ def schedules():
 
 
 @pytest.fixture
-def question():
-    """A question about the full-size model, or another config, with changes."""
+def plan_options():
+    """A plan_options about the full-size model, or another config, with changes."""
 
     def make(topology="v5e:2x4", config="kandinsky3", sampler=None, **changes):
         model = model_of(config)
         values = {"batch": 4, "height": 1024, "width": 1024, **changes}
-        return Question(
+        return PlanOptions(
             where=parse_slice(topology), model=model, sampler=sampler or model.sampler, **values
         )
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from k3jax.config import SamplerConfig
-from k3jax.planning.totals import Evaluations, baseline, evaluations, total
+from k3jax.planning.throughput import Evaluations, baseline, evaluations, total
 
 
 BASE = SamplerConfig()  # kandinsky, 50 steps, guided

@@ -31,7 +31,7 @@ class Evaluations:
 
     @property
     def runs(self) -> dict[str, int]:
-        """How often each program of `programs.COMPONENT` runs for a batch."""
+        """How often each program of `workload.COMPONENT` runs for a batch."""
         return {"encode": 1, "denoise": self.guided, "denoise_plain": self.plain, "decode": 1}
 
 
@@ -107,7 +107,7 @@ def total(
     Args:
         images: over the whole slice.
         peak: FLOP/s of a chip.
-        seconds, flops: of one run on each chip by the names of `programs.COMPONENT`; programs that
+        seconds, flops: of one run on each chip by the names of `workload.COMPONENT`; programs that
             are left out are missing.
         made, against: evaluations of this sampler and of the baseline's.
         price: dollars for a chip and an hour.

@@ -25,6 +25,8 @@ from k3jax.model.int8 import with_int8_layers
 from k3jax.pipelines.programs import computing, decode_latents, encode_text
 from k3jax.sampling.denoise import denoise_program, loop_rows
 from k3jax.sampling.samplers import make_sampler
+from k3jax.planning.chips import Slice
+from k3jax.planning.throughput import Evaluations
 from k3jax.sharding import MESH_AXES, batch_sharding, data_parallelism, placed
 
 
@@ -39,6 +41,16 @@ COMPONENT: dict[str, str] = {
 
 DENOISER = ("text_projection", "unet", "movq")
 """Components that are in memory at the same time in any case."""
+
+
+TITLES = {
+    "encode": "text encoder",
+    "denoise": "denoising step",
+    "denoise_plain": "step without guidance",
+    "decode": "decoder",
+}
+PARTS = ("encode", "denoise", "decode")
+"""What a person can ask for; `denoise` includes steps without guidance where there are any."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,50 @@ class Work:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Work":
         return cls(**{**values, "model": from_dict(ModelConfig, values["model"])})
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What a plan is asked for.
+
+    Attributes:
+        model: as the checkpoint or config has it.
+        sampler: that of the run: the model's own with what was asked for.
+        mesh: of U-Net and decoder, as in `k3jax.sharding.make_mesh`.
+        encoder_mesh: of the text encoder; None: the same, or split by `fsdp` over as few chips as
+            its weights need.
+        batch: images on each chip.
+        parts: of PARTS.
+        price: dollars for a chip and an hour.
+    """
+
+    where: Slice
+    model: ModelConfig
+    sampler: SamplerConfig
+    batch: int
+    height: int
+    width: int
+    mesh: str = "data=-1"
+    encoder_mesh: str | None = None
+    guidance_interval: tuple[int, int] | None = None
+    dtype: str = "bfloat16"
+    param_dtype: str = "bfloat16"
+    int8_text_encoder: bool = False
+    parts: tuple[str, ...] = PARTS
+    price: float | None = None
+
+
+def program_names(parts: tuple[str, ...], made: Evaluations) -> list[Name]:
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown or not parts:
+        raise ValueError(f"--programs {','.join(parts)!r}: choose of {', '.join(PARTS)}.")
+    names: list[Name] = []
+    for part in PARTS:
+        if part in parts and part != "denoise":
+            names.append(part)
+        elif part in parts:
+            names += ["denoise"] * (made.guided > 0) + ["denoise_plain"] * (made.plain > 0)
+    return names
 
 
 def lower(program: Name, work: Work, mesh: Mesh) -> jax.stages.Lowered:

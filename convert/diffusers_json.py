@@ -5,7 +5,7 @@ import dataclasses
 from typing import Any
 
 from k3jax.config import ModelConfig, MoVQConfig, SamplerConfig, TextEncoderConfig
-from k3jax.convert.own_settings import SAMPLER_ALONE
+from k3jax.convert.architecture import SAMPLER_ALONE
 from k3jax.convert.rules import ConversionError
 
 
