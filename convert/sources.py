@@ -21,10 +21,10 @@ from k3jax.convert.architecture import (
     sampler_config,
     text_encoder_config,
     unet_config,
+    with_own_settings,
 )
 from k3jax.convert.hub import fetch
 from k3jax.convert.layouts import Layout, find_layout
-from k3jax.convert.architecture import with_own_settings
 from k3jax.convert.rules import ConversionError, Table
 from k3jax.convert.tensors import Tensors, flat, from_tensor, open_pickle, open_weights, shapes
 from k3jax.files import read_object

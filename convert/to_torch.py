@@ -18,6 +18,7 @@ from k3jax.checkpoints.cards import model_card
 from k3jax.checkpoints.manifest import CARD, check_component
 from k3jax.checkpoints.restore import Checkpoint, iterate_leaves, leaf_shapes, read_checkpoint
 from k3jax.convert import movq, text_encoder, text_projection, unet
+from k3jax.convert.architecture import own_settings, settings_file
 from k3jax.convert.arrays import as_torch_view
 from k3jax.convert.diffusers_json import (
     CODEBOOK_ROWS,
@@ -28,7 +29,6 @@ from k3jax.convert.diffusers_json import (
     unet_json,
 )
 from k3jax.convert.layouts import VARIANTS
-from k3jax.convert.architecture import own_settings, settings_file
 from k3jax.convert.rules import ConversionError, Table, raise_faults, to_torch_array
 from k3jax.convert.safetensors_writer import Entry, SafetensorsWriter, nbytes, shards, write_index
 from k3jax.convert.tensors import open_safetensors

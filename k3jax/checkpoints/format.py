@@ -22,8 +22,8 @@ from typing import Any
 from etils import epath
 
 from k3jax.checkpoints.digests import combined_digest, same_weights
-from k3jax.checkpoints.manifest import MANIFEST, read_manifest
 from k3jax.checkpoints.format import packaged_path
+from k3jax.checkpoints.manifest import MANIFEST, read_manifest
 from k3jax.config import ModelConfig, from_dict, suggestion, to_dict
 from k3jax.files import CheckpointError, is_local, read_object
 

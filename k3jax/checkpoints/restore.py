@@ -20,7 +20,14 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from k3jax.checkpoints import orbax_io
-from k3jax.checkpoints.format import CONFIG, TOKENIZER, Checkpoint, as_path, read_checkpoint
+from k3jax.checkpoints.format import (
+    CONFIG,
+    TOKENIZER,
+    Checkpoint,
+    as_path,
+    packaged_path,
+    read_checkpoint,
+)
 from k3jax.checkpoints.manifest import (
     CARD,
     MANIFEST,
@@ -30,7 +37,6 @@ from k3jax.checkpoints.manifest import (
     files_below,
     read_manifest,
 )
-from k3jax.checkpoints.format import packaged_path
 from k3jax.checkpoints.writer import CheckpointWriter
 from k3jax.files import CheckpointError, is_local
 from k3jax.model.abstract import abstract_module

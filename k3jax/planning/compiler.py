@@ -126,7 +126,9 @@ def compile_in_child(
         flags = DUMP_FLAGS.format(folder=folder / SCHEDULES)
         given = os.environ.get("LIBTPU_INIT_ARGS", "")
         environment = {**os.environ, **ENVIRONMENT, "LIBTPU_INIT_ARGS": f"{given} {flags}".strip()}
-        output, code = _run([sys.executable, "-m", "k3jax.planning.compiler", name], environment, say)
+        output, code = _run(
+            [sys.executable, "-m", "k3jax.planning.compiler", name], environment, say
+        )
         path = folder / RESULT
         if not path.exists():
             raise ChildProcessError(_crash(code, output))

@@ -10,10 +10,17 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-from k3jax.planning.compiler import Compiled, OutOfMemory
-from k3jax.planning.workload import COMPONENT, DENOISER, Name, Work, input_bytes, weight_bytes
-from k3jax.planning.workload import TITLES, PlanOptions
-from k3jax.planning.compiler import size_text
+from k3jax.planning.compiler import Compiled, OutOfMemory, size_text
+from k3jax.planning.workload import (
+    COMPONENT,
+    DENOISER,
+    TITLES,
+    Name,
+    PlanOptions,
+    Work,
+    input_bytes,
+    weight_bytes,
+)
 from k3jax.sharding import mesh_sizes
 
 

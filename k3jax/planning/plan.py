@@ -13,9 +13,8 @@ from k3jax.planning.fitting import (
     largest_batch,
     weights_sentence,
 )
-from k3jax.planning.workload import DENOISER, Name, Work, weight_bytes
-from k3jax.planning.workload import PlanOptions, program_names
 from k3jax.planning.throughput import Evaluations, Totals, baseline, evaluations, total
+from k3jax.planning.workload import DENOISER, Name, PlanOptions, Work, program_names, weight_bytes
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@
 import dataclasses
 from typing import Any, get_args
 
+from k3jax.planning.compiler import size_text
 from k3jax.planning.cost import Kind
 from k3jax.planning.plan import Plan, Program
 from k3jax.planning.workload import TITLES
-from k3jax.planning.compiler import size_text
 
 
 CAVEATS = {

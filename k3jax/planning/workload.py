@@ -23,10 +23,10 @@ from k3jax.model.abstract import abstract_module
 from k3jax.model.context import Context
 from k3jax.model.int8 import with_int8_layers
 from k3jax.pipelines.programs import computing, decode_latents, encode_text
-from k3jax.sampling.denoise import denoise_program, loop_rows
-from k3jax.sampling.samplers import make_sampler
 from k3jax.planning.chips import Slice
 from k3jax.planning.throughput import Evaluations
+from k3jax.sampling.denoise import denoise_program, loop_rows
+from k3jax.sampling.samplers import make_sampler
 from k3jax.sharding import MESH_AXES, batch_sharding, data_parallelism, placed
 
 

@@ -28,14 +28,15 @@ from k3jax.convert.architecture import (
     model_config,
     movq_config,
     original_sampler,
+    own_settings,
     sampler_config,
     text_encoder_config,
     unet_config,
+    with_own_settings,
 )
 from k3jax.convert.diffusers_json import movq_json, scheduler_json, text_encoder_json, unet_json
 from k3jax.convert.from_torch import convert
 from k3jax.convert.modules import layer_shapes, module_shapes
-from k3jax.convert.architecture import own_settings, with_own_settings
 from k3jax.convert.to_torch import export
 from k3jax.model.abstract import abstract_module
 

@@ -94,8 +94,8 @@ def bundle(line: str) -> str:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        from k3jax.planning.schedules import DUMP_FLAGS
         from k3jax.planning.compiler import ENVIRONMENT
+        from k3jax.planning.schedules import DUMP_FLAGS
 
         os.environ |= {**ENVIRONMENT, "LIBTPU_INIT_ARGS": DUMP_FLAGS.format(folder=folder)}
         STORED.mkdir(exist_ok=True)

@@ -5,10 +5,9 @@ import json
 
 import pytest
 
-from k3jax.planning.compiler import Compiled
+from k3jax.planning.compiler import Compiled, size_text
 from k3jax.planning.plan import make_plan
 from k3jax.planning.report import to_json, to_lines
-from k3jax.planning.compiler import size_text
 
 from made_programs import compiled
 

@@ -7,12 +7,12 @@ import itertools
 import numpy as np
 import pytest
 
-from k3jax.planning.schedules import kernel_cycles, read_schedules
 from k3jax.planning.chips import CHIPS
 from k3jax.planning.collectives import Collective
-from k3jax.planning.flops import taps
 from k3jax.planning.cost import Cost, estimate
+from k3jax.planning.flops import taps
 from k3jax.planning.hlo import parse_arrays, parse_hlo
+from k3jax.planning.schedules import kernel_cycles, read_schedules
 
 
 V5E = CHIPS["v5e"]
