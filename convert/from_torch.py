@@ -12,8 +12,8 @@ import numpy as np
 from tqdm import tqdm
 
 from k3jax.checkpoints.digests import array_digest, combined_digest
-from k3jax.checkpoints.format import TOKENIZER
-from k3jax.checkpoints.restore import Checkpoint, CheckpointWriter, read_checkpoint
+from k3jax.checkpoints.format import TOKENIZER, Checkpoint, read_checkpoint
+from k3jax.checkpoints.writer import CheckpointWriter
 from k3jax.config import ModelConfig
 from k3jax.convert.arrays import bits_of, is_finite
 from k3jax.convert.modules import layer_shapes, module_shapes
@@ -60,7 +60,7 @@ def convert(
 
     Raises:
         ConversionError: what is wrong with the source, all faults together.
-        k3jax.checkpoints.restore.CheckpointError: what is wrong with the destination.
+        k3jax.files.CheckpointError: what is wrong with the destination.
     """
     if param_dtype not in (None, *PARAM_DTYPES):
         raise ConversionError(

@@ -15,8 +15,9 @@ import torch
 from tqdm import tqdm
 
 from k3jax.checkpoints.cards import model_card
+from k3jax.checkpoints.format import Checkpoint, read_checkpoint
 from k3jax.checkpoints.manifest import CARD, check_component
-from k3jax.checkpoints.restore import Checkpoint, iterate_leaves, leaf_shapes, read_checkpoint
+from k3jax.checkpoints.restore import iterate_leaves, leaf_shapes
 from k3jax.convert import movq, text_encoder, text_projection, unet
 from k3jax.convert.architecture import own_settings, settings_file
 from k3jax.convert.arrays import as_torch_view
@@ -63,7 +64,7 @@ def export(
 
     Raises:
         ConversionError: the model cannot be written in this layout, or the destination exists.
-        k3jax.checkpoints.restore.CheckpointError: the checkpoint is damaged.
+        k3jax.files.CheckpointError: the checkpoint is damaged.
     """
     if layout not in ("diffusers", "original"):
         raise ConversionError(f"layout is {layout!r}; it must be 'diffusers' or 'original'.")

@@ -17,12 +17,12 @@ import os
 import posixpath
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from etils import epath
 
 from k3jax.checkpoints.digests import combined_digest, same_weights
-from k3jax.checkpoints.format import packaged_path
 from k3jax.checkpoints.manifest import MANIFEST, read_manifest
 from k3jax.config import ModelConfig, from_dict, suggestion, to_dict
 from k3jax.files import CheckpointError, is_local, read_object
@@ -34,6 +34,15 @@ FORMAT_VERSION = 1
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 COMPONENTS = ("text_encoder", "text_projection", "unet", "movq")
 _OWN_KEYS = ("format_version", "source", "dtype", "components")
+
+WEIGHTS = Path(__file__).parents[1] / "weights"
+PACKAGED = {"tiny": "text to image", "tiny-inpainting": "inpainting"}
+"""The checkpoints that come with k3jax, in `weights/NAME`: a small model of drawn scenes
+(`configs/tiny.py` trains it)."""
+DEFAULT = WEIGHTS / "tiny"
+"""What commands use without --checkpoint."""
+INPAINTING = WEIGHTS / "tiny-inpainting"
+"""The same for commands that paint a part of an image."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +113,13 @@ def read_checkpoint(path) -> Checkpoint:
     return Checkpoint(
         path, config, own["source"], own["dtype"], component_paths, combined_digest(digests)
     )
+
+
+def packaged_path(path) -> Path | None:
+    """The folder of a packaged checkpoint, if `path` is the name of one and not a path here."""
+    if str(path) in PACKAGED and not Path(str(path)).exists():
+        return WEIGHTS / str(path)
+    return None
 
 
 def config_bytes(

@@ -45,19 +45,6 @@ from k3jax.model.tokenizer import tokenizer_fault
 from k3jax.sharding import RULES, shardings
 
 
-__all__ = [
-    "Checkpoint",
-    "CheckpointError",
-    "CheckpointWriter",
-    "iterate_leaves",
-    "leaf_shapes",
-    "read_checkpoint",
-    "restore",
-    "restore_layers",
-    "save_module",
-    "verify",
-]
-
 BATCH_BYTES = 512 << 20  # read at once per process, besides the module itself
 
 

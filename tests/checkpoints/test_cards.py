@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from k3jax.checkpoints.cards import RELEASED, model_card
-from k3jax.checkpoints.format import DEFAULT
-from k3jax.checkpoints.restore import CheckpointWriter, read_checkpoint, save_module, verify
+from k3jax.checkpoints.format import DEFAULT, read_checkpoint
+from k3jax.checkpoints.restore import save_module, verify
+from k3jax.checkpoints.writer import CheckpointWriter
 from k3jax.config import ModelConfig
 from k3jax.convert.to_torch import export
 

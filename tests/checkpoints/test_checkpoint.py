@@ -14,16 +14,10 @@ from jax.sharding import PartitionSpec
 
 from k3jax.checkpoints import format as checkpoint_format
 from k3jax.checkpoints import writer as checkpoint_writer
-from k3jax.checkpoints.restore import (
-    CheckpointError,
-    CheckpointWriter,
-    iterate_leaves,
-    leaf_shapes,
-    read_checkpoint,
-    restore,
-    save_module,
-    verify,
-)
+from k3jax.checkpoints.format import read_checkpoint
+from k3jax.checkpoints.restore import iterate_leaves, leaf_shapes, restore, save_module, verify
+from k3jax.checkpoints.writer import CheckpointWriter
+from k3jax.files import CheckpointError
 from k3jax.model import abstract
 from k3jax.sharding import make_mesh
 

@@ -8,12 +8,9 @@ import os
 import numpy as np
 import pytest
 
-from k3jax.checkpoints.restore import (
-    CheckpointError,
-    read_checkpoint,
-    restore,
-    verify,
-)
+from k3jax.checkpoints.format import read_checkpoint
+from k3jax.checkpoints.restore import restore, verify
+from k3jax.files import CheckpointError
 
 from checkpoints import disk_arrays, flip, largest_file, one_sentence, write
 

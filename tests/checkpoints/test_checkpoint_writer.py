@@ -10,12 +10,10 @@ import numpy as np
 import pytest
 
 from k3jax.checkpoints import writer as checkpoint_writer
-from k3jax.checkpoints.restore import (
-    CheckpointError,
-    CheckpointWriter,
-    read_checkpoint,
-    verify,
-)
+from k3jax.checkpoints.format import read_checkpoint
+from k3jax.checkpoints.restore import verify
+from k3jax.checkpoints.writer import CheckpointWriter
+from k3jax.files import CheckpointError
 
 from checkpoints import CONFIG, disk_arrays, write
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from k3jax.checkpoints import orbax_io
+from k3jax.checkpoints.format import read_checkpoint
 from k3jax.checkpoints.lora_files import load_lora, save_lora
-from k3jax.checkpoints.restore import iterate_leaves, leaf_shapes, read_checkpoint, restore, verify
+from k3jax.checkpoints.restore import iterate_leaves, leaf_shapes, restore, verify
 from k3jax.checkpoints.writer import CheckpointWriter
 from k3jax.config import LoraConfig
 from k3jax.model.lora import update_factor

@@ -11,11 +11,11 @@ from etils import epath
 
 from k3jax.checkpoints import digests
 from k3jax.checkpoints.digests import array_digest, combined_digest, prove_difference, same_weights
-from k3jax.checkpoints.format import WEIGHTS
+from k3jax.checkpoints.format import WEIGHTS, read_checkpoint
 from k3jax.checkpoints.lora_files import Lora, warn_of_another_base
 from k3jax.checkpoints.manifest import read_manifest
-from k3jax.checkpoints.restore import CheckpointError, read_checkpoint
 from k3jax.config import LoraConfig
+from k3jax.files import CheckpointError
 from k3jax.pipelines import components
 
 from checkpoints import disk_arrays, write

@@ -9,8 +9,9 @@ import shutil
 
 import pytest
 
-from k3jax.checkpoints.format import looks_like_checkpoint
-from k3jax.checkpoints.restore import CheckpointError, read_checkpoint, verify
+from k3jax.checkpoints.format import looks_like_checkpoint, read_checkpoint
+from k3jax.checkpoints.restore import verify
+from k3jax.files import CheckpointError
 
 from checkpoints import disk_arrays, one_sentence, write
 from interruptions import NEED_ROOM, WRITES, disk_full_at, snapshots

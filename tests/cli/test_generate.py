@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from k3jax.checkpoints.format import read_checkpoint
 from k3jax.checkpoints.lora_files import load_lora, save_lora
-from k3jax.checkpoints.restore import read_checkpoint
 from k3jax.cli import generate
 from k3jax.config import LoraConfig, to_dict
 from k3jax.images.pngs import read_settings

@@ -11,11 +11,13 @@ import sys
 import numpy as np
 import pytest
 
-from k3jax.checkpoints.restore import CheckpointError, read_checkpoint, verify
+from k3jax.checkpoints.format import read_checkpoint
+from k3jax.checkpoints.restore import verify
 from k3jax.convert import from_torch, to_torch
 from k3jax.convert.from_torch import convert
 from k3jax.convert.rules import ConversionError
 from k3jax.convert.to_torch import export
+from k3jax.files import CheckpointError
 
 from conversions import quiet
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from diffusers import Kandinsky3Pipeline
 
-from k3jax.checkpoints.restore import leaf_shapes, read_checkpoint, restore
+from k3jax.checkpoints.format import read_checkpoint
+from k3jax.checkpoints.restore import leaf_shapes, restore
 from k3jax.convert import from_torch, to_torch
 from k3jax.convert.from_torch import convert
 from k3jax.convert.rules import ConversionError

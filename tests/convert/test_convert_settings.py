@@ -9,7 +9,7 @@ import typing
 
 import pytest
 
-from k3jax.checkpoints.restore import read_checkpoint
+from k3jax.checkpoints.format import read_checkpoint
 from k3jax.config import (
     ModelConfig,
     MoVQConfig,
