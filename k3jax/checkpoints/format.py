@@ -22,7 +22,7 @@ from typing import Any
 
 from etils import epath
 
-from k3jax.checkpoints.digests import combined_digest, same_weights
+from k3jax.checkpoints.digests import combined_digest, prove_difference
 from k3jax.checkpoints.manifest import MANIFEST, read_manifest
 from k3jax.config import ModelConfig, from_dict, suggestion, to_dict
 from k3jax.files import CheckpointError, is_local, read_object
@@ -105,7 +105,7 @@ def read_checkpoint(path) -> Checkpoint:
             )
         component_paths[name] = folder
         current = read_manifest(folder.parent)["components"].get(name)
-        if not same_weights(digests[name], current, folder):
+        if current is None or prove_difference(digests[name], current):
             raise CheckpointError(
                 f"{path} was made with another {name} than {folder} now holds: "
                 "bring the old one back, or convert the checkpoint again."
