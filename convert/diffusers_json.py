@@ -1,13 +1,180 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The JSON files of diffusers' layout, from our configuration; the inverse of architecture.py."""
+"""The JSON files of diffusers' and transformers' layout: to our configuration, and back."""
 
 import dataclasses
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
-from k3jax.config import ModelConfig, MoVQConfig, SamplerConfig, TextEncoderConfig
-from k3jax.convert.architecture import SAMPLER_ALONE
+from k3jax.config import (
+    ModelConfig,
+    MoVQConfig,
+    SamplerConfig,
+    TextEncoderConfig,
+    TextProjectionConfig,
+    UNetConfig,
+    suggestion,
+)
+from k3jax.convert.architecture import SAMPLER_ALONE, config_from_dict
 from k3jax.convert.rules import ConversionError
 
+
+Json = Mapping[str, Any]
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+def text_encoder_config(values: Json, where: str) -> TextEncoderConfig:
+    """From transformers' config.json of a T5; what an encoder does not use is passed over."""
+    feed_forward = values.get("feed_forward_proj", "relu")
+    if feed_forward != "gated-silu":
+        raise ConversionError(
+            f"{where}: feed_forward_proj is {feed_forward!r}; only the encoder of Flan-UL2 "
+            "('gated-silu') is supported."
+        )
+    known = TextEncoderConfig.__dataclass_fields__
+    return config_from_dict(
+        TextEncoderConfig, {k: v for k, v in values.items() if k in known}, where
+    )
+
+
+_UNET_DEFAULTS = {
+    "in_channels": 4,
+    "time_embedding_dim": 1536,
+    "groups": 32,
+    "attention_head_dim": 64,
+    "layers_per_block": 3,
+    "block_out_channels": (384, 768, 1536, 3072),
+    "cross_attention_dim": 4096,
+    "encoder_hid_dim": 4096,
+}
+
+
+def unet_config(values: Json, where: str) -> tuple[UNetConfig, TextProjectionConfig]:
+    """From diffusers' config.json of a Kandinsky3UNet, which holds the text projection as well.
+
+    diffusers has as many output channels as input channels, half as many channels before the first
+    level as in it, and fixed attention flags.
+    """
+    values = {k: v for k, v in values.items() if not k.startswith("_")}
+    for key in values.keys() - _UNET_DEFAULTS.keys():
+        near = suggestion(key, set(_UNET_DEFAULTS))
+        raise ConversionError(f"{where}: {key!r} is no setting of a Kandinsky3UNet{near}.")
+    values = {**_UNET_DEFAULTS, **values}
+    projection = {
+        "d_model": values.pop("encoder_hid_dim"),
+        "cross_attention_dim": values["cross_attention_dim"],
+        "null_embedding": False,
+    }
+    projection = config_from_dict(TextProjectionConfig, projection, where)
+    (first, *_) = _widths(values, where)
+    values["out_channels"] = values["in_channels"]
+    values["init_channels"] = first // 2
+    return config_from_dict(UNetConfig, values, where), projection
+
+
+_MOVQ_FIELDS = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 3,
+    "block_out_channels": (64,),
+    "layers_per_block": 1,
+    "norm_num_groups": 32,
+    "num_vq_embeddings": 256,
+    "vq_embed_dim": None,
+}
+_MOVQ_WITHOUT_EFFECT = {"sample_size", "scaling_factor", "force_upcast", "lookup_from_codebook"}
+
+
+def movq_config(values: Json, where: str) -> MoVQConfig:
+    """From diffusers' config.json of a VQModel."""
+    values = {k: v for k, v in values.items() if not k.startswith("_")}
+    values = {"block_out_channels": (64,), **values}
+    plain = len(_widths(values, where)) - 1
+    wanted = {
+        "norm_type": ("spatial", "group"),
+        "act_fn": ("silu", "silu"),
+        "mid_block_add_attention": (True, True),
+        "down_block_types": (
+            ["DownEncoderBlock2D"] * plain + ["AttnDownEncoderBlock2D"],
+            ["DownEncoderBlock2D"],
+        ),
+        "up_block_types": (
+            ["AttnUpDecoderBlock2D"] + ["UpDecoderBlock2D"] * plain,
+            ["UpDecoderBlock2D"],
+        ),
+    }
+    for key, (needed, default) in wanted.items():
+        value = values.pop(key, default)
+        if (list(value) if isinstance(value, tuple) else value) != needed:
+            raise ConversionError(
+                f"{where}: {key} is {value!r}; a MoVQ of Kandinsky has {needed!r}."
+            )
+    for key in values.keys() - _MOVQ_FIELDS.keys() - _MOVQ_WITHOUT_EFFECT:
+        near = suggestion(key, set(_MOVQ_FIELDS))
+        raise ConversionError(f"{where}: {key!r} is no setting of a VQModel{near}.")
+    values = {k: values.get(k, default) for k, default in _MOVQ_FIELDS.items()}
+    if values["vq_embed_dim"] is None:
+        values["vq_embed_dim"] = values["latent_channels"]
+    return config_from_dict(MoVQConfig, values, where)
+
+
+_SCHEDULERS = {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim"}
+_SCHEDULER_DEFAULTS = {
+    "beta_schedule": "linear",
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "steps_offset": 0,
+}
+"""Where diffusers' defaults differ from ours, which are those of the shipped file."""
+_SCHEDULER_UNSUPPORTED = {"trained_betas": None, "rescale_betas_zero_snr": False}
+
+
+def sampler_config(values: Json, where: str) -> SamplerConfig:
+    """From diffusers' scheduler_config.json; 25 steps and w = 3 are its pipeline's defaults."""
+    kind = values.get("_class_name", "DDPMScheduler")
+    if not isinstance(kind, str) or kind not in _SCHEDULERS:
+        raise ConversionError(
+            f"{where}: the scheduler {kind} is not supported; known are {', '.join(_SCHEDULERS)}."
+        )
+    for key, only in _SCHEDULER_UNSUPPORTED.items():
+        if values.get(key, only) != only:
+            raise ConversionError(f"{where}: {key} = {values[key]!r} is not supported.")
+    values = {k: v for k, v in values.items() if not k.startswith("_")}
+    known = set(SamplerConfig.__dataclass_fields__) - {"name", "num_inference_steps", "eta"}
+    unknown = sorted(values.keys() - known - _SCHEDULER_UNSUPPORTED.keys())
+    if unknown:
+        warnings.warn(f"{where}: {', '.join(unknown)} are settings without effect.", stacklevel=2)
+    settings = {k: v for k, v in values.items() if k in known}
+    return config_from_dict(
+        SamplerConfig,
+        {
+            **_SCHEDULER_DEFAULTS,
+            **settings,
+            "name": _SCHEDULERS[kind],
+            "num_inference_steps": 25,
+            "guidance_scale": 3.0,
+        },
+        where,
+    )
+
+
+def _widths(values: Json, where: str) -> list[int]:
+    """block_out_channels, of which other settings follow."""
+    widths = values["block_out_channels"]
+    if (
+        not isinstance(widths, list | tuple)
+        or not widths
+        or not all(type(w) is int for w in widths)
+    ):
+        raise ConversionError(
+            f"{where}: block_out_channels is {widths!r}, where a list of integers is expected."
+        )
+    return list(widths)
+
+
+# --- writing ------------------------------------------------------------------------------------
 
 DIFFUSERS_VERSION = "0.36.0"
 CODEBOOK_ROWS = 16384

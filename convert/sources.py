@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from k3jax.config import ModelConfig, SamplerConfig, TextEncoderConfig, from_dict, to_dict
-from k3jax.convert import movq, text_encoder, text_projection, unet
+from k3jax.convert import keys
 from k3jax.convert.architecture import (
     Shapes,
     inferred_movq,
@@ -16,12 +16,14 @@ from k3jax.convert.architecture import (
     inferred_text_encoder,
     inferred_unet,
     model_config,
-    movq_config,
     original_sampler,
+    with_own_settings,
+)
+from k3jax.convert.diffusers_json import (
+    movq_config,
     sampler_config,
     text_encoder_config,
     unet_config,
-    with_own_settings,
 )
 from k3jax.convert.hub import fetch
 from k3jax.convert.layouts import Layout, find_layout
@@ -110,9 +112,9 @@ def _diffusers(root: Path, found: Layout, variant: str) -> _Opened:
     # Early uploads have the authors' own names in this layout, with the projection among them.
     old = "in_layer.weight" in tensors["unet"]
     tables = {
-        "text_projection": text_projection.table("fork" if old else "diffusers"),
-        "unet": unet.table("original" if old else "diffusers"),
-        "movq": movq.table("diffusers"),
+        "text_projection": keys.table("text_projection", "fork" if old else "diffusers"),
+        "unet": keys.table("unet", "original" if old else "diffusers"),
+        "movq": keys.table("movq"),
     }
     tensors["text_projection"], tensors["unet"] = _split(tables["text_projection"], tensors["unet"])
     if old:
@@ -137,7 +139,7 @@ def _diffusers(root: Path, found: Layout, variant: str) -> _Opened:
     if variant == "flash" and parts["sampler"].name != "flash":
         parts["sampler"] = original_sampler("diffusers", variant)
     if "text_encoder" in tensors:
-        tables["text_encoder"] = text_encoder.table()
+        tables["text_encoder"] = keys.table("text_encoder")
         parts["text_encoder"] = text_encoder_config(
             json_of["text_encoder"], str(root / found.configs["text_encoder"])
         )
@@ -179,14 +181,14 @@ def _original(root: Path, found: Layout, variant: str) -> _Opened:
         {name.split(".")[2] for name in tensors["movq"] if name.startswith("encoder.down.")}
     )
     tables = {
-        "text_projection": text_projection.table(layout),
-        "unet": unet.table("original"),
-        "movq": movq.table("original", levels),
+        "text_projection": keys.table("text_projection", layout),
+        "unet": keys.table("unet", "original"),
+        "movq": keys.table("movq", "original", levels=levels),
     }
     infer = {"text_projection": inferred_projection, "unet": inferred_unet, "movq": inferred_movq}
     if "text_encoder" in found.weights:
         tensors["text_encoder"] = open_weights(root / f for f in found.weights["text_encoder"])
-        tables["text_encoder"] = text_encoder.table()
+        tables["text_encoder"] = keys.table("text_encoder")
         infer["text_encoder"] = inferred_text_encoder
     parts = {name: infer[name](Shapes(tables[name], shapes(tensors[name]))) for name in infer}
     if "text_encoder" in found.configs:

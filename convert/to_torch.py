@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Our checkpoint -> PyTorch's files, streamed leaf by leaf, bit for bit."""
 
-import contextlib
-import fcntl
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -15,10 +12,11 @@ import torch
 from tqdm import tqdm
 
 from k3jax.checkpoints.cards import model_card
-from k3jax.checkpoints.format import Checkpoint, read_checkpoint
+from k3jax.checkpoints.format import Checkpoint, as_path, read_checkpoint
 from k3jax.checkpoints.manifest import CARD, check_component
+from k3jax.checkpoints.new_folder import disk_errors, new_folder
 from k3jax.checkpoints.restore import iterate_leaves, leaf_shapes
-from k3jax.convert import movq, text_encoder, text_projection, unet
+from k3jax.convert import keys
 from k3jax.convert.architecture import own_settings, settings_file
 from k3jax.convert.arrays import as_torch_view
 from k3jax.convert.diffusers_json import (
@@ -30,7 +28,7 @@ from k3jax.convert.diffusers_json import (
     unet_json,
 )
 from k3jax.convert.layouts import VARIANTS
-from k3jax.convert.rules import ConversionError, Table, raise_faults, to_torch_array
+from k3jax.convert.rules import ConversionError, raise_faults, to_torch_array
 from k3jax.convert.safetensors_writer import Entry, SafetensorsWriter, nbytes, shards, write_index
 from k3jax.convert.tensors import open_safetensors
 from k3jax.files import is_local
@@ -64,7 +62,8 @@ def export(
 
     Raises:
         ConversionError: the model cannot be written in this layout, or the destination exists.
-        k3jax.files.CheckpointError: the checkpoint is damaged.
+        k3jax.files.CheckpointError: the checkpoint is damaged, or the destination cannot be
+            written.
     """
     if layout not in ("diffusers", "original"):
         raise ConversionError(f"layout is {layout!r}; it must be 'diffusers' or 'original'.")
@@ -77,7 +76,11 @@ def export(
     jsons = _jsons(checkpoint, layout, VARIANTS[variant])
     for component, folder in checkpoint.component_paths.items():
         check_component(folder.parent, component, hashed=is_local(folder))
-    with _new_folder(Path(destination).expanduser()) as folder:
+    path = as_path(destination)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConversionError(f"{path} exists already: choose another destination.")
+    with new_folder(path) as folder, disk_errors(path):
+        folder = Path(folder)
         parts = {c: _Part(checkpoint, c, layout) for c in checkpoint.component_paths}
         total = sum(nbytes(e) for part in parts.values() for e in part.entries.values())
         with tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
@@ -107,7 +110,9 @@ class _Part:
     def __init__(self, checkpoint: Checkpoint, component: str, layout: str):
         self.component = component
         self._checkpoint = checkpoint
-        table = _table(component, layout, checkpoint)
+        dialect = "diffusers" if layout == "diffusers" else "original"
+        levels = len(checkpoint.config.movq.block_out_channels)
+        table = keys.table(component, dialect, levels=levels)
         structs = leaf_shapes(checkpoint, component)
         wanted = {name: struct.shape for name, struct in structs.items()}
         if component == "text_projection" and layout == "diffusers":
@@ -142,17 +147,6 @@ class _Part:
         if self._codebook:
             dtype, shape = self.entries[self._codebook_name]
             yield self._codebook_name, np.zeros(shape, dtype)
-
-
-def _table(component: str, layout: str, checkpoint: Checkpoint) -> Table:
-    if component == "text_encoder":
-        return text_encoder.table()
-    if component == "text_projection":
-        return text_projection.table("diffusers" if layout == "diffusers" else "original")
-    dialect = "diffusers" if layout == "diffusers" else "original"
-    if component == "unet":
-        return unet.table(dialect)
-    return movq.table(dialect, len(checkpoint.config.movq.block_out_channels))
 
 
 def _jsons(checkpoint: Checkpoint, layout: str, end: str) -> dict[str, dict]:
@@ -242,34 +236,6 @@ def _write(folder: Path, stem: str, parts, limit: int | None, bar) -> dict[str, 
     for writer in writers.values():
         writer.close()
     return files
-
-
-@contextlib.contextmanager
-def _new_folder(destination: Path) -> Iterator[Path]:
-    """A folder that takes its name when it is complete, and is removed when something fails."""
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise ConversionError(f"{destination} exists already: choose another destination.")
-    folder = destination.with_name(f"{destination.name}.incomplete")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise ConversionError(f"Another run is writing {destination} now; wait for it.") from None
-    try:
-        for leftover in folder.iterdir():  # of a run that was killed
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        yield folder
-        folder.rename(destination)
-    except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, OSError):
-            reason = error.strerror or error
-            raise ConversionError(f"{destination} cannot be written: {reason}.") from error
-        raise
-    finally:
-        os.close(lock)
 
 
 def _warn(checkpoint: Checkpoint, layout: str) -> None:

@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 from k3jax.cli import run_config
 from k3jax.cli.run_config import architecture_differences, build, collect, config_names
 from k3jax.config import ModelConfig, to_dict
-from k3jax.convert.architecture import original_sampler, sampler_config
+from k3jax.convert.architecture import original_sampler
+from k3jax.convert.diffusers_json import sampler_config
 from k3jax.sharding import data_parallelism, make_meshes
 from k3jax.synthesis.loading import ROOM
 

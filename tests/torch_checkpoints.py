@@ -12,7 +12,7 @@ import torch
 from diffusers import DDPMScheduler, Kandinsky3Pipeline
 from safetensors.torch import save_file
 
-from k3jax.convert import movq, text_projection, unet
+from k3jax.convert import keys
 
 import tiny
 
@@ -170,13 +170,13 @@ def write_diffusers(
 def original_state_dicts(dtype=torch.float32, in_channels: int = 4):
     """Component -> state dict in the names of the original code, the projection on its own."""
     states = {c: cast(s, dtype) for c, s in state_dicts().items()}
-    projection = text_projection.table("diffusers")
+    projection = keys.table("text_projection")
     generator = torch.Generator().manual_seed(7)
     ours = {
-        "unet": (unet.table("diffusers"), unet.table("original")),
+        "unet": (keys.table("unet"), keys.table("unet", "original")),
         "movq": (
-            movq.table("diffusers"),
-            movq.table("original", len(tiny.MOVQ.block_out_channels)),
+            keys.table("movq"),
+            keys.table("movq", "original", levels=len(tiny.MOVQ.block_out_channels)),
         ),
     }
     result = {"text_encoder": states["text_encoder"]}
@@ -194,7 +194,7 @@ def original_state_dicts(dtype=torch.float32, in_channels: int = 4):
     result["text_projection"] = {}
     for name, tensor in states["unet"].items():
         for _, jax_name in projection.from_torch(name):
-            ((_, new_name),) = text_projection.table("original").from_jax(jax_name)
+            ((_, new_name),) = keys.table("text_projection", "original").from_jax(jax_name)
             result["text_projection"][new_name] = tensor
     width = tiny.PROJECTION.cross_attention_dim
     result["null_embedding"] = torch.randn(width, generator=generator).to(dtype)

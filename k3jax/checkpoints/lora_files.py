@@ -5,10 +5,10 @@ lora.json      rank, alpha, targets, the fingerprint of the base checkpoint
 weights.npz    float32, `<layer>.a` (in, rank) and `<layer>.b` (rank, out)
 """
 
+import contextlib
 import io
 import json
 import math
-import secrets
 import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,6 +18,7 @@ from etils import epath
 
 from k3jax.checkpoints.digests import abbreviated, array_digest, combined_digest, prove_difference
 from k3jax.checkpoints.format import as_path
+from k3jax.checkpoints.new_folder import disk_errors, new_folder
 from k3jax.config import LoraConfig, from_dict, to_dict
 from k3jax.files import LFS_ADVICE, LFS_POINTER, CheckpointError, is_local, read_object
 from k3jax.model.lora import Weights
@@ -104,24 +105,12 @@ def save_lora(
         "base_fingerprint": base_fingerprint,
         "lora": to_dict(config),
     }
-    mark = secrets.token_hex(4)
-    folder = epath.Path(f"{path}.incomplete-{mark}") if is_local(path) else path
-    try:
+    files = new_folder(path, overwrite) if is_local(path) else contextlib.nullcontext(path)
+    with files as folder, disk_errors(path):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / SETTINGS).unlink(missing_ok=True)
         (folder / ARRAYS).write_bytes(packed.getvalue())
         (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
-        if folder != path:
-            old = epath.Path(f"{path}.replaced-{mark}")
-            if path.exists():
-                path.rename(old)
-            folder.rename(path)
-            old.rmtree(missing_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be made: {error}.") from None
-    finally:
-        if folder != path:
-            folder.rmtree(missing_ok=True)
 
 
 def load_lora(path) -> Lora:

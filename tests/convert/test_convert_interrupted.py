@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Conversions and exports that fail, are killed, or may not be written where they should."""
 
-import fcntl
 import os
 import shutil
 import signal
@@ -18,6 +17,7 @@ from k3jax.convert.from_torch import convert
 from k3jax.convert.rules import ConversionError
 from k3jax.convert.to_torch import export
 from k3jax.files import CheckpointError
+from k3jax.locks import FolderLock
 
 from conversions import quiet
 
@@ -108,14 +108,14 @@ def test_a_kill_leaves_nothing_that_looks_like_a_checkpoint(converted, tmp_path)
 
 
 def test_an_export_clears_what_a_killed_one_left(converted, tmp_path):
-    left = tmp_path / "out.incomplete" / "unet"
+    left = tmp_path / "out.incomplete-0123" / "unet"
     left.mkdir(parents=True)
     (left / "diffusion_pytorch_model-00001-of-00002.safetensors").write_bytes(b"half")
-    lock = os.open(left.parent, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    with pytest.raises(ConversionError, match="Another run is writing"):
+    lock = FolderLock(left.parent)
+    assert lock.take()
+    with pytest.raises(CheckpointError, match="Another run is writing"):
         quiet(export, converted[1], tmp_path / "out")
-    os.close(lock)
+    lock.close()
     quiet(export, converted[1], tmp_path / "out")
     assert os.listdir(tmp_path) == ["out"]
     assert os.listdir(tmp_path / "out" / "movq") == os.listdir(tmp_path / "out" / "unet")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from k3jax.convert import movq, text_encoder, text_projection, unet
+from k3jax.convert import keys
 from k3jax.convert.arrays import as_numpy, as_torch, is_finite, permuted
 from k3jax.convert.modules import module_to_state_dict, state_dict_to_module
 from k3jax.convert.rules import ConversionError, Rule, to_jax_array, to_torch_array
@@ -20,9 +20,9 @@ import torch_checkpoints
 
 
 TABLES = {
-    "text_encoder": text_encoder.table(),
-    "unet": unet.table("diffusers"),
-    "movq": movq.table("diffusers"),
+    "text_encoder": keys.table("text_encoder"),
+    "unet": keys.table("unet"),
+    "movq": keys.table("movq"),
 }
 
 
@@ -51,10 +51,12 @@ def test_the_forks_names_hold_the_projection():
         "in_layer.weight": torch.zeros(1),
     }
     module = abstract_module("text_projection", tiny.CONFIG)
-    table = text_projection.table("fork")
+    table = keys.table("text_projection", "fork")
     state_dict_to_module(table, state, module)
     np.testing.assert_array_equal(module.linear.kernel[...], state["projection_lin.weight"].T)
-    assert all(unet.table("original").ignores(name) for name in state if "projection" in name)
+    assert all(
+        keys.table("unet", "original").ignores(name) for name in state if "projection" in name
+    )
 
 
 def test_loading_casts_to_the_dtype_of_the_module():

@@ -12,7 +12,7 @@ from diffusers import Kandinsky3UNet, VQModel
 from transformers import T5Config, T5EncoderModel
 
 from k3jax.config import ModelConfig, MoVQConfig
-from k3jax.convert import movq, text_encoder, text_projection, unet
+from k3jax.convert import keys
 from k3jax.convert.modules import (
     layer_shapes,
     module_shapes,
@@ -26,15 +26,15 @@ from k3jax.model.abstract import abstract_module
 
 
 TABLES = {
-    "text_encoder": text_encoder.table(),
-    "text_projection diffusers": text_projection.table("diffusers"),
-    "text_projection original": text_projection.table("original"),
-    "text_projection original30": text_projection.table("original30"),
-    "text_projection fork": text_projection.table("fork"),
-    "unet diffusers": unet.table("diffusers"),
-    "unet original": unet.table("original"),
-    "movq diffusers": movq.table("diffusers"),
-    "movq original": movq.table("original", 4),
+    "text_encoder": keys.table("text_encoder"),
+    "text_projection diffusers": keys.table("text_projection"),
+    "text_projection original": keys.table("text_projection", "original"),
+    "text_projection original30": keys.table("text_projection", "original30"),
+    "text_projection fork": keys.table("text_projection", "fork"),
+    "unet diffusers": keys.table("unet"),
+    "unet original": keys.table("unet", "original"),
+    "movq diffusers": keys.table("movq"),
+    "movq original": keys.table("movq", "original", levels=4),
 }
 
 

@@ -19,22 +19,27 @@ from k3jax.config import (
     UNetConfig,
     to_dict,
 )
-from k3jax.convert import movq, text_projection, unet
+from k3jax.convert import keys
 from k3jax.convert.architecture import (
     Shapes,
     inferred_movq,
     inferred_projection,
     inferred_unet,
     model_config,
-    movq_config,
     original_sampler,
     own_settings,
-    sampler_config,
-    text_encoder_config,
-    unet_config,
     with_own_settings,
 )
-from k3jax.convert.diffusers_json import movq_json, scheduler_json, text_encoder_json, unet_json
+from k3jax.convert.diffusers_json import (
+    movq_config,
+    movq_json,
+    sampler_config,
+    scheduler_json,
+    text_encoder_config,
+    text_encoder_json,
+    unet_config,
+    unet_json,
+)
 from k3jax.convert.from_torch import convert
 from k3jax.convert.modules import layer_shapes, module_shapes
 from k3jax.convert.to_torch import export
@@ -147,9 +152,9 @@ def diffusers_round_trip(config: ModelConfig) -> ModelConfig:
 
 def original_round_trip(config: ModelConfig) -> ModelConfig:
     tables = {
-        "text_projection": text_projection.table("original"),
-        "unet": unet.table("original"),
-        "movq": movq.table("original", len(config.movq.block_out_channels)),
+        "text_projection": keys.table("text_projection", "original"),
+        "unet": keys.table("unet", "original"),
+        "movq": keys.table("movq", "original", levels=len(config.movq.block_out_channels)),
     }
     infer = {"text_projection": inferred_projection, "unet": inferred_unet, "movq": inferred_movq}
     parts = {"conditioning": "original", "sampler": original_sampler("original", "base")}

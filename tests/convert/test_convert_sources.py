@@ -7,7 +7,12 @@ import pytest
 import torch
 
 from k3jax.config import SamplerConfig
-from k3jax.convert.architecture import movq_config, sampler_config, text_encoder_config, unet_config
+from k3jax.convert.diffusers_json import (
+    movq_config,
+    sampler_config,
+    text_encoder_config,
+    unet_config,
+)
 from k3jax.convert.from_torch import plan
 from k3jax.convert.layouts import find_layout
 from k3jax.convert.rules import ConversionError
@@ -109,7 +114,7 @@ def test_flags_of_models_with_fewer_levels(levels):
     """The references zip 4 flags from both ends with the levels (semantics of the up path)."""
     from diffusers import Kandinsky3UNet
 
-    from k3jax.convert import unet
+    from k3jax.convert import keys
     from k3jax.convert.architecture import Shapes, inferred_unet
 
     model = Kandinsky3UNet(
@@ -122,7 +127,7 @@ def test_flags_of_models_with_fewer_levels(levels):
         encoder_hid_dim=16,
     )
     found = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    config = inferred_unet(Shapes(unet.table("diffusers"), found))
+    config = inferred_unet(Shapes(keys.table("unet"), found))
     assert config.add_cross_attention == config.add_self_attention == (False, True, True, True)
     assert config.block_out_channels == (32, 64, 64)[:levels]
 
