@@ -2,6 +2,7 @@
 """The JSON files of diffusers' and transformers' layout: to our configuration, and back."""
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -120,15 +121,36 @@ def movq_config(values: Json, where: str) -> MoVQConfig:
     return config_from_dict(MoVQConfig, values, where)
 
 
-_SCHEDULERS = {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim"}
+_SCHEDULERS = {
+    "DDPMScheduler": "ddpm",
+    "DDIMScheduler": "ddim",
+    "DPMSolverMultistepScheduler": "dpm++2m",
+}
 _SCHEDULER_DEFAULTS = {
     "beta_schedule": "linear",
     "beta_start": 0.0001,
     "beta_end": 0.02,
     "steps_offset": 0,
 }
-"""Where diffusers' defaults differ from ours, which are those of the shipped file."""
-_SCHEDULER_UNSUPPORTED = {"trained_betas": None, "rescale_betas_zero_snr": False}
+"""Where diffusers' defaults differ from ours, which are those of the released file."""
+_SCHEDULER_FIXED = {"trained_betas": None, "rescale_betas_zero_snr": False}
+_DPM_FIXED = {
+    "algorithm_type": "dpmsolver++",
+    "solver_order": 2,
+    "solver_type": "midpoint",
+    "final_sigmas_type": "zero",
+    "lambda_min_clipped": -math.inf,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "use_lu_lambdas": False,
+    "use_flow_sigmas": False,
+    "use_dynamic_shifting": False,
+}
+"""The only value of a setting that is supported, which is its default."""
+_DPM_WITHOUT_EFFECT = (
+    *("lower_order_final", "euler_at_final", "flow_shift", "time_shift_type", "variance_type"),
+)
 
 
 def sampler_config(values: Json, where: str) -> SamplerConfig:
@@ -136,28 +158,25 @@ def sampler_config(values: Json, where: str) -> SamplerConfig:
     kind = values.get("_class_name", "DDPMScheduler")
     if not isinstance(kind, str) or kind not in _SCHEDULERS:
         raise ConversionError(
-            f"{where}: the scheduler {kind} is not supported; known are {', '.join(_SCHEDULERS)}."
+            f"{where}: the scheduler {kind} is not supported; known are {', '.join(_SCHEDULERS)}: "
+            "put the scheduler_config.json of one of them there."
         )
-    for key, only in _SCHEDULER_UNSUPPORTED.items():
-        if values.get(key, only) != only:
-            raise ConversionError(f"{where}: {key} = {values[key]!r} is not supported.")
+    name = _SCHEDULERS[kind]
     values = {k: v for k, v in values.items() if not k.startswith("_")}
+    fixed, defaults = _SCHEDULER_FIXED, _SCHEDULER_DEFAULTS
+    if name == "dpm++2m":
+        fixed, defaults = fixed | _DPM_FIXED, {**defaults, "timestep_spacing": "linspace"}
+        values = {k: v for k, v in values.items() if k not in _DPM_WITHOUT_EFFECT}
+    for key, only in fixed.items():
+        if values.pop(key, only) != only:
+            raise ConversionError(f"{where}: {kind} is only supported with {key} = {only!r}.")
     known = set(SamplerConfig.__dataclass_fields__) - {"name", "num_inference_steps", "eta"}
-    unknown = sorted(values.keys() - known - _SCHEDULER_UNSUPPORTED.keys())
+    unknown = sorted(values.keys() - known)
     if unknown:
         warnings.warn(f"{where}: {', '.join(unknown)} are settings without effect.", stacklevel=2)
     settings = {k: v for k, v in values.items() if k in known}
-    return config_from_dict(
-        SamplerConfig,
-        {
-            **_SCHEDULER_DEFAULTS,
-            **settings,
-            "name": _SCHEDULERS[kind],
-            "num_inference_steps": 25,
-            "guidance_scale": 3.0,
-        },
-        where,
-    )
+    own = {"name": name, "num_inference_steps": 25, "guidance_scale": 3.0}
+    return config_from_dict(SamplerConfig, {**defaults, **settings, **own}, where)
 
 
 def _widths(values: Json, where: str) -> list[int]:

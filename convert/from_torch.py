@@ -17,7 +17,7 @@ from k3jax.checkpoints.writer import CheckpointWriter
 from k3jax.config import ModelConfig
 from k3jax.convert.arrays import bits_of, is_finite
 from k3jax.convert.modules import layer_shapes, module_shapes
-from k3jax.convert.rules import ConversionError, Plan, Shape, raise_faults, to_jax_array
+from k3jax.convert.rules import ConversionError, ConversionPlan, Shape, raise_faults, to_jax_array
 from k3jax.convert.sources import Source, open_source
 from k3jax.convert.tensors import Tensors, shapes
 from k3jax.convert.tokenizer_files import prepare_tokenizer
@@ -129,7 +129,7 @@ def _check_tokenizer(folder: os.PathLike, source: Source) -> None:
         raise ConversionError(f"{fault}.")
 
 
-def plan(source: Source, where: str) -> dict[str, Plan]:
+def plan(source: Source, where: str) -> dict[str, ConversionPlan]:
     """Component -> plan, for all components of the source.
 
     Raises:
@@ -153,7 +153,7 @@ def _model_shapes(component: str, config: ModelConfig) -> dict[str, Shape]:
     return module_shapes(abstract_module(component, config))
 
 
-def _stream(steps: Plan, tensors: Tensors, writer, param_dtype, bar) -> dict[str, str]:
+def _stream(steps: ConversionPlan, tensors: Tensors, writer, param_dtype, bar) -> dict[str, str]:
     """Writes one component. Returns a digest per PyTorch tensor.
 
     Raises:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from k3jax.convert.arrays import SAFETENSORS_DTYPES
 from k3jax.convert.rules import Shape
-from k3jax.convert.safetensors_header import SAFETENSORS_DTYPES
+from k3jax.files import shortened
 
 
 NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
@@ -62,7 +63,7 @@ class SafetensorsWriter:
     def close(self) -> None:
         self._file.close()
         if self._places:
-            raise ValueError(f"{self.path} was closed without {', '.join(self._places)}.")
+            raise ValueError(f"{self.path} was closed without {shortened(self._places)}.")
 
 
 def write_index(files: Mapping[str, Mapping[str, Entry]], path: Path) -> None:

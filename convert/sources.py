@@ -28,7 +28,7 @@ from k3jax.convert.diffusers_json import (
 from k3jax.convert.hub import fetch
 from k3jax.convert.layouts import Layout, find_layout
 from k3jax.convert.rules import ConversionError, Table
-from k3jax.convert.tensors import Tensors, flat, from_tensor, open_pickle, open_weights, shapes
+from k3jax.convert.tensors import Tensors, flat, open_pickle, open_weights, shapes, unwrapped
 from k3jax.files import read_object
 
 
@@ -159,12 +159,12 @@ def _original(root: Path, found: Layout, variant: str) -> _Opened:
     if unknown:
         raise ConversionError(f"{main} holds {_names(unknown)}, which is not known.")
     tensors = {
-        "unet": flat(_mapping(content, "unet", main), main),
+        "unet": unwrapped(flat(_mapping(content, "unet", main), main)),
         "movq": open_weights([root / found.weights["movq"][0]]),
     }
     if "projections" in content:
         layout = "original30"
-        projection = flat(_mapping(content, "projections", main), main)
+        projection = unwrapped(flat(_mapping(content, "projections", main), main))
     elif "text_projection" in found.weights:
         layout = "original"
         projection = open_weights([root / found.weights["text_projection"][0]])
@@ -176,7 +176,7 @@ def _original(root: Path, found: Layout, variant: str) -> _Opened:
     null = content["null_embedding"]
     if not isinstance(null, torch.Tensor):
         raise ConversionError(f"{main}: null_embedding is a {type(null).__name__}, not a tensor.")
-    tensors["text_projection"] = {**projection, "null_embedding": from_tensor(null, main)}
+    tensors["text_projection"] = {**projection, **flat({"null_embedding": null}, main)}
     levels = len(
         {name.split(".")[2] for name in tensors["movq"] if name.startswith("encoder.down.")}
     )

@@ -15,6 +15,7 @@ import dataclasses
 import json
 import os
 import posixpath
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,10 @@ def read_checkpoint(path) -> Checkpoint:
         CheckpointError: not a checkpoint, of another format version, with unknown or missing keys,
             or with a component that is missing or no longer the one that it was made with.
     """
+    hint = _hub_hint(str(path))
     path = as_path(packaged_path(path) or path)
+    if not path.exists():
+        raise CheckpointError(f"There is no checkpoint at {path}: the folder does not exist.{hint}")
     values = _read_config(path)
     own = {key: values.pop(key) for key in _OWN_KEYS}
     try:
@@ -150,8 +154,6 @@ def looks_like_checkpoint(path: epath.Path) -> bool:
 
 
 def _read_config(path: epath.Path) -> dict[str, Any]:
-    if not path.exists():
-        raise CheckpointError(f"There is no checkpoint at {path}: the folder does not exist.")
     if not (path / CONFIG).exists():
         raise CheckpointError(
             f"{path} is not a k3jax checkpoint: it has no {CONFIG}.{_convert_hint(path)}"
@@ -212,6 +214,16 @@ def _convert_hint(path: epath.Path) -> str:
     if not pytorch:
         return ""
     return f" It holds PyTorch weights: convert them with `k3jax convert {path} DESTINATION`."
+
+
+def _hub_hint(path: str) -> str:
+    """For people who give a repository's id, as in diffusers."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path):
+        return ""
+    return (
+        f" If {path} is a repository of the Hugging Face hub, run `k3jax convert {path} DIR` and "
+        "load DIR."
+    )
 
 
 def _missing_component(path, name, folder, shared) -> str:

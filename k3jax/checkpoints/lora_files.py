@@ -20,7 +20,7 @@ from k3jax.checkpoints.digests import abbreviated, array_digest, combined_digest
 from k3jax.checkpoints.format import as_path
 from k3jax.checkpoints.new_folder import disk_errors, new_folder
 from k3jax.config import LoraConfig, from_dict, to_dict
-from k3jax.files import LFS_ADVICE, LFS_POINTER, CheckpointError, is_local, read_object
+from k3jax.files import KIND_BYTES, CheckpointError, is_local, other_kind, read_object
 from k3jax.model.lora import Weights
 
 
@@ -166,8 +166,8 @@ def _read_weights(path: epath.Path) -> dict[str, dict[str, np.ndarray]]:
     weights: dict[str, dict[str, np.ndarray]] = {}
     try:
         content = (path / ARRAYS).read_bytes()
-        if content.startswith(LFS_POINTER):
-            raise CheckpointError(f"{path / ARRAYS} {LFS_ADVICE}.")
+        if kind := other_kind(content[:KIND_BYTES], zipped=True):
+            raise CheckpointError(f"{path / ARRAYS} {kind}.")
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             for name in arrays.files:  # the zip file checks the CRC-32 of each
                 layer, _, key = name.rpartition(".")

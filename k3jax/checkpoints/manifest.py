@@ -194,8 +194,9 @@ def component_files(manifest: Mapping, component: str) -> dict[str, dict]:
 def raise_faults(component: str, faults: Iterable[str]) -> None:
     faults = list(faults)
     if faults:
+        more = f"; and {len(faults) - 4} more files" if len(faults) > 4 else ""
         raise CheckpointError(
-            f"The {component} is damaged: {'; '.join(faults)}. "
+            f"The {component} is damaged: {'; '.join(faults[:4])}{more}. "
             "Copy or convert the checkpoint again."
         )
 

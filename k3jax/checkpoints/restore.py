@@ -38,7 +38,7 @@ from k3jax.checkpoints.manifest import (
     read_manifest,
 )
 from k3jax.checkpoints.writer import CheckpointWriter
-from k3jax.files import CheckpointError, is_local
+from k3jax.files import CheckpointError, is_local, shortened
 from k3jax.model.abstract import abstract_module
 from k3jax.model.int8 import quantize, with_int8_layers
 from k3jax.model.tokenizer import tokenizer_fault
@@ -275,7 +275,7 @@ def _compare(folder: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> 
         "unknown": sorted(found.keys() - wanted.keys()),
         "of another shape": misshapen,
     }
-    parts = [f"{len(names)} {what}: {', '.join(names)}" for what, names in faults.items() if names]
+    parts = [f"{len(names)} {what}: {shortened(names)}" for what, names in faults.items() if names]
     if parts:
         raise CheckpointError(
             f"The arrays in {folder} are not those of the architecture in config.json; "

@@ -103,6 +103,8 @@ def test_bad_config(ckpt, change, message):
 def test_not_a_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
         read_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="k3jax convert owner/name DIR"):
+        read_checkpoint("owner/name")
     with pytest.raises(CheckpointError, match=r"it has no config\.json\.$"):
         read_checkpoint(tmp_path)
     (tmp_path / "model_index.json").touch()

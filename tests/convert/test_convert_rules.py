@@ -199,6 +199,17 @@ def test_every_row_is_a_bijection(name):
             assert rule.torch_shape(rule.jax_shape(shape)) == shape
 
 
+def test_an_unknown_prefix_of_all_names_is_named():
+    """In one line, and not one line for each of a thousand tensors."""
+    table, names = TABLES["unet diffusers"], ("conv_in.bias", "conv_out.bias", "conv_in.weight")
+    for prefix in ("model.diffusion_model.", "module."):
+        plan = table.to_jax({f"{prefix}{name}": (4,) for name in names}, {"conv_in.bias": (4,)})
+        (fault,) = plan.faults
+        assert f"the first is {prefix}conv_in.bias" in str(fault) and f"'{prefix}'" in str(fault)
+    (fault,) = table.to_jax({"a.b": (1,)}, {"conv_in.bias": (4,)}).faults
+    assert "none of its 1 tensors has a known name; the first is a.b." in str(fault)
+
+
 def test_templates_that_count_from_the_other_end():
     table = Table("x", [Rule("up.{last-i}.w", "up.{i}.w")], constants={"last": 2})
     assert [table.from_torch(f"up.{i}.w")[0][1] for i in range(3)] == ["up.2.w", "up.1.w", "up.0.w"]

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finding, opening and refusing PyTorch checkpoints; nothing is converted here."""
 
+import json
+import math
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -17,7 +20,8 @@ from k3jax.convert.from_torch import plan
 from k3jax.convert.layouts import find_layout
 from k3jax.convert.rules import ConversionError
 from k3jax.convert.sources import open_source
-from k3jax.convert.tensors import flat, open_weights
+from k3jax.convert.tensors import flat, open_weights, unwrapped
+from k3jax.sampling.samplers import make_sampler
 
 import tiny
 import torch_checkpoints
@@ -104,9 +108,11 @@ def test_names_of_wrapped_models(tmp_path, prefix):
     state = {f"{prefix}a.weight": torch.ones(2), f"{prefix}module.bias": torch.ones(3)}
     for number, name in enumerate(state):
         torch_checkpoints.save({name: state[name]}, tmp_path / f"{number}.safetensors")
-    found = open_weights(sorted(tmp_path.glob("*.safetensors")))
-    assert found.keys() == flat(state, tmp_path).keys() == {"a.weight", "module.bias"}
-    assert flat({**state, "b": torch.ones(1)}, tmp_path).keys() == {*state, "b"}
+    with pytest.warns(UserWarning, match=f"every name starts with '{prefix}'"):
+        found = open_weights(sorted(tmp_path.glob("*.safetensors")))
+    assert found.keys() == {"a.weight", "module.bias"}
+    other = flat({**state, "b": torch.ones(1)}, tmp_path)
+    assert unwrapped(other).keys() == {*state, "b"}
 
 
 @pytest.mark.parametrize("levels", [2, 3])
@@ -143,11 +149,32 @@ def test_configs_that_are_not_kandinsky():
         sampler_config({"_class_name": "EulerDiscreteScheduler"}, "scheduler_config.json")
     with pytest.raises(ConversionError, match="rescale_betas_zero_snr"):
         sampler_config({"rescale_betas_zero_snr": True}, "scheduler_config.json")
+    dpm = {"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": -math.inf}
+    for key, value in (("solver_order", 3), ("use_karras_sigmas", True)):
+        with pytest.raises(ConversionError, match=f"only supported with {key} = "):
+            sampler_config({**dpm, key: value}, "scheduler_config.json")
     with pytest.raises(ConversionError, match=r"beta_start must be float"):
         sampler_config({"beta_start": "x"}, "scheduler_config.json")
     with pytest.warns(UserWarning, match="sigma_min are settings without effect"):
         found = sampler_config({"sigma_min": 1, "clip_sample": False}, "scheduler_config.json")
     assert not found.clip_sample and found.steps_offset == 0 and found.beta_schedule == "linear"
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "trailing"])
+def test_dpm_solver_of_diffusers_has_our_timesteps(spacing):
+    """Its own config, as it writes it; that the steps are equal is shown in tests/sampling."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    theirs = DPMSolverMultistepScheduler(
+        beta_schedule="squaredcos_cap_v2", timestep_spacing=spacing, lower_order_final=False
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = sampler_config(json.loads(theirs.to_json_string()), "scheduler_config.json")
+    assert config.name == "dpm++2m" and config.timestep_spacing == spacing
+    theirs.set_timesteps(config.num_inference_steps)
+    timesteps = make_sampler(config).rows["timestep"]
+    assert timesteps.tolist() == theirs.timesteps.tolist()
 
 
 # Files
