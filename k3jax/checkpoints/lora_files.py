@@ -21,7 +21,7 @@ from k3jax.checkpoints.format import as_path
 from k3jax.checkpoints.new_folder import disk_errors, new_folder
 from k3jax.config import LoraConfig, from_dict, to_dict
 from k3jax.files import KIND_BYTES, CheckpointError, is_local, other_kind, read_object
-from k3jax.model.lora import Weights
+from k3jax.model.adapters import Weights
 
 
 SETTINGS, ARRAYS = "lora.json", "weights.npz"

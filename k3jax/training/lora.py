@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA: the weights that training begins with, and a checkpoint with those it ended with.
 
-How a LoRA works is in `k3jax.model.lora`. A loss for `jax.grad` over the LoRA's weights alone:
+How a LoRA works is in `k3jax.model.adapters`. A loss for `jax.grad` over the LoRA's weights alone:
 
     def loss(weights, unet, batch):
-        return objective(lora.apply(unet, weights, lora.update_factor(config)), batch)
+        return objective(adapters.apply(unet, weights, adapters.update_factor(config)), batch)
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ from k3jax.checkpoints.lora_files import load_lora, warn_of_another_base
 from k3jax.checkpoints.restore import iterate_leaves
 from k3jax.checkpoints.writer import CheckpointWriter
 from k3jax.config import LoraConfig
-from k3jax.model import lora
+from k3jax.model import adapters
 from k3jax.model.abstract import abstract_module
 
 
@@ -28,7 +28,7 @@ def init_lora(
         unet: with or without weights.
 
     Returns:
-        float32 on the host; `k3jax.model.lora.lora_shardings` says where it goes on a mesh.
+        float32 on the host; `k3jax.model.adapters.lora_shardings` says where it goes on a mesh.
 
     Raises:
         ValueError: a rank or alpha that is not positive, or a target that is no linear layer.
@@ -43,7 +43,7 @@ def init_lora(
             "a": rng.standard_normal((rows, config.rank), np.float32) * np.float32(rows**-0.5),
             "b": np.zeros((config.rank, columns), np.float32),
         }
-        for name, (rows, columns) in sorted(lora.target_shapes(unet, config).items())
+        for name, (rows, columns) in sorted(adapters.target_shapes(unet, config).items())
     }
 
 
@@ -62,10 +62,10 @@ def merged_checkpoint(base, lora_folder, path, scale: float = 1.0, overwrite: bo
             or a destination that exists.
     """
     base, loaded = read_checkpoint(base), load_lora(lora_folder)
-    factor = np.float32(lora.update_factor(loaded.config, scale))
+    factor = np.float32(adapters.update_factor(loaded.config, scale))
     base.component_path("unet")
     unet = abstract_module("unet", base.config)
-    lora.check_fits(loaded.weights, unet, loaded.config, where=f"The LoRA {loaded.path}")
+    adapters.check_fits(loaded.weights, unet, loaded.config, where=f"The LoRA {loaded.path}")
     warn_of_another_base(loaded, base.fingerprint)
     with CheckpointWriter(path, overwrite=overwrite) as writer:
         writer.add_tokenizer(base.path / "tokenizer")

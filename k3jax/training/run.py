@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from k3jax.checkpoints.format import read_checkpoint
-from k3jax.cli.run_config import RunConfig, build, collect
-from k3jax.config import to_dict
+from k3jax.config import ModelConfig, to_dict
 from k3jax.model.tokenizer import Tokenizer
 from k3jax.pipelines.compilation_cache import enable_compilation_cache
 from k3jax.pipelines.programs import computing
@@ -64,40 +63,59 @@ from k3jax.training.step import make_step
 from k3jax.training.timing import StepTimer
 
 
-def train(run: RunConfig, progress: bool = False) -> Path | None:
-    """Trains what the config says, or goes on with it; returns the folder of the result.
+@dataclasses.dataclass(frozen=True)
+class TrainingRun:
+    """One training run: its settings, and what it starts from.
 
-    None: a signal ended the run before its last step; the same call goes on from there.
+    Attributes:
+        checkpoint: folder of the weights to start from.
+        model: the architecture, where no checkpoint has it.
+        mesh: devices; see `k3jax.sharding.make_mesh`.
+    """
+
+    train: TrainConfig
+    checkpoint: str | None = None
+    model: ModelConfig | None = None
+    mesh: str = "data=-1"
+
+
+def train(run: TrainingRun, progress: bool = False) -> Path | None:
+    """Starts or resumes a run; returns the folder of the result.
+
+    None: a signal ended the run before its last step; the same call resumes it.
 
     Raises:
         ValueError: one sentence, before anything is trained: a config, checkpoint or data set that
             cannot be used.
     """
+    return train_stages({"": run}, progress)
+
+
+def train_stages(runs: Mapping[str, TrainingRun], progress: bool = False) -> Path | None:
+    """Runs the stages of a recipe, one after the other, as `train` does.
+
+    Args:
+        runs: name of a stage -> its run.
+    """
     enable_compilation_cache()
-    runs = [run] if not run.train.stages else [_stage(name) for name in run.train.stages]
     result = None
     with stop_requested() as stop:
-        for number, stage in enumerate(runs):
+        for number, (name, run) in enumerate(runs.items(), start=1):
             if len(runs) > 1 and jax.process_index() == 0:
-                name = run.train.stages[number]
-                print(f"stage {number + 1} of {len(runs)}: {name} ({stage.train.output})")
-            result = _train(stage, stop, progress)
+                print(f"stage {number} of {len(runs)}: {name} ({run.train.output})")
+            result = _train(run, stop, progress)
             if result is None:
                 break
     return result
 
 
-def _stage(name: str) -> RunConfig:
-    return build(collect(name))
-
-
-def _train(run: RunConfig, stop: Stop, progress: bool) -> Path | None:
+def _train(run: TrainingRun, stop: Stop, progress: bool) -> Path | None:
     config = checked(run.train)
     folder = RunFolder(config.output)
     base = None if run.checkpoint is None else read_checkpoint(run.checkpoint)
     if base is None and run.model is None:
         raise ValueError("train needs a checkpoint (--checkpoint DIR) or a config with a `model`.")
-    mesh = make_mesh(run.pipeline.mesh)
+    mesh = make_mesh(run.mesh)
     _check_batch(config, data_parallelism(mesh))
     check_masks(config.masks, config.data)
     start = prepare(config, architecture(config, run.model, base), base, mesh)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from k3jax.checkpoints.format import Checkpoint
 from k3jax.checkpoints.restore import restore
 from k3jax.config import ModelConfig
-from k3jax.model import lora
+from k3jax.model import adapters
 from k3jax.model.abstract import COMPONENTS
 from k3jax.model.context import PromptEmbeds
 from k3jax.model.tokenizer import Tokenizer
@@ -86,8 +86,8 @@ class SampleGrids:
             if name not in made:
                 made[name] = self._frozen(name)
         if start.config.lora is not None:
-            factor = lora.update_factor(start.config.lora)
-            made["unet"] = lora.apply(made["unet"], nested(weights), factor)
+            factor = adapters.update_factor(start.config.lora)
+            made["unet"] = adapters.apply(made["unet"], nested(weights), factor)
         return made
 
     @functools.cache  # noqa: B019  one sampler per run

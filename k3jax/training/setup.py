@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from k3jax.checkpoints.format import Checkpoint
 from k3jax.checkpoints.restore import restore
 from k3jax.config import ModelConfig
-from k3jax.model import lora
+from k3jax.model import adapters
 from k3jax.model.abstract import COMPONENTS, abstract_module
 from k3jax.sharding import TRAINING_RULES
 from k3jax.training import scene_text
@@ -65,11 +65,11 @@ def prepare(config: TrainConfig, model: ModelConfig, base: Checkpoint | None, me
     modules["unet"].remat = config.remat
     cached = config.data.cache is not None
     if config.lora is not None:
-        factor = lora.update_factor(config.lora)
+        factor = adapters.update_factor(config.lora)
         task = lora_task(config, model, modules, factor, cached=cached)
         first = init_lora(modules["unet"], config.lora, config.seed)
         shapes = _structs(flattened(first))
-        placed = flattened(lora.lora_shardings(modules["unet"], first, mesh))
+        placed = flattened(adapters.lora_shardings(modules["unet"], first, mesh))
         return Start(config, model, base, task, shapes, placed, mesh)
     if config.task == "movq":
         task = movq_task(modules, decoder_only=config.decoder_only)

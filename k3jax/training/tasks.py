@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from k3jax.config import ModelConfig
-from k3jax.model import lora
+from k3jax.model import adapters
 from k3jax.model.context import PromptEmbeds, window_length
 from k3jax.model.inpainting_inputs import inpainting_inputs
 from k3jax.model.movq import MoVQ, normalize
@@ -117,7 +117,7 @@ def lora_task(
     frozen = ("text_projection", "unet") if cached else tuple(modules)
 
     def loss(weights, given, batch, key):
-        unet = lora.apply(given["unet"], nested(weights), factor)
+        unet = adapters.apply(given["unet"], nested(weights), factor)
         return _denoising_loss(config, model, {**given, "unet": unet}, batch, key)
 
     return Task({}, frozen, loss)

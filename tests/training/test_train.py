@@ -12,7 +12,6 @@ from PIL import Image
 from k3jax.checkpoints.format import read_checkpoint
 from k3jax.checkpoints.lora_files import load_lora
 from k3jax.checkpoints.restore import iterate_leaves
-from k3jax.cli.run_config import RunConfig
 from k3jax.config import LoraConfig
 from k3jax.images.pngs import write_png
 from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
@@ -20,7 +19,7 @@ from k3jax.scenes.caption import captioned
 from k3jax.sharding import make_mesh
 from k3jax.training.config import CheckpointConfig, MaskConfig, PriorConfig
 from k3jax.training.metrics import read_metrics
-from k3jax.training.run import open_data, train
+from k3jax.training.run import TrainingRun, open_data, train
 from k3jax.training.setup import prepare
 
 
@@ -209,7 +208,7 @@ def test_refusals_come_before_training(run, change, message):
 
 def test_a_base_is_needed(run):
     with pytest.raises(ValueError, match="needs a checkpoint"):
-        train(RunConfig(train=run().train))
+        train(TrainingRun(run().train))
 
 
 def test_pictures_of_inpainting(run, tmp_path):
