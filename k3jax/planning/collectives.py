@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What chips say to each other in a compiled program: which instructions do, and how much."""
+"""Collectives in a compiled program: which instructions hold one, and how many bytes it moves."""
 
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from k3jax.planning.hlo import Computation, Instruction, Module
 
@@ -29,21 +30,33 @@ class Collective:
     bytes: float
 
 
-def collective_kind(module: Module, i: Instruction, base: str) -> str | None:
-    """What an instruction says to other chips, if anything.
+class CollectivePart(NamedTuple):
+    """The collective of an instruction: the instruction itself, or one inside a fusion."""
 
-    Args:
-        base: its operation, without the -start or -done of its halves.
+    kind: str
+    instruction: Instruction
+    inside: Computation
+
+
+def find_collective(module: Module, i: Instruction, inside: Computation) -> CollectivePart | None:
+    """What an instruction sends to other chips, if anything.
+
+    A fusion may hold a collective and convolutions that run meanwhile: with weights or channels
+    split over chips, XLA:TPU fuses the two.
     """
+    base = re.sub("-(start|done)$", "", i.op)
     if COLLECTIVE.match(base):
-        return base
-    if base not in ("fusion", "async") or not i.called:
+        return CollectivePart(base, i, inside)
+    if base not in ("fusion", "async"):
         return None
-    # A reduce-scatter is a fusion around an all-reduce.
-    if i.called[0].startswith("all-reduce-scatter"):
-        return "reduce-scatter"
-    operations = sorted(module.operations(i.called[0]))
-    return next((op for op in operations if COLLECTIVE.match(op)), None)
+    for name in i.called:
+        called = module.computations[name]
+        for instruction in called.instructions:
+            if part := find_collective(module, instruction, called):
+                # A reduce-scatter is a fusion around an all-reduce.
+                scatters = name.startswith("all-reduce-scatter")
+                return part._replace(kind="reduce-scatter") if scatters else part
+    return None
 
 
 def ring_passes(i: Instruction, kind: str) -> float:

@@ -25,10 +25,12 @@ from k3jax.planning.chips import Chip
 from k3jax.planning.collectives import (
     RING,
     Collective,
-    collective_kind,
+    CollectivePart,
+    find_collective,
     payload,
     ring_passes,
 )
+from k3jax.planning.flops import kernel_flops
 from k3jax.planning.hlo import BYTES, Computation, Instruction, Module, parse_arrays
 
 
@@ -162,24 +164,23 @@ class _Walk:
         return clock.now
 
     def step(self, i: Instruction, inside: Computation, times: int, clock: _Clock) -> None:
-        base, _, phase = (
-            i.op.rpartition("-") if i.op.endswith(("-start", "-done")) else (i.op, "", "")
-        )
-        kind = collective_kind(self.module, i, base)
+        phase = i.op.rpartition("-")[2] if i.op.endswith(("-start", "-done")) else ""
         if i.op in FREE or i.op.endswith("-update"):
             return
         if phase == "done":
             stall = max(0.0, clock.ready.get(i.operands[0] if i.operands else "", 0.0) - clock.now)
             self.total["stalls"] += times * stall
             clock.now += stall
-        elif kind:
-            seconds = self.collective(i, kind, inside, times)
-            clock.network = max(clock.network, clock.now) + seconds
+        elif collective := find_collective(self.module, i, inside):
+            clock.network = max(clock.network, clock.now) + self.collective(collective, times)
+            if kernel_flops(self.module, i, inside):  # fused: both run at the same time
+                clock.now += self.kernel(i, inside, times)
             if phase == "start":
                 clock.ready[i.name] = clock.network
             else:
-                self.total["stalls"] += times * (clock.network - clock.now)
-                clock.now = clock.network
+                stall = max(0.0, clock.network - clock.now)
+                self.total["stalls"] += times * stall
+                clock.now += stall
         elif phase == "start":
             size = self.prefetched(i)
             self.total["hbm"] += times * size
@@ -195,7 +196,7 @@ class _Walk:
             clock.now += self.kernel(i, inside, times)
 
     def kernel(self, i: Instruction, inside: Computation, times: int) -> float:
-        flops, hbm = self.module.flops(i, inside), self.module.hbm_bytes(i, inside)
+        flops, hbm = kernel_flops(self.module, i, inside), self.module.hbm_bytes(i, inside)
         if i.op == "reshape" or "ConcatBitcast" in i.attributes:
             hbm = 0.0  # only another view, unless a kernel was scheduled for it
         seconds = max(flops / self.chip.peak, hbm / self.chip.bandwidth)
@@ -212,10 +213,10 @@ class _Walk:
         )
         return seconds
 
-    def collective(self, i: Instruction, kind: str, inside: Computation, times: int) -> float:
-        size = payload(i, inside)
-        self.collectives[kind].update(count=times, bytes=times * size)
-        return ring_passes(i, kind) * size / (RING * self.chip.link)
+    def collective(self, part: CollectivePart, times: int) -> float:
+        size = payload(part.instruction, part.inside)
+        self.collectives[part.kind].update(count=times, bytes=times * size)
+        return ring_passes(part.instruction, part.kind) * size / (RING * self.chip.link)
 
     def prefetched(self, i: Instruction) -> float:
         """Bytes that a transfer between HBM and VMEM moves: what lies in VMEM, maybe a part."""
@@ -255,7 +256,7 @@ def _matcher(module: Module, cycles: Mapping[str, int]):
 
     def alike(i: Instruction, inside: Computation) -> tuple:
         shapes = tuple((a.dtype, a.shape) for a in parse_arrays(i.type))
-        return i.op, shapes, module.flops(i, inside)
+        return i.op, shapes, kernel_flops(module, i, inside)
 
     for computation in module.computations.values():
         for i in computation.instructions:
