@@ -39,7 +39,7 @@ def settings_file(layout: str, end: str) -> str:
 def own_settings(config: ModelConfig, layout: str) -> dict[str, Any]:
     """The content of the file.
 
-    In the original layout no file describes the U-Net and MoVQ (whose codebook is left out there).
+    In the original layout no other file describes the U-Net and the MoVQ (which has no codebook).
     """
     values = to_dict(config)
     if layout == "diffusers":
@@ -57,10 +57,10 @@ def own_settings(config: ModelConfig, layout: str) -> dict[str, Any]:
 def with_own_settings(
     parts: Mapping[str, Any], values: Mapping[str, Any], where: str
 ) -> dict[str, Any]:
-    """The parts of a ModelConfig, with what the file says of them.
+    """The parts of a ModelConfig, with the values of the file.
 
     Raises:
-        ConversionError: a setting that there is not, or of a wrong type.
+        ConversionError: an unknown setting, or one of a wrong type.
     """
     parts = dict(parts)
     for key, value in values.items():
@@ -88,7 +88,7 @@ def original_sampler(layout: str, variant: str) -> SamplerConfig:
 
 
 class Shapes:
-    """Our names and shapes of a PyTorch state dict, asked for the architecture that they show."""
+    """Our names and shapes of a PyTorch state dict, from which the architecture is inferred."""
 
     def __init__(self, table: Table, torch_shapes: Mapping[str, Shape]):
         self._component = table.component
@@ -104,17 +104,17 @@ class Shapes:
         if name not in self.shapes:
             theirs = " or ".join(torch for _, torch in self._table.from_jax(name))
             raise ConversionError(
-                f"{self._component}: the architecture cannot be told, since {theirs} is missing or "
+                f"{self._component}: the architecture is unknown, since {theirs} is missing or "
                 "has the wrong number of axes."
             )
         if 0 in self.shapes[name]:
             raise ConversionError(
-                f"{self._component}: the architecture cannot be told, since our {name} is empty."
+                f"{self._component}: the architecture is unknown, since our {name} is empty."
             )
         return self.shapes[name]
 
     def count(self, prefix: str) -> int:
-        """How many members the list `prefix` has; 0 when there is none."""
+        """The number of members of the list `prefix`; 0 without the list."""
         members = {
             n[len(prefix) + 1 :].split(".")[0] for n in self.shapes if n.startswith(prefix + ".")
         }
@@ -141,7 +141,7 @@ def inferred_projection(shapes: Shapes) -> TextProjectionConfig:
 
 
 def inferred_unet(shapes: Shapes) -> UNetConfig:
-    """Head dim 64 and 32 groups, which leave no trace in the shapes, are taken for granted."""
+    """Assumes head dim 64 and 32 groups, which the shapes do not show."""
     levels = shapes.count("down_blocks")
     *_, in_channels, init_channels = shapes["conv_in.kernel"]
     widths = [
@@ -167,7 +167,7 @@ def inferred_unet(shapes: Shapes) -> UNetConfig:
 
 
 def _flags(shapes: Shapes, levels: int, name: str) -> tuple[bool, ...]:
-    """The flags behind the levels: one per level, or the references' 4 where these show.
+    """The attention flags of the levels: one per level, or the references' 4 if the shapes show 4.
 
     The up path reads the flags backwards from their end, so with 4 flags and fewer levels the two
     paths see different ones.
@@ -181,7 +181,7 @@ def _flags(shapes: Shapes, levels: int, name: str) -> tuple[bool, ...]:
 
 
 def inferred_movq(shapes: Shapes) -> MoVQConfig:
-    """32 groups in the encoder's norms are taken for granted."""
+    """Assumes 32 groups in the encoder's norms, which the shapes do not show."""
     levels = shapes.count("encoder.down_blocks")
     blocks = [f"encoder.down_blocks.{level}.resnets" for level in range(levels)]
     *_, latent_channels, vq_embed_dim = shapes["quant_conv.kernel"]

@@ -29,11 +29,11 @@ _BITS = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}
 
 
 def as_numpy(value: Any) -> np.ndarray:
-    """A numpy view of a tensor or array; no copy where the tensor lies in host memory."""
+    """A numpy view of a tensor or array; no copy of tensors in host memory."""
     if not isinstance(value, torch.Tensor):
         return np.asarray(value)
     value = value.detach().cpu()
-    if value.dtype == torch.bfloat16:  # numpy has none of its own
+    if value.dtype == torch.bfloat16:  # numpy has no such dtype
         return value.contiguous().view(torch.int16).numpy().view(BFLOAT16)
     return value.numpy()
 

@@ -27,7 +27,7 @@ Json = Mapping[str, Any]
 
 
 def text_encoder_config(values: Json, where: str) -> TextEncoderConfig:
-    """From transformers' config.json of a T5; what an encoder does not use is passed over."""
+    """From transformers' config.json of a T5; settings that an encoder does not use are ignored."""
     feed_forward = values.get("feed_forward_proj", "relu")
     if feed_forward != "gated-silu":
         raise ConversionError(
@@ -93,7 +93,7 @@ def movq_config(values: Json, where: str) -> MoVQConfig:
     values = {k: v for k, v in values.items() if not k.startswith("_")}
     values = {"block_out_channels": (64,), **values}
     plain = len(_widths(values, where)) - 1
-    wanted = {
+    required = {
         "norm_type": ("spatial", "group"),
         "act_fn": ("silu", "silu"),
         "mid_block_add_attention": (True, True),
@@ -106,7 +106,7 @@ def movq_config(values: Json, where: str) -> MoVQConfig:
             ["UpDecoderBlock2D"],
         ),
     }
-    for key, (needed, default) in wanted.items():
+    for key, (needed, default) in required.items():
         value = values.pop(key, default)
         if (list(value) if isinstance(value, tuple) else value) != needed:
             raise ConversionError(
@@ -159,7 +159,7 @@ def sampler_config(values: Json, where: str) -> SamplerConfig:
     if not isinstance(kind, str) or kind not in _SCHEDULERS:
         raise ConversionError(
             f"{where}: the scheduler {kind} is not supported; known are {', '.join(_SCHEDULERS)}: "
-            "put the scheduler_config.json of one of them there."
+            "use the scheduler_config.json of one of them."
         )
     name = _SCHEDULERS[kind]
     values = {k: v for k, v in values.items() if not k.startswith("_")}
@@ -175,12 +175,12 @@ def sampler_config(values: Json, where: str) -> SamplerConfig:
     if unknown:
         warnings.warn(f"{where}: {', '.join(unknown)} are settings without effect.", stacklevel=2)
     settings = {k: v for k, v in values.items() if k in known}
-    own = {"name": name, "num_inference_steps": 25, "guidance_scale": 3.0}
-    return config_from_dict(SamplerConfig, {**defaults, **settings, **own}, where)
+    fixed = {"name": name, "num_inference_steps": 25, "guidance_scale": 3.0}
+    return config_from_dict(SamplerConfig, {**defaults, **settings, **fixed}, where)
 
 
 def _widths(values: Json, where: str) -> list[int]:
-    """block_out_channels, of which other settings follow."""
+    """block_out_channels, from which other settings follow."""
     widths = values["block_out_channels"]
     if (
         not isinstance(widths, list | tuple)

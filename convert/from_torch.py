@@ -42,7 +42,7 @@ def convert(
 ) -> None:
     """Converts a PyTorch checkpoint of any known layout.
 
-    Everything that names and shapes tell is checked before anything is written. Memory: about one
+    Names, shapes and dtypes are checked before anything is written. Memory: about one
     gigabyte, whatever the size; the weights pass through a memory map. A conversion that fails or
     is killed leaves nothing at `destination`, and can be run again.
 
@@ -52,7 +52,7 @@ def convert(
         destination: folder or bucket path that does not exist.
         variant: `base`, `flash` or `inpainting`.
         weights_variant: `fp16` to take the files named *.fp16.*; by default the plain ones, or the
-            only ones that there are.
+            only ones.
         text_encoder_from: another checkpoint of ours whose text encoder is used instead of a copy.
         param_dtype: `bfloat16`, `float16` or `float32`; None keeps each tensor's own.
         architecture: see `k3jax.convert.sources.open_source`.
@@ -195,7 +195,7 @@ def _stream(steps: ConversionPlan, tensors: Tensors, writer, param_dtype, bar) -
 
 
 def _prevailing_dtype(source: Source) -> str:
-    """The dtype of most of the U-Net's numbers, which stands for the whole."""
+    """The dtype of most of the U-Net's numbers."""
     sizes: dict[str, int] = {}
     for tensor in source.tensors["unet"].values():
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """An invertible table of parameter names, compiled both ways. Knows nothing about any model.
 
-A row is three strings: PyTorch's name, ours, and an einops pattern that says how the axes move. The
-parts of a name that vary stand in braces, see templates.py.
+A row is three strings: PyTorch's name, ours, and an einops pattern for the axes. The parts of a
+name that vary are in braces, see templates.py.
 """
 
 import math
@@ -129,7 +129,7 @@ class Step:
 
 @dataclass
 class ConversionPlan:
-    """What to do with each tensor of one component, made from names and shapes alone."""
+    """A step for each tensor of one component, planned from names and shapes alone."""
 
     component: str
     steps: list[Step] = field(default_factory=list)
@@ -228,7 +228,7 @@ class Table:
         return plan
 
     def _foreign(self, name: str, count: int) -> str:
-        """What to say where no name at all is known: often there is a prefix before all of them."""
+        """The fault of a state dict without any known name, often because of a prefix."""
         text = f"none of its {count} tensors has a known name; the first is {name}"
         parts = name.split(".")
         for start in range(1, len(parts)):
@@ -243,10 +243,10 @@ class Table:
                 "which a model of this configuration does not have."
             )
         elif step.jax_shape != tuple(expected[step.jax_name]):
-            wanted = self._torch_shape(step.jax_name, expected[step.jax_name])
+            expected_shape = self._torch_shape(step.jax_name, expected[step.jax_name])
             plan.add_fault(
                 f"{step.torch_name} ({step.jax_name}) has shape {_text(step.torch_shape)}; "
-                f"the model has {_text(wanted)}."
+                f"the model has {_text(expected_shape)}."
             )
 
     def _torch_shape(self, jax_name, shape):
@@ -274,7 +274,7 @@ class Table:
 
 
 def under(torch_prefix: str, jax_prefix: str, rules: Iterable[Rule]) -> tuple[Rule, ...]:
-    """The rows of a block at the place where the block stands."""
+    """The rows of a block, below the name of the block."""
     return tuple(
         Rule(f"{torch_prefix}.{r.torch}", f"{jax_prefix}.{r.jax}", r.layout, r.alias) for r in rules
     )

@@ -27,7 +27,7 @@ def nbytes(entry: Entry) -> int:
 
 
 class SafetensorsWriter:
-    """One file; tensors may come in any order, and close() says which did not come."""
+    """One file; tensors are written in any order, and close() names those that are missing."""
 
     def __init__(self, path: Path, entries: Mapping[str, Entry]):
         self.path = path

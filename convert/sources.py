@@ -62,7 +62,7 @@ def open_source(
         weights_variant: `fp16` for files named *.fp16.*.
         shared_text_encoder: configuration of the encoder of another checkpoint, which is used
             instead of the source's.
-        architecture: settings that override what config.json or the shapes say, by component; for
+        architecture: settings that override config.json or the shapes, by component; for
             models whose groups or head dim, which leave no trace in shapes, are unusual.
 
     Raises:
@@ -109,7 +109,7 @@ class _Opened:
 def _diffusers(root: Path, found: Layout, variant: str) -> _Opened:
     tensors = {c: open_weights(root / f for f in files) for c, files in found.weights.items()}
     json_of = {name: _json(root / file) for name, file in found.configs.items()}
-    # Early uploads have the authors' own names in this layout, with the projection among them.
+    # Early uploads have the authors' names in this layout, those of the projection included.
     old = "in_layer.weight" in tensors["unet"]
     tables = {
         "text_projection": keys.table("text_projection", "fork" if old else "diffusers"),
@@ -171,7 +171,7 @@ def _original(root: Path, found: Layout, variant: str) -> _Opened:
     else:
         raise ConversionError(
             f"{main} has no 'projections' (3.0), and there is no projection file of the variant "
-            f"{variant} beside the text encoder (3.1)."
+            f"{variant} in the text encoder's folder (3.1)."
         )
     null = content["null_embedding"]
     if not isinstance(null, torch.Tensor):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weight files of PyTorch, opened without reading them: names, shapes and dtypes now, data later.
 
-Data comes as views of a memory map, so opening and reading cost no memory of their own.
+Data are views of a memory map, so opening and reading take no memory.
 """
 
 import functools

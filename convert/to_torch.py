@@ -51,7 +51,7 @@ def export(
     `diffusers`: a folder that `Kandinsky3Pipeline.from_pretrained` loads. `original`: the files of
     Kandinsky 3.1, or of 3.0 if the weights came from there. In the layout from which they came, all
     tensors are bit for bit as they were. Across layouts the weights are exact, but the two code
-    bases condition differently, so their pictures differ; a warning says how.
+    bases condition differently, so their pictures differ; a warning explains how.
 
     Args:
         checkpoint: folder or bucket path.
@@ -114,22 +114,22 @@ class _Part:
         levels = len(checkpoint.config.movq.block_out_channels)
         table = keys.table(component, dialect, levels=levels)
         structs = leaf_shapes(checkpoint, component)
-        wanted = {name: struct.shape for name, struct in structs.items()}
+        shapes = {name: struct.shape for name, struct in structs.items()}
         if component == "text_projection" and layout == "diffusers":
-            wanted.pop(NULL, None)
+            shapes.pop(NULL, None)
         if component == "movq" and layout != "diffusers":
-            wanted.pop(CODEBOOK, None)
-        plan = table.to_torch(wanted)
+            shapes.pop(CODEBOOK, None)
+        plan = table.to_torch(shapes)
         raise_faults(plan.faults, str(checkpoint.path))
         self._steps = {step.jax_name: step for step in plan.steps}
         self.entries: dict[str, Entry] = {
             s.torch_name: (np.dtype(structs[s.jax_name].dtype), s.torch_shape) for s in plan.steps
         }
         self._added = {}
-        if component == "text_projection" and layout != "diffusers" and NULL not in wanted:
+        if component == "text_projection" and layout != "diffusers" and NULL not in shapes:
             self._added[NULL] = (NULL, BIAS)
             self.entries[NULL] = (np.dtype(structs[BIAS].dtype), structs[BIAS].shape)
-        self._codebook = component == "movq" and layout == "diffusers" and CODEBOOK not in wanted
+        self._codebook = component == "movq" and layout == "diffusers" and CODEBOOK not in shapes
         if self._codebook:
             ((_, self._codebook_name),) = table.from_jax(CODEBOOK)
             dtype = np.dtype(structs["quant_conv.kernel"].dtype)
@@ -168,8 +168,8 @@ def _jsons(checkpoint: Checkpoint, layout: str, end: str) -> dict[str, dict]:
 def _tokenizer_class(checkpoint: Checkpoint) -> str:
     """T5Tokenizer only reads T5's kind of vocabulary; small models may bring another."""
     file = checkpoint.path / "tokenizer" / "tokenizer_config.json"
-    said = json.loads(file.read_text()).get("tokenizer_class") if file.exists() else None
-    return "PreTrainedTokenizerFast" if said == "PreTrainedTokenizerFast" else "T5Tokenizer"
+    name = json.loads(file.read_text()).get("tokenizer_class") if file.exists() else None
+    return name if name == "PreTrainedTokenizerFast" else "T5Tokenizer"
 
 
 def _write_diffusers(folder: Path, parts: Mapping[str, _Part], bar) -> None:
@@ -182,7 +182,7 @@ def _write_diffusers(folder: Path, parts: Mapping[str, _Part], bar) -> None:
 
 
 def _write_original(folder: Path, parts: Mapping[str, _Part], end: str, layout: str, bar) -> None:
-    """torch.save wants whole state dicts: they are made on disk and saved from a memory map."""
+    """torch.save needs whole state dicts: saved from a memory map of files written before."""
     encoder, work = folder / "flan_ul2_encoder", folder / "work"
     encoder.mkdir(parents=True)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint folder looks like, and reading what it says of itself.
+"""The files of a checkpoint's folder, and reading its config.json.
 
     config.json      architecture, conditioning, sampler defaults, source, dtype; written last
     manifest.json    size and CRC-32 of every file, digest of every component
@@ -83,14 +83,14 @@ def read_checkpoint(path) -> Checkpoint:
 
     Raises:
         CheckpointError: not a checkpoint, of another format version, with unknown or missing keys,
-            or with a component that is missing or no longer the one that it was made with.
+            or with a component that is missing or was replaced.
     """
     hint = _hub_hint(str(path))
     path = as_path(packaged_path(path) or path)
     if not path.exists():
         raise CheckpointError(f"There is no checkpoint at {path}: the folder does not exist.{hint}")
     values = _read_config(path)
-    own = {key: values.pop(key) for key in _OWN_KEYS}
+    header = {key: values.pop(key) for key in _OWN_KEYS}
     try:
         config = from_dict(ModelConfig, values, where=str(path / CONFIG))
     except ValueError as error:
@@ -98,9 +98,9 @@ def read_checkpoint(path) -> Checkpoint:
         raise CheckpointError(f"{at}{error}") from None
     digests = read_manifest(path)["components"]
     component_paths = {}
-    for name, shared in own["components"].items():
+    for name, shared in header["components"].items():
         folder = path / name if shared is None else shared_path(path, shared)
-        if not _is_there(folder):
+        if not _is_folder(folder):
             raise CheckpointError(_missing_component(path, name, folder, shared))
         if name not in digests:
             raise CheckpointError(
@@ -115,7 +115,7 @@ def read_checkpoint(path) -> Checkpoint:
                 "bring the old one back, or convert the checkpoint again."
             )
     return Checkpoint(
-        path, config, own["source"], own["dtype"], component_paths, combined_digest(digests)
+        path, config, header["source"], header["dtype"], component_paths, combined_digest(digests)
     )
 
 
@@ -199,7 +199,7 @@ def _read_config(path: epath.Path) -> dict[str, Any]:
     return values
 
 
-def _is_there(folder: epath.Path) -> bool:
+def _is_folder(folder: epath.Path) -> bool:
     try:
         return folder.is_dir()
     except OSError:  # a name that is too long, or a folder that may not be entered
@@ -231,5 +231,5 @@ def _missing_component(path, name, folder, shared) -> str:
         return f"{path} is incomplete: its folder {name} is missing; copy the checkpoint again."
     return (
         f"{path} shares the {name} of another checkpoint, but {folder} does not exist: "
-        "put that checkpoint there, or convert this one again."
+        "move that checkpoint there, or convert this one again."
     )

@@ -44,7 +44,7 @@ class Lora:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the weights: equal for equal arrays, wherever they lie."""
+        """Digest of the weights: equal for equal arrays, in any folder."""
         return combined_digest(
             {
                 f"{name}.{key}": array_digest(array)
@@ -152,7 +152,7 @@ def load_lora(path) -> Lora:
         if ranks != {config.rank}:
             raise CheckpointError(
                 f"The LoRA {path} is damaged: {layer} has rank {pair['a'].shape[1]} and "
-                f"{pair['b'].shape[0]}, but {SETTINGS} says {config.rank}."
+                f"{pair['b'].shape[0]}, but {SETTINGS} has rank {config.rank}."
             )
         if not all(np.isfinite(x).all() for x in pair.values()):
             raise CheckpointError(

@@ -29,7 +29,7 @@ def new_folder(path: epath.Path, overwrite: bool = False) -> Iterator[epath.Path
     Raises:
         CheckpointError: another run is writing it, or the disk refuses.
     """
-    with disk_errors(path, "made"):
+    with disk_errors(path, "created"):
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_dead_runs(path)
         folder = epath.Path(f"{path}.{INCOMPLETE}-{secrets.token_hex(4)}")
@@ -38,7 +38,7 @@ def new_folder(path: epath.Path, overwrite: bool = False) -> Iterator[epath.Path
     try:
         lock.take()
         yield folder
-        with disk_errors(path, "made"):
+        with disk_errors(path, "created"):
             _put_in_place(folder, path, overwrite)
     except BaseException:
         folder.rmtree(missing_ok=True)
@@ -86,6 +86,6 @@ def _put_in_place(folder: epath.Path, path: epath.Path, overwrite: bool) -> None
 
 
 def _siblings(path: epath.Path, mark: str) -> list[epath.Path]:
-    """What earlier runs for this path left beside it."""
+    """What earlier runs for this path left in its parent folder."""
     start = f"{path.name}.{mark}-"  # no pattern: a name may have brackets
     return [sibling for sibling in path.parent.iterdir() if sibling.name.startswith(start)]

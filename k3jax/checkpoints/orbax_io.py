@@ -90,7 +90,7 @@ def array_structs(folder: epath.Path) -> dict[str, jax.ShapeDtypeStruct]:
 def load_arrays(
     folder: epath.Path, structs: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-    """Reads some arrays of a folder, straight into the dtypes and shardings asked for.
+    """Reads some arrays of a folder, into the dtypes and shardings of `structs`.
 
     Every process that has a device in the shardings must call this with the same names.
 
@@ -242,7 +242,7 @@ def _call(function: Callable, sentence: str):
 
 
 def _first_line(error: BaseException) -> str:
-    while error.__cause__ is not None:  # TensorStore's own words
+    while error.__cause__ is not None:  # TensorStore's message
         error = error.__cause__
     operating_system = re.search(r"([^:]+) \[os_error_code=", str(error))
     if operating_system is not None:

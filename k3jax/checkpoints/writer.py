@@ -39,8 +39,8 @@ class CheckpointWriter:
     A local checkpoint is written in a folder beside `path` (see `new_folder`) and renamed by
     `commit`. In a bucket, where nothing can be renamed, config.json is written last.
 
-    Writing goes on in the background, one group of arrays behind the caller, and finished files
-    are hashed while they are still in the page cache. Memory: the arrays of the group being
+    Writing runs in the background, one group of arrays after the caller, and finished files are
+    hashed while they are still in the page cache. Memory: the arrays of the group being
     gathered and of the group being written, each at most GROUP_BYTES + one array.
 
     Args:
@@ -74,7 +74,7 @@ class CheckpointWriter:
         if is_local(self.path):
             self.folder = self._files.enter_context(new_folder(self.path, self._overwrite))
         else:
-            with disk_errors(self.path, "made"):
+            with disk_errors(self.path, "created"):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 (self.folder / _MARK).touch()
         self._writer = ThreadPoolExecutor(1)  # one: Orbax saves do not overlap
@@ -113,8 +113,8 @@ class CheckpointWriter:
         names = self._digests.setdefault(component, {})
         for name, array in arrays.items():
             if name in names:
-                raise CheckpointError(f"{component}: {name} is there twice.")
-            names[name] = (digests or {}).get(name, "")  # "": made in the background
+                raise CheckpointError(f"{component}: {name} occurs twice.")
+            names[name] = (digests or {}).get(name, "")  # "": computed in the background
             if component != self._group_component:
                 self._flush()
                 self._group_component = component
@@ -152,7 +152,7 @@ class CheckpointWriter:
 
         Args:
             source: where the weights come from; anything that JSON can hold.
-            dtype: the dtype in which they should be used unless asked otherwise.
+            dtype: the dtype in which they are used by default.
         """
         for component, (other, _) in self._shared.items():
             if getattr(config, component) != getattr(other.config, component):

@@ -22,7 +22,7 @@ class Collective:
 
     Attributes:
         count: how often.
-        bytes: of the larger of what goes in and what comes out, on each chip, summed over them.
+        bytes: of the larger of operands and results on each chip, summed over the collectives.
     """
 
     kind: str
@@ -66,9 +66,9 @@ def ring_passes(i: Instruction, kind: str) -> float:
 
 
 def payload(i: Instruction, inside: Computation) -> float:
-    """Bytes on a chip: of what goes in or what comes out, whichever is larger."""
-    given = [inside.by_name[name] for name in i.operands if name in inside.by_name]
-    size_in = sum(array.bytes for operand in given for array in operand.arrays)
+    """Bytes on a chip: of the operands or the results, whichever is larger."""
+    operands = [inside.by_name[name] for name in i.operands if name in inside.by_name]
+    size_in = sum(array.bytes for operand in operands for array in operand.arrays)
     if i.op.endswith("-start"):  # its result holds the operands too
         size_out = max((array.bytes for array in i.arrays), default=0.0)
     else:
@@ -77,7 +77,7 @@ def payload(i: Instruction, inside: Computation) -> float:
 
 
 def group_size(i: Instruction) -> int:
-    """Chips that take part together; 2 where it cannot be told."""
+    """Chips that take part together; 2 if unknown."""
     if groups := i.attribute(r"replica_groups=\{\{([\d,]+)\}"):
         return max(groups.count(",") + 1, 1)
     if size := i.attribute(r"replica_groups=\[\d+,(\d+)\]"):

@@ -45,7 +45,7 @@ ENVIRONMENT = {
 
 
 class OutOfMemory(Exception):
-    """The compiler's own sentence on a program that does not fit."""
+    """A program does not fit a chip; the message is the compiler's."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class Memory:
     """Bytes on each chip.
 
     Attributes:
-        arguments: weights and inputs, as they lie in tiles.
+        arguments: weights and inputs, padded to tiles.
         outputs: results that take no argument's place.
-        temporaries: what the program needs besides.
+        temporaries: the program's work space.
         code: the program itself.
     """
 
@@ -113,7 +113,7 @@ def compile_in_child(
     """Compiles a program for a slice; takes minutes at full size.
 
     Args:
-        say: is told now and then that it is still at work.
+        say: called now and then while the compiler runs.
 
     Raises:
         OutOfMemory: the program does not fit a chip.
@@ -124,8 +124,12 @@ def compile_in_child(
         request = {"program": program, "work": work.to_json(), "topology": where.name}
         (folder / REQUEST).write_text(json.dumps(request))
         flags = DUMP_FLAGS.format(folder=folder / SCHEDULES)
-        given = os.environ.get("LIBTPU_INIT_ARGS", "")
-        environment = {**os.environ, **ENVIRONMENT, "LIBTPU_INIT_ARGS": f"{given} {flags}".strip()}
+        before = os.environ.get("LIBTPU_INIT_ARGS", "")
+        environment = {
+            **os.environ,
+            **ENVIRONMENT,
+            "LIBTPU_INIT_ARGS": f"{before} {flags}".strip(),
+        }
         output, code = _run(
             [sys.executable, "-m", "k3jax.planning.compiler", name], environment, say
         )
@@ -232,7 +236,7 @@ def optimised_hlo(lowered, compiled, folder: Path) -> str:
 
 
 def _beginning(text: str, limit: int = 200) -> str:
-    """The first sentences of what the compiler says; lists of its buffers follow."""
+    """The first sentences of the compiler's message; lists of its buffers follow."""
     text = text.partition("RESOURCE_EXHAUSTED: ")[2] or text
     sentences = text.split(". ")
     kept = sentences[0]
@@ -244,7 +248,7 @@ def _beginning(text: str, limit: int = 200) -> str:
 
 
 def _from_compiler(error: Exception) -> bool:
-    """XLA's own error, which JAX only lets know by its name."""
+    """Whether an error is XLA's, which only its name shows."""
     return type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")
 
 

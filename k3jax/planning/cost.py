@@ -10,8 +10,8 @@ The body of a loop counts as often as it runs, the dearest branch of a condition
 How far to trust it. The schedule figure came to 113 to 120 ms for a step of SDXL's U-Net (CFG
 pair, 13.91 TFLOP) on a v5e, against 107 to 109 ms published, and to 97.7 ms on a v4 against about
 103: it is quoted with +-15 %. The v6e has no valid calibration (53 ms against about 34 of another
-program and other flags), and collectives have none on any chip. XLA's own `estimated_cycles` say
-about twice as much as such steps take, so they are used only where a schedule is misread
+program and other flags), and collectives have none on any chip. XLA's own `estimated_cycles` are
+about twice what such steps take, so they are used only where a schedule is misread
 (`MISREAD`). Starting a kernel is free here, so programs of very small kernels look faster than
 they are.
 """
@@ -71,7 +71,7 @@ class Cost:
             the lower bound.
         stalls: seconds that kernels wait for prefetches and collectives.
         kernels: how many run.
-        unknown_loops: loops whose trips cannot be told; they count once.
+        unknown_loops: loops whose number of trips is unknown; they count once.
         kinds: kind of kernel (`Kind`) -> its share of the seconds; what is left is waiting.
     """
 
@@ -219,7 +219,7 @@ class _Walk:
         return ring_passes(part.instruction, part.kind) * size / (RING * self.chip.link)
 
     def prefetched(self, i: Instruction) -> float:
-        """Bytes that a transfer between HBM and VMEM moves: what lies in VMEM, maybe a part."""
+        """Bytes that a transfer between HBM and VMEM moves: the arrays in VMEM, if any."""
         sizes = [a.bytes for a in i.arrays if not a.in_hbm and a.bytes > BYTES["u32"]]
         return max(sizes) if sizes else sum(a.bytes for a in i.arrays) / 2
 
@@ -265,8 +265,8 @@ def _matcher(module: Module, cycles: Mapping[str, int]):
                 similar.setdefault(alike(i, computation), cycles[i.name])
 
     def find(i: Instruction, inside: Computation) -> int | None:
-        own = cycles.get(i.name, exact.get(module.identity(i, inside)))
-        return similar.get(alike(i, inside)) if own is None else own
+        cycles_found = cycles.get(i.name, exact.get(module.identity(i, inside)))
+        return similar.get(alike(i, inside)) if cycles_found is None else cycles_found
 
     return find
 

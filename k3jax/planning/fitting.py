@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a batch fits, and the sentence that says which one does.
+"""Whether a batch fits, and the error that names the largest one that does.
 
 Arithmetic comes first: weights and inputs that are larger than a chip's memory are refused without
 compiling. What only the compiler can know is refused by it. Either way smaller batches are tried by
@@ -73,7 +73,7 @@ class Trial:
         share = math.ceil(work.images / parts)
         return dataclasses.replace(work, mesh=self.encoder_sizes, batch=share)
 
-    def beside(self, name: Name) -> int:
+    def other_weights(self, name: Name) -> int:
         """Bytes of weights on each chip that are not the program's own arguments."""
         if name == "encode":
             return 0
@@ -82,8 +82,8 @@ class Trial:
     def arithmetic(self, name: Name, batch: int) -> str | None:
         """What weights and inputs take, where that is already too much."""
         work = self.work(name, batch)
-        own = weight_bytes(COMPONENT[name], work)
-        needed = own + input_bytes(name, work) + self.beside(name)
+        weights = weight_bytes(COMPONENT[name], work)
+        needed = weights + input_bytes(name, work) + self.other_weights(name)
         if needed <= self.usable:
             return None
         of = f"{size_text(needed)} of the {size_text(self.usable)} of a chip"
@@ -99,14 +99,14 @@ class Trial:
         except OutOfMemory as error:
             self.say(f"the {TITLES[name]} does not fit at batch {batch}")
             return None, f"the compiler says: {error}"
-        needed = compiled.memory.peak + self.beside(name)
+        needed = compiled.memory.peak + self.other_weights(name)
         self.say(
             f"compiled the {TITLES[name]} in {compiled.seconds:.0f} s: {size_text(needed)} a chip"
         )
         if needed <= self.usable:
             return compiled, ""
         return None, (
-            f"it takes {size_text(needed)} with the weights that lie beside it, of the "
+            f"it takes {size_text(needed)} with the other weights in memory, of the "
             f"{size_text(self.usable)} of a chip"
         )
 

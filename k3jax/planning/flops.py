@@ -24,7 +24,7 @@ def kernel_flops(module: Module, i: Instruction, inside: Computation) -> float:
         over = i.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or ""
         contracted = math.prod(lhs[int(d)] for d in over.split(",") if d)
         return 2 * math.prod(i.arrays[0].shape) * contracted
-    if i.op == "custom-call":  # a Pallas kernel says what it computes
+    if i.op == "custom-call":  # Pallas kernels declare their FLOPs
         return int(i.attribute(r'"cost_estimate":\{"flops":"(\d+)"') or 0)
     if i.op in ("fusion", "async-start"):
         return sum(_computation_flops(module, name) for name in i.called)
@@ -48,7 +48,7 @@ def convolution_flops(
 ) -> float:
     """2 for each multiplication; taps on padding or between dilated elements are not counted.
 
-    Batched matrix products are dilated convolutions, of which most taps fall between.
+    Batched matrix products are dilated convolutions, most taps of which fall between elements.
 
     Args:
         labels: of the dimensions, such as "b01f_01io->b01f".

@@ -44,7 +44,7 @@ class Instruction:
 
     Attributes:
         arguments: the text between the brackets.
-        attributes: the text behind them.
+        attributes: the text after them.
         arrays: of the result, tuples flattened.
     """
 
@@ -65,7 +65,7 @@ class Instruction:
 
     @functools.cached_property
     def called(self) -> list[str]:
-        """The computations that it names, in the order in which they stand there."""
+        """The computations that it names, in the order of the text."""
         one = r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
         found = re.findall(one, self.attributes)
         branches = re.search(r"branch_computations=\{([^}]*)\}", self.attributes)
@@ -112,7 +112,7 @@ class Module:
     computations: dict[str, Computation]
     entry: str
     cache: dict[tuple, Any] = field(default_factory=dict)
-    """Results that are asked for again, by what computes them and a computation's name."""
+    """Results by function and computation, which are needed again and again."""
 
     def hbm_bytes(self, instruction: Instruction, computation: Computation) -> float:
         """What a kernel reads from HBM and writes to it; of a large operand only what it slices."""
@@ -247,5 +247,5 @@ def _end(text: str, stop: str) -> int:
 
 
 def _anywhere(type_: str) -> str:
-    """A type without the memory that it lies in."""
+    """A type without its memory space."""
     return re.sub(r"S\(\d+\)", "", type_)

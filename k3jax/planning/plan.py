@@ -23,26 +23,26 @@ class Program:
 
     Attributes:
         runs: how often it runs for a batch.
-        beside: bytes of other weights that lie on each chip meanwhile.
+        other_weights: bytes of other components' weights on each chip meanwhile.
     """
 
     name: Name
     work: Work
     runs: int
-    beside: int
+    other_weights: int
     compiled: Compiled
 
     @property
     def memory(self) -> int:
-        return self.compiled.memory.peak + self.beside
+        return self.compiled.memory.peak + self.other_weights
 
 
 @dataclass(frozen=True)
 class Plan:
     """Attributes:
-    encoder_split: whether the text encoder lies on another mesh because it must.
-    together: whether all weights fit a chip at once with any of the programs; None where the plan
-        does not say, because the encoder is left out or on another mesh.
+    encoder_split: whether the text encoder needs another mesh.
+    together: whether all weights fit a chip at once with any of the programs; None where that is
+        unknown, because the encoder is left out or on another mesh.
     """
 
     options: PlanOptions
@@ -54,11 +54,11 @@ class Plan:
 
 
 def make_plan(options: PlanOptions, compile_program: Compile, say: Say) -> Plan:
-    """Compiles what is asked for.
+    """Compiles the programs of a plan and adds up their figures.
 
     Args:
         compile_program: raises OutOfMemory; see `compiler.compile_in_child`.
-        say: is told what is being done, before it takes minutes.
+        say: called with a sentence before each step that takes minutes.
 
     Raises:
         DoesNotFit: with the largest batch of those tried that does.
@@ -66,8 +66,8 @@ def make_plan(options: PlanOptions, compile_program: Compile, say: Say) -> Plan:
     """
     if options.batch < 1:
         raise ValueError(f"--batch is {options.batch}; it must be 1 or more.")
-    made = evaluations(options.sampler, options.guidance_interval)
-    names = program_names(options.parts, made)
+    counts = evaluations(options.sampler, options.guidance_interval)
+    names = program_names(options.parts, counts)
     trial = Trial(options, compile_program, say)
     for name in names:
         if fault := trial.arithmetic(name, 1):
@@ -79,21 +79,21 @@ def make_plan(options: PlanOptions, compile_program: Compile, say: Say) -> Plan:
             largest, tried = largest_batch(trial, names[position:], options.batch, say)
             raise DoesNotFit(batch_sentence(options, name, fault, largest, tried), largest)
         work = trial.work(name, options.batch)
-        programs.append(Program(name, work, made.runs[name], trial.beside(name), compiled))
-    return _finish(options, tuple(programs), made, trial)
+        programs.append(Program(name, work, counts.runs[name], trial.other_weights(name), compiled))
+    return _finish(options, tuple(programs), counts, trial)
 
 
-def _finish(options: PlanOptions, programs, made: Evaluations, trial: Trial) -> Plan:
+def _finish(options: PlanOptions, programs, counts: Evaluations, trial: Trial) -> Plan:
     chip, where = options.where.chip, options.where
-    own, name = baseline(options.model.sampler)
+    sampler, name = baseline(options.model.sampler)
     totals = total(
         images=trial.work("denoise", options.batch).images,
         chips=where.count,
         peak=chip.peak,
         seconds={p.name: p.compiled.cost.seconds for p in programs},
         flops={p.name: p.compiled.cost.flops for p in programs},
-        made=made,
-        against=evaluations(own),
+        counts=counts,
+        against=evaluations(sampler),
         baseline=name,
         price=options.price,
     )
@@ -104,4 +104,4 @@ def _finish(options: PlanOptions, programs, made: Evaluations, trial: Trial) -> 
         rest = sum(weight_bytes(part, trial.work("denoise", 1)) for part in DENOISER)
         needed = [p.memory + (rest if p.name == "encode" else encoder) for p in programs]
         together = max(needed) <= chip.usable
-    return Plan(options, programs, made, totals, split, together)
+    return Plan(options, programs, counts, totals, split, together)

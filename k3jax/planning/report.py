@@ -38,7 +38,7 @@ def notes(plan: Plan) -> list[str]:
     if any(p.compiled.cost.collectives for p in plan.programs):
         found.append(CAVEATS["collectives"])
     if any(p.compiled.cost.unknown_loops for p in plan.programs):
-        found.append("A loop whose trips the program does not tell was counted once.")
+        found.append("A loop with an unknown number of trips was counted once.")
     found.append(CAVEATS["left out"])
     return found
 
@@ -104,7 +104,7 @@ def _program_json(program: Program, chip) -> dict[str, Any]:
         "runs": program.runs,
         "memory": {
             **dataclasses.asdict(memory),
-            "other_weights": program.beside,
+            "other_weights": program.other_weights,
             "peak": program.memory,
             "share_of_hbm": program.memory / chip.usable,
         },
@@ -155,7 +155,7 @@ def _column(program: Program, chip) -> dict[str, str]:
         "arguments": size_text(memory.arguments),
         "temporaries": size_text(memory.temporaries),
         "outputs and code": size_text(memory.outputs + memory.code),
-        "other weights": size_text(program.beside),
+        "other weights": size_text(program.other_weights),
         "peak on a chip": size_text(program.memory),
         "of its HBM": f"{100 * program.memory / chip.usable:.0f} %",
         "TFLOP": f"{cost.flops / 1e12:.3g}",
@@ -177,12 +177,12 @@ def _collective(program: Program, kind: str | None) -> str:
 
 
 def _total_lines(plan: Plan) -> list[str]:
-    options, totals, made = plan.options, plan.totals, plan.evaluations
+    options, totals, counts = plan.options, plan.totals, plan.evaluations
     parts = {"encode": totals.encode, "denoise": totals.denoise, "decode": totals.decode}
     split = ", ".join(f"{name} {parts[name]:.3g} s" for name in options.parts)
     lines = [
-        f"{made.steps} steps of {options.sampler.name}, {made.guided} with guidance and "
-        f"{made.plain} without: {made.passes} U-Net passes an image",
+        f"{counts.steps} steps of {options.sampler.name}, {counts.guided} with guidance and "
+        f"{counts.plain} without: {counts.passes} U-Net passes an image",
         f"{totals.seconds:.3g} s for a batch of {totals.images} ({split})",
         f"{totals.images_per_second_per_chip:.3g} images/s/chip, "
         f"{100 * totals.share_of_peak:.0f} % of peak",

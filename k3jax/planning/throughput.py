@@ -44,12 +44,12 @@ def evaluations(sampler: SamplerConfig, interval: tuple[int, int] | None = None)
     Raises:
         ValueError: settings that the sampler cannot run.
     """
-    made = make_sampler(sampler)
-    rows = loop_rows(made, interval)
-    if not made.guided or sampler.guidance_scale == 0:
-        return Evaluations(0, made.num_steps)
-    guided = int(rows["guide"].sum()) if "guide" in rows else made.num_steps
-    return Evaluations(guided, made.num_steps - guided)
+    table = make_sampler(sampler)
+    rows = loop_rows(table, interval)
+    if not table.guided or sampler.guidance_scale == 0:
+        return Evaluations(0, table.num_steps)
+    guided = int(rows["guide"].sum()) if "guide" in rows else table.num_steps
+    return Evaluations(guided, table.num_steps - guided)
 
 
 def baseline(sampler: SamplerConfig) -> tuple[SamplerConfig, str]:
@@ -97,7 +97,7 @@ def total(
     peak: float,
     seconds: dict[str, float],
     flops: dict[str, float],
-    made: Evaluations,
+    counts: Evaluations,
     against: Evaluations,
     baseline: str,
     price: float | None,
@@ -109,14 +109,14 @@ def total(
         peak: FLOP/s of a chip.
         seconds, flops: of one run on each chip by the names of `workload.COMPONENT`; programs that
             are left out are missing.
-        made, against: evaluations of this sampler and of the baseline's.
+        counts, against: evaluations of this sampler and of the baseline's.
         price: dollars for a chip and an hour.
     """
     guided, plain = _step_times(seconds)
     encode, decode = seconds.get("encode", 0.0), seconds.get("decode", 0.0)
-    denoise = made.guided * guided + made.plain * plain
+    denoise = counts.guided * guided + counts.plain * plain
     batch = encode + denoise + decode
-    work = sum(made.runs[name] * count for name, count in flops.items())
+    work = sum(counts.runs[name] * count for name, count in flops.items())
     before = encode + against.guided * guided + against.plain * plain + decode
     rate = images / batch / chips
     return Totals(

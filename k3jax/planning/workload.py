@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The three programs of a batch of images, lowered for devices that need not exist.
 
-They are the pipeline's own functions with the arguments it gives them (pipelines/generation.py),
-only without values: weights and inputs are ShapeDtypeStructs. Left out are the small programs
-beside them (projection of the text, first noise), which take less than a thousandth of the time.
+They are the pipeline's functions with its arguments (pipelines/generation.py),
+only without values: weights and inputs are ShapeDtypeStructs. Small programs (projection of the
+text, first noise) are left out: they take less than a thousandth of the time.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ TITLES = {
     "decode": "decoder",
 }
 PARTS = ("encode", "denoise", "decode")
-"""What a person can ask for; `denoise` includes steps without guidance where there are any."""
+"""The choices of --programs; `denoise` includes steps without guidance, if any."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,11 @@ class Work:
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What a plan is asked for.
+    """The options of a plan: the run, and the slice that it is planned for.
 
     Attributes:
         model: as the checkpoint or config has it.
-        sampler: that of the run: the model's own with what was asked for.
+        sampler: of the run: the model's, with what the options change.
         mesh: of U-Net and decoder, as in `k3jax.sharding.make_mesh`.
         encoder_mesh: of the text encoder; None: the same, or split by `fsdp` over as few chips as
             its weights need.
@@ -123,7 +123,7 @@ class PlanOptions:
     price: float | None = None
 
 
-def program_names(parts: tuple[str, ...], made: Evaluations) -> list[Name]:
+def program_names(parts: tuple[str, ...], counts: Evaluations) -> list[Name]:
     unknown = [part for part in parts if part not in PARTS]
     if unknown or not parts:
         raise ValueError(f"--programs {','.join(parts)!r}: choose of {', '.join(PARTS)}.")
@@ -132,21 +132,21 @@ def program_names(parts: tuple[str, ...], made: Evaluations) -> list[Name]:
         if part in parts and part != "denoise":
             names.append(part)
         elif part in parts:
-            names += ["denoise"] * (made.guided > 0) + ["denoise_plain"] * (made.plain > 0)
+            names += ["denoise"] * (counts.guided > 0) + ["denoise_plain"] * (counts.plain > 0)
     return names
 
 
 def lower(program: Name, work: Work, mesh: Mesh) -> jax.stages.Lowered:
     """A program traced for a mesh with the sizes of `work.mesh`."""
-    given = arguments(program, work, mesh)
+    inputs = arguments(program, work, mesh)
     with computing(mesh, work.dtype):
         if program == "encode":
-            return encode_text.lower(*given)
+            return encode_text.lower(*inputs)
         if program == "decode":
-            return decode_latents.lower(*given, splits=data_parallelism(mesh), as_uint8=True)
+            return decode_latents.lower(*inputs, splits=data_parallelism(mesh), as_uint8=True)
         sampler = make_sampler(work.model.sampler)
         return denoise_program.lower(
-            *given, step=sampler.step, stochastic=sampler.stochastic, renoise=sampler.renoise
+            *inputs, step=sampler.step, stochastic=sampler.stochastic, renoise=sampler.renoise
         )
 
 
@@ -174,7 +174,7 @@ def _abstract(component: str, work: Work) -> nnx.Module:
 
 @functools.lru_cache(maxsize=16)
 def _abstract_once(component, model, param_dtype, dtype, int8) -> nnx.Module:
-    """Seconds at full size, and asked for again for each batch and mesh; never changed."""
+    """Cached: it takes seconds at full size, and each batch and mesh needs it. Never changed."""
     module = abstract_module(component, model, param_dtype, dtype)
     return with_int8_layers(module) if int8 else module
 
@@ -191,7 +191,7 @@ def _bytes_per_chip(tree) -> int:
 
 
 def _inputs(program: Name, work: Work, mesh: Mesh | AbstractMesh) -> tuple:
-    """The positional arguments behind the module."""
+    """The positional arguments after the module."""
     b, split = work.images, batch_sharding(mesh)
 
     def struct(*shape, dtype=jnp.float32):

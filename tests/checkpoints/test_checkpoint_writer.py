@@ -62,7 +62,7 @@ def test_exception_leaves_nothing_and_keeps_the_old_one(tmp_path, ckpt):
     with pytest.raises(RuntimeError, match="without commit"):
         with CheckpointWriter(tmp_path / "new"):
             pass
-    with pytest.raises(CheckpointError, match=r"norm\.scale is there twice"):
+    with pytest.raises(CheckpointError, match=r"norm\.scale occurs twice"):
         with CheckpointWriter(tmp_path / "new") as writer:
             for _ in range(2):
                 writer.write("text_projection", {"norm.scale": np.ones(8, np.float32)})

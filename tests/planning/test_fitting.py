@@ -72,7 +72,7 @@ def test_what_fits_is_compiled_once(plan_options):
     assert plan.totals.images == 32 and plan.programs[1].runs == 50
     assert said[0] == "compiling the text encoder for v5e:2x4, batch 4"
     # The decoder runs with the U-Net's weights in memory.
-    assert plan.programs[2].beside > 6e9
+    assert plan.programs[2].other_weights > 6e9
 
 
 def test_weights_together(plan_options):
@@ -120,7 +120,7 @@ def test_other_weights_count(plan_options):
         return compiled(arguments=7e9, temporaries=9.5e9 if work.batch > 1 else 9.2e9)
 
     message, largest, _ = refusal(plan_options(batch=2, parts=("denoise",)), full)
-    assert "with the weights that lie beside it" in message and largest == 1
+    assert "with the other weights in memory" in message and largest == 1
 
 
 def test_settings_that_cannot_be(plan_options):

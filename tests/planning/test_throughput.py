@@ -38,7 +38,7 @@ def totals(seconds, made, against=BASE, price=None, chips=8):
         peak=1e14,
         seconds=seconds,
         flops=dict.fromkeys(seconds, 1e12),
-        made=made,
+        counts=made,
         against=evaluations(against),
         baseline=name,
         price=price,
