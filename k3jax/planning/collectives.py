@@ -37,26 +37,45 @@ class CollectivePart(NamedTuple):
     instruction: Instruction
     inside: Computation
 
+    @property
+    def channel(self) -> str:
+        """Equal for all fusions of one asynchronous collective."""
+        return self.instruction.attribute(r"channel_id=(\d+)") or self.instruction.name
+
 
 def find_collective(module: Module, i: Instruction, inside: Computation) -> CollectivePart | None:
-    """What an instruction sends to other chips, if anything.
-
-    A fusion may hold a collective and convolutions that run meanwhile: with weights or channels
-    split over chips, XLA:TPU fuses the two.
-    """
+    """What an instruction sends to other chips, if anything."""
     base = re.sub("-(start|done)$", "", i.op)
     if COLLECTIVE.match(base):
         return CollectivePart(base, i, inside)
-    if base not in ("fusion", "async"):
+    if base not in ("fusion", "async") or not i.called:
         return None
-    for name in i.called:
-        called = module.computations[name]
-        for instruction in called.instructions:
-            if part := find_collective(module, instruction, called):
-                # A reduce-scatter is a fusion around an all-reduce.
-                scatters = name.startswith("all-reduce-scatter")
-                return part._replace(kind="reduce-scatter") if scatters else part
-    return None
+    key = "collective", i.called[0]
+    if key not in module.cache:
+        called = module.computations[i.called[0]]
+        parts = (find_collective(module, inner, called) for inner in called.instructions)
+        part = next(filter(None, parts), None)
+        # A reduce-scatter is a fusion around an all-reduce.
+        if part and called.name.startswith("all-reduce-scatter"):
+            part = part._replace(kind="reduce-scatter")
+        module.cache[key] = part
+    return module.cache[key]
+
+
+def channel_spans(module: Module, computation: Computation) -> dict[str, tuple[str, str]]:
+    """Channel -> names of the first and the last instruction that work on its collective.
+
+    XLA:TPU fuses an asynchronous collective with the kernels that run meanwhile: a fusion that
+    starts it, fusions of a convolution and a part of it, and a fusion that ends it.
+    """
+    key = "channels", computation.name
+    if key not in module.cache:
+        spans: dict[str, tuple[str, str]] = {}
+        for i in computation.instructions:
+            if not i.op.endswith("-done") and (part := find_collective(module, i, computation)):
+                spans[part.channel] = spans.get(part.channel, (i.name, ""))[0], i.name
+        module.cache[key] = spans
+    return module.cache[key]
 
 
 def ring_passes(i: Instruction, kind: str) -> float:

@@ -26,6 +26,7 @@ from k3jax.planning.collectives import (
     RING,
     Collective,
     CollectivePart,
+    channel_spans,
     find_collective,
     payload,
     ring_passes,
@@ -171,16 +172,8 @@ class _Walk:
             stall = max(0.0, clock.ready.get(i.operands[0] if i.operands else "", 0.0) - clock.now)
             self.total["stalls"] += times * stall
             clock.now += stall
-        elif collective := find_collective(self.module, i, inside):
-            clock.network = max(clock.network, clock.now) + self.collective(collective, times)
-            if kernel_flops(self.module, i, inside):  # fused: both run at the same time
-                clock.now += self.kernel(i, inside, times)
-            if phase == "start":
-                clock.ready[i.name] = clock.network
-            else:
-                stall = max(0.0, clock.network - clock.now)
-                self.total["stalls"] += times * stall
-                clock.now += stall
+        elif part := find_collective(self.module, i, inside):
+            self.communicate(i, part, inside, times, clock)
         elif phase == "start":
             size = self.prefetched(i)
             self.total["hbm"] += times * size
@@ -212,6 +205,21 @@ class _Walk:
             count=times, flops=times * flops, hbm=times * hbm, kernels=times * seconds
         )
         return seconds
+
+    def communicate(
+        self, i: Instruction, part: CollectivePart, inside: Computation, times: int, clock: _Clock
+    ) -> None:
+        """An instruction with a collective: its start, its end, a kernel fused to it, or all."""
+        first, last = channel_spans(self.module, inside)[part.channel]
+        if i.name == first:
+            clock.network = max(clock.network, clock.now) + self.collective(part, times)
+            clock.ready[part.channel] = clock.ready[i.name] = clock.network
+        if i.name not in (first, last) or kernel_flops(self.module, i, inside):
+            clock.now += self.kernel(i, inside, times)
+        if i.name == last and not i.op.endswith("-start"):
+            stall = max(0.0, clock.ready[part.channel] - clock.now)
+            self.total["stalls"] += times * stall
+            clock.now += stall
 
     def collective(self, part: CollectivePart, times: int) -> float:
         size = payload(part.instruction, part.inside)
