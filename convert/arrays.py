@@ -61,7 +61,8 @@ def permuted(array: np.ndarray, order: tuple[int, ...]) -> np.ndarray:
     result may be read-only.
     """
     moved = array.transpose(order)
-    if moved.flags.c_contiguous or array.itemsize > 4:  # JAX would narrow 64 bits to 32
+    small = array.size < 1 << 16  # a call of JAX takes a millisecond
+    if small or moved.flags.c_contiguous or array.itemsize > 4:  # JAX would narrow 64 bits to 32
         return np.ascontiguousarray(moved)
     return np.asarray(jax.device_put(moved, jax.local_devices(backend="cpu")[0]))
 

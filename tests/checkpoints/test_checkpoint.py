@@ -55,7 +55,13 @@ def test_round_trip_keeps_every_bit(tmp_path, dtype):
         np.testing.assert_array_equal(ours, array)
 
 
-@pytest.mark.parametrize("spec", ["data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "data=2,fsdp=2,tensor=2",
+        *(pytest.param(f"{axis}=8", marks=pytest.mark.slow) for axis in ("data", "fsdp", "tensor")),
+    ],
+)
 def test_restores_into_the_shardings_of_any_mesh(ckpt, spec):
     mesh = make_mesh(spec)
     module = restore(ckpt, "text_encoder", mesh=mesh)

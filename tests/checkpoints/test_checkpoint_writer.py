@@ -98,6 +98,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow
 def test_kill_leaves_nothing_that_looks_like_a_checkpoint(tmp_path):
     with subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path / "c")],

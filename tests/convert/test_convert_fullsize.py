@@ -134,7 +134,7 @@ def write_source(folder: Path, config: TextEncoderConfig) -> None:
     fields = {**dataclasses.asdict(config), "feed_forward_proj": "gated-silu"}
     (folder / "text_encoder" / "config.json").write_text(json.dumps(fields))
     unet = Kandinsky3UNet.from_config(
-        {**tiny.torch_unet().config, "encoder_hid_dim": config.d_model}
+        {**tiny.torch_unet(torch_checkpoints.UNET).config, "encoder_hid_dim": config.d_model}
     )
     unet.save_pretrained(folder / "unet")
 

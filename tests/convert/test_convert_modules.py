@@ -34,7 +34,7 @@ TABLES = {
 def test_state_dicts_come_back_bit_for_bit(component, dtype):
     state = torch_checkpoints.cast(torch_checkpoints.state_dicts()[component], dtype)
     table = TABLES[component]
-    module = abstract_module(component, tiny.CONFIG, str(dtype).removeprefix("torch."))
+    module = abstract_module(component, tiny.SHALLOW, str(dtype).removeprefix("torch."))
     back = module_to_state_dict(table, state_dict_to_module(table, state, module))
     kept = {name: tensor for name, tensor in state.items() if not table.ignores(name)}
     assert back.keys() == kept.keys()
@@ -50,7 +50,7 @@ def test_the_forks_names_hold_the_projection():
         "projection_ln.bias": torch.randn(width),
         "in_layer.weight": torch.zeros(1),
     }
-    module = abstract_module("text_projection", tiny.CONFIG)
+    module = abstract_module("text_projection", tiny.SHALLOW)
     table = keys.table("text_projection", "fork")
     state_dict_to_module(table, state, module)
     np.testing.assert_array_equal(module.linear.kernel[...], state["projection_lin.weight"].T)
@@ -61,7 +61,7 @@ def test_the_forks_names_hold_the_projection():
 
 def test_loading_casts_to_the_dtype_of_the_module():
     state = torch_checkpoints.state_dicts()["text_encoder"]
-    module = abstract_module("text_encoder", tiny.CONFIG, "bfloat16")
+    module = abstract_module("text_encoder", tiny.SHALLOW, "bfloat16")
     state_dict_to_module(TABLES["text_encoder"], state, module)
     assert module.layers.mlp.wo.kernel.dtype == jnp.bfloat16
     ours = np.asarray(module.layers.mlp.wo.kernel[...])[1]
@@ -80,7 +80,7 @@ def test_all_faults_are_reported_together():
     bias[1] = torch.nan
     state["conv_norm_out.bias"] = bias
     with pytest.raises(ConversionError) as caught:
-        state_dict_to_module(TABLES["unet"], state, abstract_module("unet", tiny.CONFIG))
+        state_dict_to_module(TABLES["unet"], state, abstract_module("unet", tiny.SHALLOW))
     assert str(caught.value).count("\n") == 4 and len(caught.value.faults) == 6
     text = "\n".join(map(str, caught.value.faults))
     for part in (
@@ -98,7 +98,7 @@ def test_second_names_must_hold_the_same_values():
     state = dict(torch_checkpoints.state_dicts()["text_encoder"])
     state["encoder.embed_tokens.weight"] = state["shared.weight"] + 1
     with pytest.raises(ConversionError, match="have different values"):
-        module = abstract_module("text_encoder", tiny.CONFIG)
+        module = abstract_module("text_encoder", tiny.SHALLOW)
         state_dict_to_module(TABLES["text_encoder"], state, module)
 
 

@@ -26,7 +26,7 @@ from k3jax.sampling.samplers import make_sampler
 import tiny
 import torch_checkpoints
 from conversions import PUBLISHED, refused
-from torch_checkpoints import ARCHITECTURE, write_diffusers, write_original
+from torch_checkpoints import ARCHITECTURE, UNET, write_diffusers, write_original
 
 
 # Architecture
@@ -38,7 +38,7 @@ def test_diffusers_checkpoint_is_described_by_its_configs(diffusers):
     assert source.config == tiny.CONFIG.__class__(
         tiny.TEXT_ENCODER,
         tiny.PROJECTION,
-        tiny.UNET,
+        UNET,
         tiny.MOVQ,
         conditioning="diffusers",
         sampler=SamplerConfig(name="ddpm", num_inference_steps=25),
@@ -57,7 +57,7 @@ def test_diffusers_checkpoint_is_described_by_its_configs(diffusers):
 def test_original_checkpoint_is_described_by_its_shapes(original, variant, sampler):
     source = open_source(original, variant=variant, architecture=ARCHITECTURE)
     channels = 9 if variant == "inpainting" else 4
-    assert source.config.unet == tiny.UNET.__class__(**{**vars(tiny.UNET), "in_channels": channels})
+    assert source.config.unet == UNET.__class__(**{**vars(UNET), "in_channels": channels})
     assert source.config.movq == tiny.MOVQ.__class__(**{**vars(tiny.MOVQ), "num_vq_embeddings": 0})
     assert source.config.text_projection.null_embedding
     assert source.config.conditioning == "original"
@@ -70,7 +70,7 @@ def test_original_in_a_weights_folder_and_without_config_json(original, tmp_path
     (tmp_path / "weights" / "flan_ul2_encoder" / "config.json").unlink()
     source = open_source(tmp_path, architecture=ARCHITECTURE)
     assert source.config.text_encoder == tiny.TEXT_ENCODER  # read off the shapes
-    assert source.config.unet.attention_head_dim == tiny.UNET.attention_head_dim
+    assert source.config.unet.attention_head_dim == UNET.attention_head_dim
     with pytest.raises(ConversionError, match=r"do not split into unet\.groups = 32"):
         open_source(tmp_path)  # what leaves no trace in shapes is that of the released model
 
@@ -95,7 +95,7 @@ def test_the_authors_own_names_in_diffusers_layout(tmp_path):
     torch_checkpoints.save({**states["unet"], **projection}, file)
     (tmp_path / "unet" / "config.json").write_text('{"_class_name": "UNetKandi3"}')
     source = open_source(tmp_path, architecture={"unet": ARCHITECTURE["unet"]})
-    assert source.config.unet == tiny.UNET and source.config.text_projection == tiny.PROJECTION
+    assert source.config.unet == UNET and source.config.text_projection == tiny.PROJECTION
     plans = plan(source, "it")
     assert sum(len(p.steps) for p in plans.values()) == sum(map(len, source.tensors.values()))
     with pytest.raises(ConversionError, match="'vae', which is no component"):
