@@ -16,8 +16,8 @@ from k3jax.model import adapters
 from k3jax.model.abstract import COMPONENTS
 from k3jax.model.context import PromptEmbeds
 from k3jax.model.tokenizer import Tokenizer
-from k3jax.pipelines.base_pipeline import BasePipeline
 from k3jax.pipelines.inpaint import Kandinsky3InpaintPipeline
+from k3jax.pipelines.pipeline import BasePipeline
 from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
 from k3jax.sharding import data_parallelism
 from k3jax.training.metrics import MetricWriter

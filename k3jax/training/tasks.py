@@ -158,7 +158,7 @@ def reading_task(modules: Modules) -> Task:
 
 
 def nested(weights: Weights) -> dict[str, dict[str, jax.Array]]:
-    """{"x.y.a": ..., "x.y.b": ...} -> {"x.y": {"a": ..., "b": ...}}: what `model.lora` takes."""
+    """{"x.y.a": ..., "x.y.b": ...} -> {"x.y": {"a": ..., "b": ...}}, as adapters are applied."""
     layers: dict[str, dict[str, jax.Array]] = {}
     for name, value in weights.items():
         layer, _, part = name.rpartition(".")

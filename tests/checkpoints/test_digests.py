@@ -16,7 +16,7 @@ from k3jax.checkpoints.format import PACKAGED, WEIGHTS, read_checkpoint
 from k3jax.checkpoints.lora_files import Lora, warn_of_another_base
 from k3jax.checkpoints.manifest import read_manifest
 from k3jax.config import LoraConfig
-from k3jax.pipelines import components
+from k3jax.pipelines import loading
 
 from checkpoints import disk_arrays, write
 
@@ -85,21 +85,21 @@ def test_pipelines_share_what_digests_of_one_kind_prove_equal(tmp_path, monkeypa
     ours = read_checkpoint(write(tmp_path / "ours"))
     changed = write(tmp_path / "changed", projection=disk_arrays("text_projection", seed=4))
     old = read_checkpoint(older(write(tmp_path / "old")))
-    monkeypatch.setattr(components, "COMPONENTS", ("text_encoder", "text_projection"))
-    monkeypatch.setattr(components, "_dtypes_of", lambda module: None)
-    monkeypatch.setattr(components, "_form_of", lambda module: None)
-    monkeypatch.setattr(components, "load_component", lambda checkpoint, name, *rest: "loaded")
+    monkeypatch.setattr(loading, "COMPONENTS", ("text_encoder", "text_projection"))
+    monkeypatch.setattr(loading, "_dtypes_of", lambda module: None)
+    monkeypatch.setattr(loading, "_form_of", lambda module: None)
+    monkeypatch.setattr(loading, "load_component", lambda checkpoint, name, *rest: "loaded")
 
     class Pipe:
         text_encoder, text_projection = "encoder", "projection"
-        digests = components.component_digests(ours)
+        digests = loading.component_digests(ours)
 
         @staticmethod
         def mesh_of(name):
             return None
 
     def shared(checkpoint):
-        return list(components.share_components(Pipe, checkpoint, False, None).values())
+        return list(loading.share_components(Pipe, checkpoint, False, None).values())
 
     assert shared(ours) == ["encoder", "projection"]
     assert shared(read_checkpoint(changed)) == ["encoder", "loaded"]
