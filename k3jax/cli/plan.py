@@ -115,23 +115,17 @@ def run_config(args: argparse.Namespace, default: str) -> RunConfig:
 
 
 def _question(args: argparse.Namespace, where, config: RunConfig):
+    from k3jax.pipelines.load_options import LoadOptions
+    from k3jax.pipelines.options import TextToImageOptions
     from k3jax.planning.workload import PlanOptions
 
-    height, width, sampler = size_and_sampler(config)
-    pipeline = config.pipeline
+    size_and_sampler(config)
     return PlanOptions(
         where=where,
         model=config.model,
-        sampler=sampler,
+        call=TextToImageOptions.from_sources(config.generate),
+        load=LoadOptions.from_sources(config.pipeline),
         batch=args.batch,
-        height=height,
-        width=width,
-        mesh=pipeline.mesh,
-        encoder_mesh=pipeline.encoder_mesh,
-        guidance_interval=config.generate.guidance_interval,
-        dtype=pipeline.dtype,
-        param_dtype=pipeline.param_dtype or pipeline.dtype,
-        int8_text_encoder=pipeline.int8_text_encoder,
         parts=parts(args),
         price=args.price_per_chip_hour,
     )

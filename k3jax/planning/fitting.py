@@ -46,7 +46,7 @@ class Trial:
     def __init__(self, options: PlanOptions, compile_program: Compile, say: Say):
         self.options, self.compile, self.say = options, compile_program, say
         self.usable = options.where.chip.usable
-        self.sizes = mesh_sizes(options.mesh, options.where.count)
+        self.sizes = mesh_sizes(options.load.mesh, options.where.count)
         self.encoder_sizes = self.sizes
         if "encode" in options.parts:
             self.encoder_sizes = _encoder_sizes(options, self.sizes)
@@ -55,18 +55,7 @@ class Trial:
         }
 
     def work(self, name: Name, batch: int) -> Work:
-        q = self.options
-        model = dataclasses.replace(q.model, sampler=q.sampler)
-        work = Work(
-            model,
-            self.sizes,
-            batch,
-            q.height,
-            q.width,
-            q.dtype,
-            q.param_dtype,
-            q.int8_text_encoder,
-        )
+        work = self.options.work(self.sizes, batch)
         if name != "encode" or self.encoder_sizes == self.sizes:
             return work
         parts = self.encoder_sizes["data"] * self.encoder_sizes["fsdp"]
@@ -127,13 +116,11 @@ def largest_batch(
 def _encoder_sizes(options: PlanOptions, sizes: dict[str, int]) -> dict[str, int]:
     """The mesh of the text encoder."""
     count, chip = options.where.count, options.where.chip
-    if options.encoder_mesh is not None:
-        return mesh_sizes(options.encoder_mesh, count)
+    if options.load.encoder_mesh is not None:
+        return mesh_sizes(options.load.encoder_mesh, count)
 
     def fits(mesh: dict[str, int]) -> bool:
-        dtypes = options.dtype, options.param_dtype, options.int8_text_encoder
-        work = Work(options.model, mesh, 1, 64, 64, *dtypes)
-        return weight_bytes("text_encoder", work) < chip.usable
+        return weight_bytes("text_encoder", options.work(mesh, 1)) < chip.usable
 
     splits = (k for k in range(2, count + 1) if count % k == 0)
     meshes = ({"data": count // k, "fsdp": k, "tensor": 1} for k in splits)
@@ -146,12 +133,12 @@ def weights_sentence(options: PlanOptions, name: Name, fault: str) -> str:
     if options.where.count == 1:
         advice = "take more chips, or a chip with more memory"
     if name == "encode":
-        if not options.int8_text_encoder:
+        if not options.load.int8_text_encoder:
             advice += ", or halve its weights with --int8-text-encoder"
         advice += ", or leave it out with --programs denoise,decode"
     return (
-        f"no batch fits {options.where.name} with --mesh {options.mesh}: for the {TITLES[name]} "
-        f"{fault} at batch 1; {advice}."
+        f"no batch fits {options.where.name} with --mesh {options.load.mesh}: for the "
+        f"{TITLES[name]} {fault} at batch 1; {advice}."
     )
 
 

@@ -66,7 +66,7 @@ def make_plan(options: PlanOptions, compile_program: Compile, say: Say) -> Plan:
     """
     if options.batch < 1:
         raise ValueError(f"--batch is {options.batch}; it must be 1 or more.")
-    counts = evaluations(options.sampler, options.guidance_interval)
+    counts = evaluations(options.sampler, options.call.guidance_interval)
     names = program_names(options.parts, counts)
     trial = Trial(options, compile_program, say)
     for name in names:

@@ -56,13 +56,13 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "peak_flops": chip.peak,
         },
         "batch_per_chip": options.batch,
-        "height": options.height,
-        "width": options.width,
-        "dtype": options.dtype,
+        "height": options.size[0],
+        "width": options.size[1],
+        "dtype": options.load.dtype,
         "param_dtype": options.param_dtype,
         "sampler": options.sampler.name,
         "guidance_scale": options.sampler.guidance_scale,
-        "guidance_interval": options.guidance_interval,
+        "guidance_interval": options.call.guidance_interval,
         "evaluations": {
             "steps": plan.evaluations.steps,
             "guided": plan.evaluations.guided,
@@ -81,10 +81,11 @@ def to_json(plan: Plan) -> dict[str, Any]:
 def to_lines(plan: Plan) -> list[str]:
     """The same for people."""
     options, where = plan.options, plan.options.where
+    height, width = options.size
     chips = f"{where.count} chip{'s' * (where.count > 1)} of {size_text(where.chip.usable)}"
     lines = [
         f"{where.name}: {chips}, {options.batch} image{'s' * (options.batch > 1)} per chip, "
-        f"{plan.totals.images} at a time, {options.width} x {options.height}, {options.dtype}",
+        f"{plan.totals.images} at a time, {width} x {height}, {options.load.dtype}",
         "",
         *_table(plan),
         "",

@@ -23,6 +23,8 @@ from k3jax.model.abstract import abstract_module
 from k3jax.model.conditioning import Conditioning
 from k3jax.model.context import Context
 from k3jax.model.int8 import with_int8_layers
+from k3jax.pipelines.load_options import LoadOptions
+from k3jax.pipelines.options import TextToImageOptions
 from k3jax.pipelines.programs import computing, decode_latents, encode_text
 from k3jax.planning.chips import Slice
 from k3jax.planning.throughput import Evaluations
@@ -95,14 +97,13 @@ class Work:
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """The options of a plan: the run, and the slice that it is planned for.
+    """The options of a plan: those of a call and of loading, and the slice it is planned for.
 
     Attributes:
         model: as the checkpoint or config has it.
-        sampler: of the run: the model's, with what the options change.
-        mesh: of U-Net and decoder, as in `k3jax.sharding.make_mesh`.
-        encoder_mesh: of the text encoder; None: the same, or split by `fsdp` over as few chips as
-            its weights need.
+        call: size, sampler and guidance of the images.
+        load: dtypes and meshes; encoder_mesh None: as `mesh`, or split by `fsdp` over as few chips
+            as the text encoder's weights need.
         batch: images on each chip.
         parts: of PARTS.
         price: dollars for a chip and an hour.
@@ -110,18 +111,30 @@ class PlanOptions:
 
     where: Slice
     model: ModelConfig
-    sampler: SamplerConfig
-    batch: int
-    height: int
-    width: int
-    mesh: str = "data=-1"
-    encoder_mesh: str | None = None
-    guidance_interval: tuple[int, int] | None = None
-    dtype: str = "bfloat16"
-    param_dtype: str = "bfloat16"
-    int8_text_encoder: bool = False
+    call: TextToImageOptions
+    load: LoadOptions
+    batch: int = 1
     parts: tuple[str, ...] = PARTS
     price: float | None = None
+
+    @property
+    def sampler(self) -> SamplerConfig:
+        return self.call.sampler_config(self.model)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.call.size(self.model)
+
+    @property
+    def param_dtype(self) -> str:
+        return self.load.param_dtype or self.load.dtype
+
+    def work(self, mesh: dict[str, int], batch: int) -> "Work":
+        """The workload on a mesh of these sizes."""
+        model = dataclasses.replace(self.model, sampler=self.sampler)
+        dtypes = self.load.dtype, self.param_dtype, self.load.int8_text_encoder
+        return Work(model, mesh, batch, *self.size, *dtypes)
 
 
 def program_names(parts: tuple[str, ...], counts: Evaluations) -> list[Name]:
@@ -151,35 +164,57 @@ def lower(program: Name, work: Work, mesh: Mesh) -> jax.stages.Lowered:
 
 def arguments(program: Name, work: Work, mesh: Mesh) -> tuple:
     """What the compiled program is called with, as ShapeDtypeStructs: the module comes first."""
-    module = placed(_abstract(COMPONENT[program], work), mesh)
+    module = placed(_abstract(_key(COMPONENT[program], work)), mesh)
     return module, *_inputs(program, work, mesh)
 
 
 def weight_bytes(component: str, work: Work) -> int:
     """Bytes of a component's weights on each chip."""
-    return _bytes_per_chip(placed(_abstract(component, work), _abstract_mesh(work)))
+    return _weight_bytes(_key(component, work), tuple(work.mesh[axis] for axis in MESH_AXES))
 
 
 def input_bytes(program: Name, work: Work) -> int:
     """Bytes of a program's inputs besides the weights on each chip."""
-    return _bytes_per_chip(_inputs(program, work, _abstract_mesh(work)))
+    sizes = tuple(work.mesh[axis] for axis in MESH_AXES)
+    return _bytes_per_chip(_inputs(program, work, AbstractMesh(sizes, MESH_AXES)))
 
 
-def _abstract(component: str, work: Work) -> nnx.Module:
-    model = dataclasses.replace(work.model, sampler=SamplerConfig())  # makes no other weights
+Key = tuple[str, ModelConfig, str, str, bool]
+"""What the weights of a component depend on; what follows is cached by it, since it takes seconds
+at full size and each batch and mesh needs it."""
+
+
+def _key(component: str, work: Work) -> Key:
+    model = dataclasses.replace(work.model, sampler=SamplerConfig())  # which has no weights
     int8 = component == "text_encoder" and work.int8_text_encoder
-    return _abstract_once(component, model, work.param_dtype, work.dtype, int8)
+    return component, model, work.param_dtype, work.dtype, int8
 
 
 @functools.lru_cache(maxsize=16)
-def _abstract_once(component, model, param_dtype, dtype, int8) -> nnx.Module:
-    """Cached: it takes seconds at full size, and each batch and mesh needs it. Never changed."""
+def _abstract(key: Key) -> nnx.Module:
+    """Never changed."""
+    component, model, param_dtype, dtype, int8 = key
     module = abstract_module(component, model, param_dtype, dtype)
     return with_int8_layers(module) if int8 else module
 
 
-def _abstract_mesh(work: Work) -> AbstractMesh:
-    return AbstractMesh(tuple(work.mesh[axis] for axis in MESH_AXES), MESH_AXES)
+@functools.lru_cache(maxsize=64)
+def _weight_bytes(key: Key, sizes: tuple[int, ...]) -> int:
+    return _bytes_per_chip(placed(_abstract(key), AbstractMesh(sizes, MESH_AXES)))
+
+
+@functools.lru_cache(maxsize=64)
+def _context_cache(key: Key, images: int):
+    """The U-Net's keys and values of that many images, without shardings."""
+    _, model, _, dtype, _ = key
+    context = Context(
+        jax.ShapeDtypeStruct((images, MAX_TOKENS, model.unet.cross_attention_dim), dtype),
+        jax.ShapeDtypeStruct((images, MAX_TOKENS), jnp.float32),
+        jax.ShapeDtypeStruct((images,), jnp.int32),
+    )
+    return jax.eval_shape(
+        lambda unet, context: unet.context_cache(context), _abstract(key), context
+    )
 
 
 def _bytes_per_chip(tree) -> int:
@@ -205,14 +240,7 @@ def _inputs(program: Name, work: Work, mesh: Mesh | AbstractMesh) -> tuple:
     if program == "decode":
         return (latents,)
 
-    context = Context(
-        struct(b, MAX_TOKENS, unet.cross_attention_dim, dtype=jnp.dtype(work.dtype)),
-        struct(b, MAX_TOKENS),
-        struct(b, dtype=jnp.int32),
-    )
-    cache = jax.eval_shape(
-        lambda unet, context: unet.context_cache(context), _abstract("unet", work), context
-    )
+    cache = _context_cache(_key("unet", work), b)
     cache = jax.tree.map(lambda x: struct(*x.shape, dtype=x.dtype), cache)
     guided = program == "denoise"
     more = unet.in_channels - movq.latent_channels  # mask and masked latents of inpainting
