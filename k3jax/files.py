@@ -4,6 +4,7 @@
 import json
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 
@@ -50,6 +51,19 @@ def shortened(names: Iterable[str], most: int = 5) -> str:
     names = list(names)
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def user_cache() -> Path:
+    """The user's folder for files that can be computed again.
+
+    Raises:
+        OSError: the user has no home directory.
+    """
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError as error:
+        raise OSError("this user has no home directory: set XDG_CACHE_HOME to a folder.") from error
+    return cache / "k3jax"
 
 
 def read_object(path: os.PathLike) -> dict[str, Any]:

@@ -39,7 +39,7 @@ _OWN_KEYS = ("format_version", "source", "dtype", "components")
 WEIGHTS = Path(__file__).parents[1] / "weights"
 PACKAGED = {"tiny": "text to image", "tiny-inpainting": "inpainting"}
 """The checkpoints that come with k3jax, in `weights/NAME`: a small model of drawn scenes
-(`configs/tiny.py` trains it)."""
+(configs/models/tiny.py)."""
 DEFAULT = WEIGHTS / "tiny"
 """What commands use without --checkpoint."""
 INPAINTING = WEIGHTS / "tiny-inpainting"

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from k3jax.model.layers import with_fast_cpu_gradients
 from k3jax.training.state import TrainState, Weights
 
 
@@ -36,7 +37,7 @@ def make_step(
             other, with the memory of one part. Each part takes every n-th sample, so that a batch
             that is split over devices stays where it is.
     """
-    gradient = jax.value_and_grad(loss, has_aux=True)
+    gradient = jax.value_and_grad(with_fast_cpu_gradients(loss), has_aux=True)
 
     def accumulated(weights, frozen, batch, key):
         parts = gradient_accumulation_steps
