@@ -7,6 +7,8 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -14,7 +16,6 @@ from tqdm import tqdm
 from k3jax.checkpoints.digests import array_digest, combined_digest
 from k3jax.checkpoints.format import TOKENIZER, Checkpoint, read_checkpoint
 from k3jax.checkpoints.writer import CheckpointWriter
-from k3jax.config import ModelConfig
 from k3jax.convert.arrays import bits_of, is_finite
 from k3jax.convert.modules import layer_shapes, module_shapes
 from k3jax.convert.rules import ConversionError, ConversionPlan, Shape, raise_faults, to_jax_array
@@ -138,7 +139,7 @@ def plan(source: Source, where: str) -> dict[str, ConversionPlan]:
     plans = {}
     for component, tensors in source.tensors.items():
         table = source.tables[component]
-        expected = layer_shapes(table, _model_shapes(component, source.config))
+        expected = layer_shapes(table, _module_shapes(component, getattr(source.config, component)))
         steps = plans[component] = table.to_jax(shapes(tensors), expected)
         for name, tensor in tensors.items():
             if tensor.dtype not in ("float64", "float32", "float16", "bfloat16"):
@@ -148,9 +149,10 @@ def plan(source: Source, where: str) -> dict[str, ConversionPlan]:
     return plans
 
 
-@functools.lru_cache(8)
-def _model_shapes(component: str, config: ModelConfig) -> dict[str, Shape]:
-    return module_shapes(abstract_module(component, config))
+@functools.lru_cache(16)
+def _module_shapes(component: str, part: Any) -> dict[str, Shape]:
+    """Name -> shape, by the component's part of a ModelConfig; a second at full size."""
+    return module_shapes(abstract_module(component, SimpleNamespace(**{component: part})))
 
 
 def _stream(steps: ConversionPlan, tensors: Tensors, writer, param_dtype, bar) -> dict[str, str]:

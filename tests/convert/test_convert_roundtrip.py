@@ -82,6 +82,7 @@ def test_original_31(original, tmp_path):
     assert (encoder / "spiece.model").read_bytes() == torch_checkpoints.spiece_model()
 
 
+@pytest.mark.slow
 def test_original_30(tmp_path):
     states = write_original(tmp_path / "src", version="3.0")
     quiet(convert, tmp_path / "src", tmp_path / "ours", architecture=ARCHITECTURE)
@@ -127,6 +128,7 @@ def test_variants_share_the_text_encoder(original, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.slow
 def test_original_to_diffusers(original, tmp_path):
     _, ours, _ = original
     with pytest.warns(UserWarning, match="conditions them in its own way"):
