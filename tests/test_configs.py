@@ -12,7 +12,8 @@ from k3jax.cli import config_files
 from k3jax.cli.config_files import config_names
 from k3jax.cli.run_config import architecture_differences, build, collect
 from k3jax.config import ModelConfig, to_dict
-from k3jax.convert.architecture import original_sampler, sampler_config
+from k3jax.convert.architecture import original_sampler
+from k3jax.convert.diffusers_json import sampler_config
 from k3jax.sharding import data_parallelism, make_meshes
 from k3jax.synthesis.weights import WEIGHTS_SHARE
 

@@ -127,11 +127,7 @@ def share_components(
     """
     digests = component_digests(checkpoint)
     modules = {name: getattr(pipe, name) for name in COMPONENTS}
-    new = [
-        name
-        for name in COMPONENTS
-        if not same_weights(pipe.digests.get(name), digests[name], checkpoint.component_path(name))
-    ]
+    new = [name for name in COMPONENTS if not same_weights(pipe.digests.get(name), digests[name])]
     dtypes = {name: _dtypes_of(modules[name]) for name in new}
     forms = {name: _form_of(modules[name]) for name in new}
     for name in new:

@@ -10,8 +10,10 @@ How a LoRA works is in `k3jax.model.adapters`. A loss for `jax.grad` over the Lo
 import numpy as np
 from flax import nnx
 
+from k3jax.checkpoints.format import read_checkpoint
 from k3jax.checkpoints.lora_files import load_lora, warn_of_another_base
-from k3jax.checkpoints.restore import CheckpointWriter, iterate_leaves, read_checkpoint
+from k3jax.checkpoints.restore import iterate_leaves
+from k3jax.checkpoints.writer import CheckpointWriter
 from k3jax.config import LoraConfig
 from k3jax.model import adapters
 from k3jax.model.abstract import abstract_module

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from k3jax.checkpoints.restore import Checkpoint, restore
+from k3jax.checkpoints.format import Checkpoint
+from k3jax.checkpoints.restore import restore
 from k3jax.model.context import PromptEmbeds, window_length
 from k3jax.model.inpainting_inputs import inpainting_inputs
 from k3jax.model.movq import MoVQ

@@ -19,7 +19,8 @@ from k3jax.checkpoints.manifest import (
     read_manifest,
     write_manifest,
 )
-from k3jax.checkpoints.restore import CheckpointWriter, iterate_leaves, leaf_shapes, save_module
+from k3jax.checkpoints.restore import iterate_leaves, leaf_shapes, save_module
+from k3jax.checkpoints.writer import CheckpointWriter
 from k3jax.model.abstract import COMPONENTS, abstract_module
 from k3jax.training.setup import Start
 from k3jax.training.state import TrainState, Weights, with_weights

@@ -11,7 +11,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from k3jax.checkpoints.restore import Checkpoint, restore
+from k3jax.checkpoints.format import Checkpoint
+from k3jax.checkpoints.restore import restore
 from k3jax.config import ModelConfig
 from k3jax.model import adapters
 from k3jax.model.abstract import COMPONENTS, abstract_module

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from k3jax import Kandinsky3Pipeline
+from k3jax.checkpoints.format import read_checkpoint
 from k3jax.checkpoints.lora_files import load_lora, save_lora
-from k3jax.checkpoints.restore import read_checkpoint
 from k3jax.cli import inputs
 from k3jax.cli.inputs import NOTE
 from k3jax.config import LoraConfig, to_dict

@@ -11,7 +11,7 @@ from k3jax.cli.run_config import build, collect
 from k3jax.config import ModelConfig
 from k3jax.planning import compiler
 from k3jax.planning import measurement as benchmark
-from k3jax.planning.programs import weight_bytes
+from k3jax.planning.workload import weight_bytes
 
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -38,7 +38,7 @@ def test_plan_without_the_compiler(refuses, no_compiler):
         (("--topology", "v9:2x2"), "known are v4, v5e, v5p, v6e"),
         (("--topology", "v5e:5x5"), "do not make up a side of 5"),
         (("--topology", "v5e:2x2", "--height", "65"), "multiple of 32"),
-        (("--topology", "v5e:2x2", "--steps", "0"), "must be between 1 and 1000"),
+        (("--topology", "v5e:2x2", "--steps", "0"), "num_inference_steps is 0"),
         (("--topology", "v5e:2x2", "--guidance-interval", "5", "2"), "guidance_interval"),
         (("--topology", "v5e:2x2", "--price-per-chip-hour", "-1"), "--price-per-chip-hour is -1"),
         (("--topology", "v5e:2x2", "--programs", "decoder"), "choose of encode, denoise, decode"),

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from k3jax.convert.rules import ConversionError
-from k3jax.convert.tokenizer import prepare_tokenizer
+from k3jax.convert.tokenizer_files import prepare_tokenizer
 
 import torch_checkpoints
 from tools import NO_VOCABULARY, missing

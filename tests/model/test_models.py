@@ -173,12 +173,11 @@ def test_unet_with_two_levels_has_the_flags_of_the_reference():
 
 def in_bfloat16(component, state):
     """The module with bfloat16 weights and matmuls."""
+    from k3jax.convert import keys
     from k3jax.convert.modules import state_dict_to_module
 
-    make = tiny.TABLES[component]
-    table = make() if component == "text_encoder" else make("diffusers")
     module = abstract_module(component, tiny.CONFIG, "bfloat16")
-    return state_dict_to_module(table, state, module)
+    return state_dict_to_module(keys.table(component), state, module)
 
 
 def test_unet_in_bfloat16(unets):

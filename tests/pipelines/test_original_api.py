@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from k3jax.checkpoints.restore import read_checkpoint
+from k3jax.checkpoints.format import read_checkpoint
 from k3jax.config import SamplerConfig
 from k3jax.convert import from_torch
 from k3jax.pipelines import original as original_api

@@ -9,9 +9,9 @@ import pytest
 from diffusers import Kandinsky3Pipeline as TorchPipeline
 
 from k3jax import Kandinsky3Pipeline
+from k3jax.checkpoints.format import PACKAGED, WEIGHTS, read_checkpoint
 from k3jax.checkpoints.manifest import files_below
-from k3jax.checkpoints.packaged import PACKAGED, WEIGHTS
-from k3jax.checkpoints.restore import read_checkpoint, verify
+from k3jax.checkpoints.restore import verify
 from k3jax.cli.run_config import architecture_differences, build, collect
 from k3jax.convert.to_torch import export
 from k3jax.sharding import make_mesh

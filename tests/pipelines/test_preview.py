@@ -4,7 +4,8 @@
 import numpy as np
 import pytest
 
-from k3jax.checkpoints.restore import read_checkpoint, restore
+from k3jax.checkpoints.format import read_checkpoint
+from k3jax.checkpoints.restore import restore
 from k3jax.pipelines import preview
 from k3jax.pipelines.preview import fit_preview, flat_images, latents_to_rgb
 from k3jax.sampling.denoise import denoise_program

@@ -16,7 +16,8 @@ from k3jax import (
     Kandinsky3Pipeline,
 )
 from k3jax.checkpoints.lora_files import save_lora
-from k3jax.checkpoints.restore import CheckpointWriter, save_module
+from k3jax.checkpoints.restore import save_module
+from k3jax.checkpoints.writer import CheckpointWriter
 from k3jax.config import LoraConfig
 from k3jax.model.abstract import COMPONENTS, abstract_module
 from k3jax.pipelines.loading import _dtypes_of

@@ -13,7 +13,8 @@ import pytest
 from flax import nnx
 
 from k3jax import Kandinsky3Pipeline
-from k3jax.checkpoints.restore import read_checkpoint, restore
+from k3jax.checkpoints.format import read_checkpoint
+from k3jax.checkpoints.restore import restore
 from k3jax.cli.main import main
 from k3jax.pipelines import streaming
 from k3jax.pipelines.programs import encode_text

@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from k3jax.checkpoints.restore import read_checkpoint
+from k3jax.checkpoints.format import read_checkpoint
 from k3jax.config import LoraConfig
 from k3jax.model.abstract import abstract_module, parameter_count
 from k3jax.sharding import make_mesh

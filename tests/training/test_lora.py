@@ -12,15 +12,12 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from k3jax.checkpoints.format import read_checkpoint
 from k3jax.checkpoints.lora_files import load_lora, save_lora
-from k3jax.checkpoints.restore import (
-    CheckpointError,
-    CheckpointWriter,
-    read_checkpoint,
-    save_module,
-)
+from k3jax.checkpoints.restore import save_module
+from k3jax.checkpoints.writer import CheckpointWriter
 from k3jax.config import LoraConfig, UNetConfig
-from k3jax.files import LFS_POINTER
+from k3jax.files import LFS_POINTER, CheckpointError
 from k3jax.model import adapters
 from k3jax.model.abstract import COMPONENTS, abstract_module
 from k3jax.model.context import Context

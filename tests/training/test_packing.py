@@ -3,8 +3,10 @@
 
 import numpy as np
 
+from k3jax.checkpoints.format import read_checkpoint
 from k3jax.checkpoints.manifest import files_below, read_manifest
-from k3jax.checkpoints.restore import CheckpointWriter, iterate_leaves, read_checkpoint, verify
+from k3jax.checkpoints.restore import iterate_leaves, verify
+from k3jax.checkpoints.writer import CheckpointWriter
 from k3jax.training.result import pack
 
 

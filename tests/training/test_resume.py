@@ -9,7 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from k3jax.checkpoints.restore import iterate_leaves, read_checkpoint
+from k3jax.checkpoints.format import read_checkpoint
+from k3jax.checkpoints.restore import iterate_leaves
 
 
 CONFIG = """

@@ -3,7 +3,7 @@
 
 import dataclasses
 
-from k3jax.checkpoints.restore import read_checkpoint
+from k3jax.checkpoints.format import read_checkpoint
 from k3jax.config import LoraConfig
 from k3jax.training.config import TrainConfig
 from k3jax.training.setup import architecture

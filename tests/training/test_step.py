@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from k3jax.checkpoints.restore import read_checkpoint
+from k3jax.checkpoints.format import read_checkpoint
 from k3jax.config import SamplerConfig
 from k3jax.model.abstract import COMPONENTS, abstract_module
 from k3jax.model.context import Context, PromptEmbeds

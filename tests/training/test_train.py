@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from k3jax.checkpoints.format import read_checkpoint
 from k3jax.checkpoints.lora_files import load_lora
-from k3jax.checkpoints.restore import iterate_leaves, read_checkpoint
+from k3jax.checkpoints.restore import iterate_leaves
 from k3jax.config import LoraConfig
 from k3jax.images.pngs import write_png
 from k3jax.pipelines.text_to_image import Kandinsky3Pipeline

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from k3jax.config import SamplerConfig
-from k3jax.planning.totals import Evaluations, baseline, evaluations, total
+from k3jax.planning.throughput import Evaluations, baseline, evaluations, total
 
 
 BASE = SamplerConfig()  # kandinsky, 50 steps, guided
@@ -38,7 +38,7 @@ def totals(seconds, made, against=BASE, price=None, chips=8):
         peak=1e14,
         seconds=seconds,
         flops=dict.fromkeys(seconds, 1e12),
-        made=made,
+        counts=made,
         against=evaluations(against),
         baseline=name,
         price=price,

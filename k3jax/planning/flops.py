@@ -1,9 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FLOPs of a convolution in optimised HLO, where XLA:TPU writes every matrix product as one."""
+"""FLOPs of a kernel in optimised HLO, where XLA:TPU writes matrix products as convolutions."""
 
+import math
 import re
 
 import numpy as np
+
+from k3jax.planning.hlo import Computation, Instruction, Module
+
+
+def kernel_flops(module: Module, i: Instruction, inside: Computation) -> float:
+    """Of the matrix products and convolutions in an instruction: 2 for a multiply-add.
+
+    Elementwise arithmetic does not run on the matrix unit, and is in the schedule's cycles.
+    """
+    if i.op == "convolution":
+        lhs, rhs = (inside.by_name[n].arrays[0].shape for n in i.operands[:2])
+        labels = i.attribute(r"dim_labels=(\w+->\w+)")
+        window = i.attribute(r"window=\{([^}]*)\}") or ""
+        return convolution_flops(labels, window, lhs, rhs, i.arrays[0].shape)
+    if i.op == "dot":
+        lhs = inside.by_name[i.operands[0]].arrays[0].shape
+        over = i.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or ""
+        contracted = math.prod(lhs[int(d)] for d in over.split(",") if d)
+        return 2 * math.prod(i.arrays[0].shape) * contracted
+    if i.op == "custom-call":  # Pallas kernels declare their FLOPs
+        return int(i.attribute(r'"cost_estimate":\{"flops":"(\d+)"') or 0)
+    if i.op in ("fusion", "async-start"):
+        return sum(_computation_flops(module, name) for name in i.called)
+    return 0
+
+
+def _computation_flops(module: Module, name: str) -> float:
+    if ("flops", name) not in module.cache:
+        inside = module.computations[name]
+        flops = sum(kernel_flops(module, i, inside) for i in inside.instructions)
+        module.cache["flops", name] = flops
+    return module.cache["flops", name]
 
 
 def convolution_flops(
@@ -15,7 +48,7 @@ def convolution_flops(
 ) -> float:
     """2 for each multiplication; taps on padding or between dilated elements are not counted.
 
-    Batched matrix products are dilated convolutions, of which most taps fall between.
+    Batched matrix products are dilated convolutions, most taps of which fall between elements.
 
     Args:
         labels: of the dimensions, such as "b01f_01io->b01f".

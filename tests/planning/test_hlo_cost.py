@@ -7,12 +7,12 @@ import itertools
 import numpy as np
 import pytest
 
-from k3jax.planning.bundles import kernel_cycles, read_schedules
 from k3jax.planning.chips import CHIPS
 from k3jax.planning.collectives import Collective
-from k3jax.planning.convolutions import taps
 from k3jax.planning.cost import Cost, estimate
+from k3jax.planning.flops import taps
 from k3jax.planning.hlo import parse_arrays, parse_hlo
+from k3jax.planning.schedules import kernel_cycles, read_schedules
 
 
 V5E = CHIPS["v5e"]
@@ -97,6 +97,47 @@ def test_collectives(stored):
     assert cost.seconds >= network + cost.flops / V5E.peak
     assert cost.waiting >= network and set(cost.kinds) >= {"products"}
     assert Cost.from_json(cost.to_json()) == cost
+
+
+def test_convolutions_fused_with_a_collective_count():
+    """As XLA:TPU gathers weights while it computes: a start, a convolution and a part of the
+    gathering in one fusion, an end. It is one collective."""
+    gather = "bf16[256,128]{1,0} all-gather(%s), channel_id=7, replica_groups=[1,4]<=[4]"
+    weights, product = "bf16[256,128]", "bf16[512,1024]"
+    text = f"""HloModule m
+
+%edge (s: bf16[64,128]) -> {weights} {{
+  %s = bf16[64,128]{{1,0}} parameter(0)
+  ROOT %ag = {gather}, dimensions={{0}}
+}}
+
+%async_collective_fusion.1 (p: bf16[512,256], q: bf16[256,1024], s: bf16[64,128]) -> \
+({product}, {weights}) {{
+  %p = bf16[512,256]{{1,0}} parameter(0)
+  %q = bf16[256,1024]{{1,0}} parameter(1)
+  %s = bf16[64,128]{{1,0}} parameter(2)
+  %conv = {product}{{1,0}} convolution(%p, %q), dim_labels=bf_io->bf
+  %ag = {gather}, dimensions={{0}}
+  ROOT %t = ({product}{{1,0}}, {weights}{{1,0}}) tuple(%conv, %ag)
+}}
+
+ENTRY %main (x: bf16[512,256], w: bf16[256,1024], s: bf16[64,128]) -> {weights} {{
+  %x = bf16[512,256]{{1,0}} parameter(0)
+  %w = bf16[256,1024]{{1,0}} parameter(1)
+  %s = bf16[64,128]{{1,0}} parameter(2)
+  %async-collective-start = {weights}{{1,0}} fusion(%s), kind=kCustom, calls=%edge
+  %f = ({product}{{1,0}}, {weights}{{1,0}}) fusion(%x, %w, %s), kind=kOutput, \
+calls=%async_collective_fusion.1
+  ROOT %async-collective-done = {weights}{{1,0}} fusion(%s), kind=kCustom, calls=%edge
+}}
+"""
+    cost = estimate(parse_hlo(text), V5E)
+    assert cost.flops == 2 * 512 * 256 * 1024
+    assert cost.collectives == (Collective("all-gather", 1, 256 * 128 * 2),)
+    network = 3 / 4 * 256 * 128 * 2 / (2 * V5E.link)
+    kernel = cost.kinds["products"]
+    assert cost.seconds == pytest.approx(max(network, kernel)) and set(cost.kinds) == {"products"}
+    assert cost.stalls == pytest.approx(max(0, network - kernel), abs=1e-12)
 
 
 def test_cycles_of_loops(schedules):

@@ -31,7 +31,7 @@ class Evaluations:
 
     @property
     def runs(self) -> dict[str, int]:
-        """How often each program of `programs.COMPONENT` runs for a batch."""
+        """How often each program of `workload.COMPONENT` runs for a batch."""
         return {"encode": 1, "denoise": self.guided, "denoise_plain": self.plain, "decode": 1}
 
 
@@ -44,12 +44,12 @@ def evaluations(sampler: SamplerConfig, interval: tuple[int, int] | None = None)
     Raises:
         ValueError: settings that the sampler cannot run.
     """
-    made = make_sampler(sampler)
-    rows = loop_rows(made, interval)
-    if not made.guided or sampler.guidance_scale == 0:
-        return Evaluations(0, made.num_steps)
-    guided = int(rows["guide"].sum()) if "guide" in rows else made.num_steps
-    return Evaluations(guided, made.num_steps - guided)
+    table = make_sampler(sampler)
+    rows = loop_rows(table, interval)
+    if not table.guided or sampler.guidance_scale == 0:
+        return Evaluations(0, table.num_steps)
+    guided = int(rows["guide"].sum()) if "guide" in rows else table.num_steps
+    return Evaluations(guided, table.num_steps - guided)
 
 
 def baseline(sampler: SamplerConfig) -> tuple[SamplerConfig, str]:
@@ -97,7 +97,7 @@ def total(
     peak: float,
     seconds: dict[str, float],
     flops: dict[str, float],
-    made: Evaluations,
+    counts: Evaluations,
     against: Evaluations,
     baseline: str,
     price: float | None,
@@ -107,16 +107,16 @@ def total(
     Args:
         images: over the whole slice.
         peak: FLOP/s of a chip.
-        seconds, flops: of one run on each chip by the names of `programs.COMPONENT`; programs that
+        seconds, flops: of one run on each chip by the names of `workload.COMPONENT`; programs that
             are left out are missing.
-        made, against: evaluations of this sampler and of the baseline's.
+        counts, against: evaluations of this sampler and of the baseline's.
         price: dollars for a chip and an hour.
     """
     guided, plain = _step_times(seconds)
     encode, decode = seconds.get("encode", 0.0), seconds.get("decode", 0.0)
-    denoise = made.guided * guided + made.plain * plain
+    denoise = counts.guided * guided + counts.plain * plain
     batch = encode + denoise + decode
-    work = sum(made.runs[name] * count for name, count in flops.items())
+    work = sum(counts.runs[name] * count for name, count in flops.items())
     before = encode + against.guided * guided + against.plain * plain + decode
     rate = images / batch / chips
     return Totals(
