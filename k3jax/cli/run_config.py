@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from k3jax.config import ModelConfig, SamplerName, from_dict, suggestion, to_dict
-from k3jax.training.config import TrainConfig
+from k3jax.training.train_config import TrainConfig
 
 
 Dtype = Literal["bfloat16", "float32"]

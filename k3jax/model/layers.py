@@ -19,7 +19,7 @@ CONVOLVED = ("batch", None, None, "conv_out")
 """Logical axes of what a convolution returns."""
 
 NO_INIT = nnx.initializers.zeros_init()
-"""Weights are loaded, or drawn leaf by leaf (k3jax/training/initialise.py). Of random initialisers
+"""Weights are loaded, or drawn leaf by leaf (k3jax/training/random_weights.py). Of random initialisers
 nothing would remain but the time to trace them, nearly half of what making the modules took."""
 
 

@@ -5,7 +5,7 @@ The weights of a LoRA are a tree of their own, apart from the U-Net's:
 
     {"down_blocks.1.self_attention.attention.to_q": {"a": (in, rank), "b": (rank, out)}, ...}
 
-`lora_format.py` reads and writes them; `k3jax.training.lora` begins new ones.
+`lora_format.py` reads and writes them; `k3jax.training.tasks.lora_finetuning` begins new ones.
 """
 
 import math

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from k3jax.config import from_dict, to_dict
-from k3jax.training.config import TrainConfig
+from k3jax.training.train_config import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ import optax
 from jax.sharding import Mesh
 
 from k3jax.sharding import batch_sharding
-from k3jax.training.checkpoints import RunCheckpoints
-from k3jax.training.config import TrainConfig
 from k3jax.training.metrics import MetricWriter
+from k3jax.training.run_checkpoints import RunCheckpoints
 from k3jax.training.signals import Stop, agree
 from k3jax.training.state import TrainState
 from k3jax.training.timing import StepTimer
+from k3jax.training.train_config import TrainConfig
 
 
 SMOOTHING = 0.99

@@ -17,7 +17,7 @@ from PIL import Image
 
 from k3jax.files import is_local
 from k3jax.images.pngs import write_png
-from k3jax.training.files import naming, write_whole
+from k3jax.training.run_files import naming, write_whole
 
 
 METRICS = "metrics.jsonl"

@@ -4,7 +4,7 @@
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
-from k3jax.training.config import OptimizerConfig
+from k3jax.training.train_config import OptimizerConfig
 
 
 NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)

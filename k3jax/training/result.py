@@ -21,9 +21,9 @@ from k3jax.checkpoints.manifest import (
 )
 from k3jax.checkpoints.restore import CheckpointWriter, iterate_leaves, leaf_shapes, save_module
 from k3jax.model.abstract import COMPONENTS, abstract_module
-from k3jax.training.setup import Start
 from k3jax.training.state import TrainState, Weights, with_weights
-from k3jax.training.tasks import nested
+from k3jax.training.tasks.denoising import nested
+from k3jax.training.tasks.task import Start
 
 
 FOLDER = "checkpoint"

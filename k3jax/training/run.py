@@ -21,8 +21,11 @@ from k3jax.model.tokenizer import Tokenizer
 from k3jax.pipelines.compilation_cache import enable_compilation_cache
 from k3jax.pipelines.programs import computing
 from k3jax.sharding import data_parallelism, make_mesh
-from k3jax.training import samples
-from k3jax.training.batches import (
+from k3jax.training import sample_grids as samples
+from k3jax.training.data.inpainting_masks import check_masks
+from k3jax.training.data.open_source import open_source
+from k3jax.training.data.precompute import index_of, open_cache
+from k3jax.training.data.training_data import (
     SceneReading,
     WithPrior,
     make_cached_loader,
@@ -30,29 +33,15 @@ from k3jax.training.batches import (
     prior_config,
     split_validation,
 )
-from k3jax.training.checkpoints import RunCheckpoints
-from k3jax.training.config import TrainConfig
-from k3jax.training.data.sources import open_source
+from k3jax.training.denoising_loss import check_loss
 from k3jax.training.limits import checked
 from k3jax.training.loop import put_batch, run_loop
-from k3jax.training.masks import check_masks
+from k3jax.training.loss_plot import plot_losses
 from k3jax.training.metrics import METRICS, MetricWriter, read_metrics
-from k3jax.training.mfu import flops_of
-from k3jax.training.objective import check_loss
 from k3jax.training.optimizer import learning_rate, make_optimizer
-from k3jax.training.plot import plot_losses
-from k3jax.training.precompute import index_of, open_cache
 from k3jax.training.result import final_weights, save_result
+from k3jax.training.run_checkpoints import RunCheckpoints
 from k3jax.training.run_folder import RunFolder
-from k3jax.training.setup import (
-    Start,
-    architecture,
-    check_base,
-    first_weights,
-    frozen_modules,
-    own_tokenizer,
-    prepare,
-)
 from k3jax.training.signals import Stop, stop_requested
 from k3jax.training.state import (
     TrainState,
@@ -61,7 +50,18 @@ from k3jax.training.state import (
     state_shardings,
 )
 from k3jax.training.step import make_step
+from k3jax.training.tasks.task import (
+    Start,
+    architecture,
+    check_base,
+    first_weights,
+    frozen_modules,
+    own_tokenizer,
+    prepare,
+)
+from k3jax.training.throughput import flops_of
 from k3jax.training.timing import StepTimer
+from k3jax.training.train_config import TrainConfig
 
 
 def train(run: RunConfig, progress: bool = False) -> Path | None:

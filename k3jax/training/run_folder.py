@@ -20,10 +20,10 @@ from etils import epath
 from k3jax.checkpoints.format import as_path
 from k3jax.config import ModelConfig, from_dict, to_dict
 from k3jax.files import is_local
-from k3jax.training import checkpoints
-from k3jax.training.config import TrainConfig
-from k3jax.training.files import only_run, write_whole
+from k3jax.training import run_checkpoints as checkpoints
+from k3jax.training.run_files import only_run, write_whole
 from k3jax.training.signals import agree
+from k3jax.training.train_config import TrainConfig
 
 
 RUN_FILE, RESULT_FILE, LOCK_FILE = "run.json", "result.json", ".lock"

@@ -13,7 +13,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from k3jax.training.files import naming
+from k3jax.training.run_files import naming
 
 
 FLUSH_SECONDS = 30

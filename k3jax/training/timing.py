@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import jax
 
-from k3jax.training.mfu import model_flop_utilisation
+from k3jax.training.throughput import model_flop_utilisation
 
 
 class StepTimer:
@@ -32,7 +32,7 @@ class StepTimer:
         """
         Args:
             images_per_step: over the whole mesh.
-            flops_per_step: model FLOPs over the whole mesh, see `k3jax.training.mfu`.
+            flops_per_step: model FLOPs over the whole mesh, see `k3jax.training.throughput`.
             devices: all devices of the mesh.
             window: number of measurements that the median is taken of.
             clock: gives seconds.

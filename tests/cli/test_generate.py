@@ -17,7 +17,7 @@ from k3jax.config import LoraConfig, to_dict
 from k3jax.images.pngs import read_settings
 from k3jax.model.abstract import abstract_module
 from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
-from k3jax.training.lora import init_lora
+from k3jax.training.tasks.lora_finetuning import init_lora
 
 from random_checkpoint import MODEL
 

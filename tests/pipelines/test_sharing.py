@@ -20,7 +20,7 @@ from k3jax.checkpoints.restore import CheckpointWriter, save_module
 from k3jax.config import LoraConfig
 from k3jax.model.abstract import COMPONENTS, abstract_module
 from k3jax.pipelines.components import _dtypes_of
-from k3jax.training.lora import init_lora
+from k3jax.training.tasks.lora_finetuning import init_lora
 
 from pictures import picture
 from random_checkpoint import (

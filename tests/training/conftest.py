@@ -8,7 +8,7 @@ import pytest
 
 from k3jax.cli.run_config import RunConfig
 from k3jax.sharding import make_mesh
-from k3jax.training.config import (
+from k3jax.training.train_config import (
     CheckpointConfig,
     DataConfig,
     LossConfig,

@@ -8,11 +8,11 @@ import types
 import numpy as np
 import pytest
 
-from k3jax.training.data.cache import LatentCache, cache_fingerprint
 from k3jax.training.data.cached_loader import CachedLoader
 from k3jax.training.data.index import bucket_index
+from k3jax.training.data.latent_cache_writer import LatentCache, cache_fingerprint
 from k3jax.training.data.loader import Loader
-from k3jax.training.data.sources import open_source
+from k3jax.training.data.open_source import open_source
 
 from data_sources import KINDS, assert_same, small, take, write_data
 

@@ -13,10 +13,10 @@ from PIL import Image
 
 from k3jax.images.pngs import write_png
 from k3jax.scenes.scene import MIXES, scene_at
-from k3jax.training.config import DataConfig
 from k3jax.training.data.index import EnlargedWarning, bucket_index
+from k3jax.training.data.open_source import files, open_source
 from k3jax.training.data.parquet import ParquetSource
-from k3jax.training.data.sources import files, open_source
+from k3jax.training.train_config import DataConfig
 
 from data_sources import KINDS, SHAPES, encoded, picture, small, write_data
 

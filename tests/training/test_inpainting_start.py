@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 
 from k3jax.model.inpainting_inputs import inpainting_inputs
-from k3jax.training.config import MaskConfig
-from k3jax.training.inpainting import draw_masks, inpainting_config, inpainting_unet
-from k3jax.training.tasks import extra_channels_of
+from k3jax.training.tasks.denoising import extra_channels_of
+from k3jax.training.tasks.inpainting import draw_masks, inpainting_config, inpainting_unet
+from k3jax.training.train_config import MaskConfig
 
 import tiny
 from random_checkpoint import random_module

@@ -9,9 +9,9 @@ import pytest
 
 from k3jax.cli.run_config import RunConfig, build, collect, config_names, load_config
 from k3jax.config import LoraConfig
-from k3jax.training.config import PriorConfig, TrainConfig
 from k3jax.training.limits import LIMITS, checked
 from k3jax.training.run import train
+from k3jax.training.train_config import PriorConfig, TrainConfig
 
 
 FULL = TrainConfig(lora=LoraConfig(), prior=PriorConfig("class"))

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from k3jax.scenes.caption import captioned
-from k3jax.training.config import DataConfig, MaskConfig
-from k3jax.training.inpainting import draw_masks
-from k3jax.training.masks import MIN_SHARE, OBJECT_MARGIN, check_masks, draw_mask
+from k3jax.training.data.inpainting_masks import MIN_SHARE, OBJECT_MARGIN, check_masks, draw_mask
+from k3jax.training.tasks.inpainting import draw_masks
+from k3jax.training.train_config import DataConfig, MaskConfig
 
 
 BOXES = MaskConfig(boxes=1, strokes=0, whole=0)

@@ -11,13 +11,13 @@ import textwrap
 import pytest
 
 from k3jax.config import ModelConfig, to_dict
-from k3jax.training.config import (
+from k3jax.training.run_folder import RunFolder
+from k3jax.training.train_config import (
     CheckpointConfig,
     LoraConfig,
     PriorConfig,
     TrainConfig,
 )
-from k3jax.training.run_folder import RunFolder
 
 
 CONFIG = TrainConfig(sample_prompts=("a", "b"), lora=LoraConfig())

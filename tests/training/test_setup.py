@@ -5,8 +5,8 @@ import dataclasses
 
 from k3jax.checkpoints.restore import read_checkpoint
 from k3jax.config import LoraConfig
-from k3jax.training.config import TrainConfig
-from k3jax.training.setup import architecture
+from k3jax.training.tasks.task import architecture
+from k3jax.training.train_config import TrainConfig
 
 
 def test_what_starts_from_scratch_is_made_as_the_config_says(base):

@@ -16,20 +16,20 @@ from k3jax.model.context import Context, PromptEmbeds
 from k3jax.pipelines.programs import computing
 from k3jax.sampling import schedule
 from k3jax.sharding import make_mesh
-from k3jax.training.config import DataConfig, LossConfig, OptimizerConfig, TrainConfig
-from k3jax.training.loop import put_batch
-from k3jax.training.objective import (
+from k3jax.training.denoising_loss import (
     check_loss,
     denoising_loss,
     layout_weight,
     min_snr_weight,
     training_context,
 )
+from k3jax.training.loop import put_batch
 from k3jax.training.optimizer import decayed, learning_rate, make_optimizer, matrices
-from k3jax.training.scene_text import ReadingHeads
-from k3jax.training.setup import first_weights, frozen_modules, prepare
 from k3jax.training.state import TrainState, new_state, state_shardings, weights_of
 from k3jax.training.step import make_step
+from k3jax.training.tasks.reading import ReadingHeads
+from k3jax.training.tasks.task import first_weights, frozen_modules, prepare
+from k3jax.training.train_config import DataConfig, LossConfig, OptimizerConfig, TrainConfig
 
 import random_checkpoint
 

@@ -17,10 +17,10 @@ from k3jax.images.pngs import write_png
 from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
 from k3jax.scenes.caption import captioned
 from k3jax.sharding import make_mesh
-from k3jax.training.config import CheckpointConfig, MaskConfig, PriorConfig
 from k3jax.training.metrics import read_metrics
 from k3jax.training.run import open_data, train
-from k3jax.training.setup import prepare
+from k3jax.training.tasks.task import prepare
+from k3jax.training.train_config import CheckpointConfig, MaskConfig, PriorConfig
 
 
 def losses(run, name="loss"):

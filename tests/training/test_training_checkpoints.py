@@ -20,8 +20,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from k3jax.files import CheckpointError
 from k3jax.sharding import make_mesh
-from k3jax.training.checkpoints import RunCheckpoints
-from k3jax.training.config import CheckpointConfig
+from k3jax.training.run_checkpoints import RunCheckpoints
+from k3jax.training.train_config import CheckpointConfig
 
 
 EVERY = CheckpointConfig(every=1, keep_last=2, keep_best=1)
@@ -263,8 +263,8 @@ def test_a_full_disk_is_one_sentence_with_its_reason(tmp_path):
     code = """
         import resource, signal, sys
         import numpy as np
-        from k3jax.training.checkpoints import RunCheckpoints
-        from k3jax.training.config import CheckpointConfig
+        from k3jax.training.run_checkpoints import RunCheckpoints
+        from k3jax.training.train_config import CheckpointConfig
 
         state = {"w": np.random.default_rng(0).random(1 << 16)}
         checkpoints = RunCheckpoints(sys.argv[1], CheckpointConfig(every=1))
@@ -297,8 +297,8 @@ KILLED = """
     import os, pathlib, sys, time
     import jax.numpy as jnp
     import numpy as np
-    from k3jax.training.checkpoints import RunCheckpoints
-    from k3jax.training.config import CheckpointConfig
+    from k3jax.training.run_checkpoints import RunCheckpoints
+    from k3jax.training.train_config import CheckpointConfig
 
     folder = pathlib.Path(sys.argv[1])
     checkpoints = RunCheckpoints(folder, CheckpointConfig(every=1))
@@ -339,8 +339,8 @@ PROCESS = """
     import numpy as np
     from jax.sharding import NamedSharding, PartitionSpec
     from k3jax.sharding import make_mesh
-    from k3jax.training.checkpoints import RunCheckpoints
-    from k3jax.training.config import CheckpointConfig
+    from k3jax.training.run_checkpoints import RunCheckpoints
+    from k3jax.training.train_config import CheckpointConfig
     from k3jax.training.run_folder import RunFolder
     from k3jax.training.signals import agree
 

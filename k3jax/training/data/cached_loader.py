@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from k3jax.training.data import cache_format as files
-from k3jax.training.data.cache import LatentCache
+from k3jax.training.data import latent_cache as files
+from k3jax.training.data.latent_cache_writer import LatentCache
 from k3jax.training.data.loader import ENDLESS, BatchIterator, import_grain
 from k3jax.training.data.order import Order
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from k3jax.training.config import DataConfig
 from k3jax.training.data.buckets import MULTIPLE, assign, check_resolution, make_buckets, scale
 from k3jax.training.data.decode import decode, fit, read_size
 from k3jax.training.data.source import READERS, Source
-from k3jax.training.files import write_whole
+from k3jax.training.run_files import write_whole
+from k3jax.training.train_config import DataConfig
 
 
 HEADER_PART = 256  # headers that a thread reads in one go

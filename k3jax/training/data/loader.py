@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from k3jax.training.config import DataConfig
 from k3jax.training.data.buckets import MULTIPLE
 from k3jax.training.data.index import BucketIndex, bucket_index, read_image
 from k3jax.training.data.order import Order
 from k3jax.training.data.source import Source
+from k3jax.training.train_config import DataConfig
 
 
 ENDLESS = 2**40  # positions; grain wants a length

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from k3jax.images.pngs import write_png
-from k3jax.training.files import naming
 from k3jax.training.metrics import read_metrics
+from k3jax.training.run_files import naming
 
 
 WIDTH, HEIGHT = 960, 540

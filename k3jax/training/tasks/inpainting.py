@@ -15,8 +15,8 @@ from k3jax.config import ModelConfig
 from k3jax.model.abstract import abstract_module
 from k3jax.model.unet import UNet
 from k3jax.scenes.checker import find_objects
-from k3jax.training.config import MaskConfig
-from k3jax.training.masks import Box, draw_mask
+from k3jax.training.data.inpainting_masks import Box, draw_mask
+from k3jax.training.train_config import MaskConfig
 
 
 def inpainting_config(config: ModelConfig) -> ModelConfig:

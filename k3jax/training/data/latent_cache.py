@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from k3jax.training.files import write_whole
+from k3jax.training.run_files import write_whole
 
 
 FORMAT = 1

@@ -12,7 +12,7 @@ from k3jax.scenes.caption import captioned
 from k3jax.scenes.checker import Verdict, check, summary
 from k3jax.scenes.render import render
 from k3jax.scenes.scene import Scene
-from k3jax.training.movq import psnr
+from k3jax.training.tasks.autoencoder import psnr
 
 
 SEED = 20  # of the scenes; training has its own

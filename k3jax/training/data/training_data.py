@@ -11,12 +11,12 @@ import numpy as np
 from k3jax.model.tokenizer import Tokenizer
 from k3jax.scenes.caption import caption
 from k3jax.scenes.scene import scene_at
-from k3jax.training import scene_text
-from k3jax.training.config import TrainConfig
 from k3jax.training.data.cached_loader import TEXT_ROWS, CachedLoader
 from k3jax.training.data.loader import ENDLESS, BatchIterator, Loader, import_grain
 from k3jax.training.data.order import hold_out
-from k3jax.training.inpainting import draw_masks
+from k3jax.training.tasks import reading as scene_text
+from k3jax.training.tasks.inpainting import draw_masks
+from k3jax.training.train_config import TrainConfig
 
 
 Arrays = dict[str, np.ndarray]
@@ -83,7 +83,7 @@ class WithPrior:
 
 
 class SceneReading:
-    """Captions of scenes and what they say, for `k3jax.training.scene_text`; drawn as they go."""
+    """Captions of scenes and what they say, for `k3jax.training.tasks.reading`; drawn as they go."""
 
     def __init__(self, tokenizer: Tokenizer, batch_size: int, seed: int, split: str = "train"):
         self._tokenizer, self._batch_size = tokenizer, batch_size // jax.process_count()
@@ -155,7 +155,7 @@ def convert_uncached(
 
 
 def convert_cached(batch: dict[str, Any], number: int) -> Arrays:
-    """What a `CachedLoader` gives -> arrays; see `k3jax.training.precompute` on inpainting."""
+    """What a `CachedLoader` gives -> arrays; see `k3jax.training.data.precompute` on inpainting."""
     latents = np.asarray(batch["latents"], np.float32)
     made = {"embeds": batch["embeds"], "attention_mask": batch["attention_mask"]}
     if latents.shape[-1] == LATENT_CHANNELS:

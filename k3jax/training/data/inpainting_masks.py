@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from k3jax.training.config import DataConfig, MaskConfig
+from k3jax.training.train_config import DataConfig, MaskConfig
 
 
 Box = tuple[float, float, float, float]

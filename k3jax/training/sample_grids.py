@@ -21,9 +21,9 @@ from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
 from k3jax.sharding import data_parallelism
 from k3jax.training.metrics import MetricWriter
 from k3jax.training.result import final_weights
-from k3jax.training.setup import Start
 from k3jax.training.state import TrainState, with_weights
-from k3jax.training.tasks import nested
+from k3jax.training.tasks.denoising import nested
+from k3jax.training.tasks.task import Start
 
 
 MAX_SHOWN = 16

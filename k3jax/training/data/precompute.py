@@ -16,14 +16,14 @@ from k3jax.model.tokenizer import Tokenizer
 from k3jax.pipelines.components import component_digests
 from k3jax.pipelines.programs import computing, encode_text
 from k3jax.sharding import batch_sharding, make_mesh
-from k3jax.training.batches import trimmed
-from k3jax.training.config import DataConfig, TrainConfig
-from k3jax.training.data.cache import LatentCache, cache_fingerprint
 from k3jax.training.data.index import BucketIndex, bucket_index
+from k3jax.training.data.latent_cache_writer import LatentCache, cache_fingerprint
 from k3jax.training.data.source import Source
-from k3jax.training.files import only_run
-from k3jax.training.inpainting import draw_masks
-from k3jax.training.tasks import encode_images
+from k3jax.training.data.training_data import trimmed
+from k3jax.training.run_files import only_run
+from k3jax.training.tasks.denoising import encode_images
+from k3jax.training.tasks.inpainting import draw_masks
+from k3jax.training.train_config import DataConfig, TrainConfig
 
 
 IMAGES_PER_DEVICE = 8

@@ -24,11 +24,11 @@ from k3jax.model import lora
 from k3jax.model.context import PromptEmbeds, window_length
 from k3jax.model.inpainting_inputs import inpainting_inputs
 from k3jax.model.movq import MoVQ, normalize
-from k3jax.training import scene_text
-from k3jax.training.config import TrainConfig
-from k3jax.training.movq import movq_loss
-from k3jax.training.objective import denoising_loss, training_context
+from k3jax.training.denoising_loss import denoising_loss, training_context
 from k3jax.training.state import Weights, with_weights
+from k3jax.training.tasks import reading as scene_text
+from k3jax.training.tasks.autoencoder import movq_loss
+from k3jax.training.train_config import TrainConfig
 
 
 Batch = Mapping[str, jax.Array]

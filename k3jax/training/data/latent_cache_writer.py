@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from k3jax.training.data import cache_format as files
-from k3jax.training.data.cache_format import Manifest
+from k3jax.training.data import latent_cache as files
 from k3jax.training.data.index import BucketIndex, read_image
+from k3jax.training.data.latent_cache import Manifest
 from k3jax.training.data.loader import read_ahead
 from k3jax.training.data.source import Source
-from k3jax.training.files import write_whole
+from k3jax.training.run_files import write_whole
 
 
 SHARD_SIZE = 1024

@@ -14,7 +14,7 @@ from k3jax.config import Conditioning, PredictionType, SamplerConfig
 from k3jax.model.context import Context, PromptEmbeds, TextProjection
 from k3jax.model.unet import UNet
 from k3jax.sampling import schedule
-from k3jax.training.config import LossConfig
+from k3jax.training.train_config import LossConfig
 
 
 def training_context(

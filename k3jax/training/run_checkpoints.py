@@ -32,8 +32,8 @@ from k3jax.training.checkpoint_faults import (
     set_aside_unreadable_losses,
     silence_orbax,
 )
-from k3jax.training.config import CheckpointConfig
 from k3jax.training.signals import agree
+from k3jax.training.train_config import CheckpointConfig
 
 
 FOLDER = "checkpoints"

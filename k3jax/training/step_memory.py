@@ -16,11 +16,11 @@ from k3jax.config import ModelConfig
 from k3jax.model.abstract import abstract_module
 from k3jax.pipelines.programs import computing
 from k3jax.sharding import batch_sharding, placed
-from k3jax.training.config import TrainConfig
 from k3jax.training.optimizer import make_optimizer
-from k3jax.training.setup import prepare
 from k3jax.training.state import abstract_state, state_shardings
 from k3jax.training.step import make_step
+from k3jax.training.tasks.task import prepare
+from k3jax.training.train_config import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,21 @@ from k3jax.config import ModelConfig
 from k3jax.model import lora
 from k3jax.model.abstract import COMPONENTS, abstract_module
 from k3jax.sharding import TRAINING_RULES
-from k3jax.training import scene_text
-from k3jax.training.config import TrainConfig
-from k3jax.training.initialise import random_weights
-from k3jax.training.inpainting import inpainting_config, inpainting_unet
-from k3jax.training.lora import init_lora
+from k3jax.training.random_weights import random_weights
 from k3jax.training.signals import agree
 from k3jax.training.state import Weights, weight_shardings, weights_of
-from k3jax.training.tasks import Task, denoising_task, flattened, lora_task, movq_task, reading_task
+from k3jax.training.tasks import reading as scene_text
+from k3jax.training.tasks.denoising import (
+    Task,
+    denoising_task,
+    flattened,
+    lora_task,
+    movq_task,
+    reading_task,
+)
+from k3jax.training.tasks.inpainting import inpainting_config, inpainting_unet
+from k3jax.training.tasks.lora_finetuning import init_lora
+from k3jax.training.train_config import TrainConfig
 
 
 @dataclass(frozen=True)

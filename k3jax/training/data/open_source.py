@@ -5,12 +5,12 @@ import glob
 import os
 from typing import get_args
 
-from k3jax.training.config import DataConfig, SourceKind
-from k3jax.training.data.folder import FolderSource
+from k3jax.training.data.image_folder import FolderSource
 from k3jax.training.data.parquet import ParquetSource
 from k3jax.training.data.scene_crops import SceneCropSource
 from k3jax.training.data.source import SceneSource, Source
 from k3jax.training.data.webdataset import WebDatasetSource
+from k3jax.training.train_config import DataConfig, SourceKind
 
 
 def open_source(config: DataConfig, *, split: str = "train", seed: int = 0) -> Source:
