@@ -19,8 +19,9 @@ CONVOLVED = ("batch", None, None, "conv_out")
 """Logical axes of what a convolution returns."""
 
 NO_INIT = nnx.initializers.zeros_init()
-"""Weights are loaded, or drawn leaf by leaf (k3jax/training/random_weights.py). Of random initialisers
-nothing would remain but the time to trace them, nearly half of what making the modules took."""
+"""Weights are loaded, or drawn leaf by leaf (k3jax/training/random_weights.py). Of random
+initialisers nothing would remain but the time to trace them, nearly half of what making the
+modules took."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

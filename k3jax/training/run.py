@@ -34,7 +34,6 @@ from k3jax.training.data.training_data import (
     split_validation,
 )
 from k3jax.training.denoising_loss import check_loss
-from k3jax.training.limits import checked
 from k3jax.training.loop import put_batch, run_loop
 from k3jax.training.loss_plot import plot_losses
 from k3jax.training.metrics import METRICS, MetricWriter, read_metrics
@@ -61,7 +60,7 @@ from k3jax.training.tasks.task import (
 )
 from k3jax.training.throughput import flops_of
 from k3jax.training.timing import StepTimer
-from k3jax.training.train_config import TrainConfig
+from k3jax.training.train_config import TrainConfig, checked
 
 
 def train(run: RunConfig, progress: bool = False) -> Path | None:

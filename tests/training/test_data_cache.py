@@ -8,8 +8,8 @@ import types
 import numpy as np
 import pytest
 
-from k3jax.training.data.cached_loader import CachedLoader
-from k3jax.training.data.index import bucket_index
+from k3jax.training.data.buckets import bucket_index
+from k3jax.training.data.latent_cache import CachedLoader
 from k3jax.training.data.latent_cache_writer import LatentCache, cache_fingerprint
 from k3jax.training.data.loader import Loader
 from k3jax.training.data.open_source import open_source

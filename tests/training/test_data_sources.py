@@ -13,7 +13,7 @@ from PIL import Image
 
 from k3jax.images.pngs import write_png
 from k3jax.scenes.scene import MIXES, scene_at
-from k3jax.training.data.index import EnlargedWarning, bucket_index
+from k3jax.training.data.buckets import EnlargedWarning, bucket_index
 from k3jax.training.data.open_source import files, open_source
 from k3jax.training.data.parquet import ParquetSource
 from k3jax.training.train_config import DataConfig
@@ -337,8 +337,6 @@ def test_faults_of_configs():
         open_source(small("folder"))
     with pytest.raises(ValueError, match="gs://bucket/x is not a local path"):
         open_source(small("webdataset", "gs://bucket/x"))
-    with pytest.raises(ValueError, match="it must be one of folder, webdataset, parquet, scenes"):
-        open_source(small("tfrecord", "x"))
 
 
 def test_sizes_are_read_once_where_there_is_a_cache(tmp_path, monkeypatch):

@@ -109,6 +109,8 @@ def _read_metadata(path: Path, folder: Path, column: str) -> Iterator[tuple[str,
     """(image relative to `folder`, caption) of each line."""
     rows = _json_lines(path) if path.suffix == ".jsonl" else _csv_rows(path)
     for line, row in rows:
+        if column == "caption" not in row and "prompt" in row:  # of data sets that k3jax wrote
+            column = "prompt"
         for name in ("file_name", column):
             if name not in row:
                 raise ValueError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Latents and text embeddings, computed once and read from disk in every epoch."""
+"""Writes a cache of latents and text embeddings, shared out over the processes of a job."""
 
 import json
 import os
@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from k3jax.training.data import latent_cache as files
-from k3jax.training.data.index import BucketIndex, read_image
-from k3jax.training.data.latent_cache import Manifest
+from k3jax.training.data.buckets import BucketIndex, read_image
+from k3jax.training.data.latent_cache import LatentCache, Manifest
 from k3jax.training.data.loader import read_ahead
 from k3jax.training.data.source import Source
 from k3jax.training.run_files import write_whole
@@ -21,130 +21,92 @@ from k3jax.training.run_files import write_whole
 SHARD_SIZE = 1024
 
 
-class LatentCache:
-    """A folder of latents and embeddings; it is there when all of it is.
+def write_cache(
+    cache: LatentCache,
+    source: Source,
+    index: BucketIndex,
+    encode_images: Callable[[np.ndarray], Any],
+    encode_texts: Callable[[list[str]], Any],
+    batch_size: int,
+    *,
+    dtype: str = "float16",
+    num_workers: int = 0,
+    shard_size: int = SHARD_SIZE,
+    process_index: int = 0,
+    process_count: int = 1,
+    barrier: Callable[[], None] = lambda: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Computes the cache, or the missing part of an interrupted one; nothing if it is complete.
 
-    `precompute` makes it, `CachedLoader` reads it.
+    The shards are dealt out to the processes, which share the folder. Each calls the encoders
+    for its own shards only, so these must not need another process.
+
+    Args:
+        encode_images: uint8 (batch_size, h, w, 3) -> latents (batch_size, h/8, w/8, 4).
+        encode_texts: batch_size captions -> their PromptEmbeds.
+        batch_size: of every call; the last of a shard is padded.
+        dtype: float16 or float32.
+        barrier: returns when every process has called it.
+        progress: called after each shard with the samples and captions done, and all there are.
+
+    Raises:
+        ValueError: an image cannot be read, or an encoder's output is not finite.
     """
+    if dtype not in ("float16", "float32"):
+        raise ValueError(f"the dtype of a cache is float16 or float32, not {dtype}.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be 1 or more.")
+    if cache.complete:
+        return
+    texts = [source.caption(number) for number in range(len(source))]
+    captions = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+    counts = np.bincount(index.bucket_of, minlength=len(index.buckets)).tolist()
+    buckets = [list(bucket) for bucket in index.buckets]
+    manifest = Manifest(cache.fingerprint, dtype, shard_size, buckets, counts, len(captions))
+    _begin(cache.partial, manifest, process_index, barrier)
+    work = _Shards(cache.partial, manifest, batch_size, process_index, process_count, progress)
+    work.latents(source, index, encode_images, num_workers)
+    work.texts(list(captions), encode_texts)
+    barrier()
+    if process_index == 0:
+        bucket_of = index.bucket_of.astype(np.int32)
+        caption_of = np.array([captions[text] for text in texts], np.int32)
+        keys = [source.key(number) for number in range(len(source))]
+        _finish(cache, manifest, bucket_of, caption_of, keys)
+    barrier()
 
-    def __init__(self, folder: str | Path, fingerprint: str):
-        """
-        Args:
-            folder: of this cache alone.
-            fingerprint: of all that its content depends on; see `cache_fingerprint`.
 
-        Raises:
-            ValueError: what is there was made of something else.
-        """
-        if "://" in str(folder):
-            raise ValueError(f"{folder} is not a local folder, which a cache must be in.")
-        self.folder, self._fingerprint = Path(folder), fingerprint
-        self._partial = self.folder.with_name(f"{self.folder.name}.partial")
-        for place in (self.folder, self._partial):
-            self._check(place, files.read_manifest(place))
-        if not self.complete and self.folder.is_dir() and any(self.folder.iterdir()):
+def _begin(partial: Path, manifest: Manifest, process_index: int, barrier) -> None:
+    if process_index == 0:
+        begun = files.read_manifest(partial)
+        if begun is None:
+            files.write_manifest(partial, manifest)
+        elif begun != manifest:
             raise ValueError(
-                f"{self.folder} holds other files: name a folder for the cache that is new or "
-                "empty."
+                f"{partial} was begun with other settings ({_difference(begun, manifest)}"
+                "): use those again, or delete it."
             )
+    barrier()
 
-    @property
-    def complete(self) -> bool:
-        """Whether it can be read."""
-        return (self.folder / "manifest.json").is_file()
 
-    def precompute(
-        self,
-        source: Source,
-        index: BucketIndex,
-        encode_images: Callable[[np.ndarray], Any],
-        encode_texts: Callable[[list[str]], Any],
-        batch_size: int,
-        *,
-        dtype: str = "float16",
-        num_workers: int = 0,
-        shard_size: int = SHARD_SIZE,
-        process_index: int = 0,
-        process_count: int = 1,
-        barrier: Callable[[], None] = lambda: None,
-        progress: Callable[[int, int], None] = lambda done, total: None,
-    ) -> None:
-        """Makes the cache, or the rest of it if it was interrupted; nothing if it is complete.
-
-        The shards are dealt out to the processes, which share the folder. Each calls the encoders
-        for its own shards only, so these must not need another process.
-
-        Args:
-            encode_images: uint8 (batch_size, h, w, 3) -> latents (batch_size, h/8, w/8, 4).
-            encode_texts: batch_size captions -> their PromptEmbeds.
-            batch_size: of every call; the last of a shard is padded.
-            dtype: float16 or float32.
-            barrier: returns when every process has called it.
-            progress: called after each shard with the samples and captions done, and all there are.
-
-        Raises:
-            ValueError: an image cannot be read, or an encoder's output is not finite.
-        """
-        if dtype not in ("float16", "float32"):
-            raise ValueError(f"the dtype of a cache is float16 or float32, not {dtype}.")
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be 1 or more.")
-        if self.complete:
-            return
-        texts = [source.caption(number) for number in range(len(source))]
-        captions = {text: number for number, text in enumerate(dict.fromkeys(texts))}
-        counts = np.bincount(index.bucket_of, minlength=len(index.buckets)).tolist()
-        buckets = [list(bucket) for bucket in index.buckets]
-        manifest = Manifest(self._fingerprint, dtype, shard_size, buckets, counts, len(captions))
-        self._begin(manifest, process_index, barrier)
-        work = _Work(self._partial, manifest, batch_size, process_index, process_count, progress)
-        work.latents(source, index, encode_images, num_workers)
-        work.texts(list(captions), encode_texts)
-        barrier()
-        if process_index == 0:
-            bucket_of = index.bucket_of.astype(np.int32)
-            caption_of = np.array([captions[text] for text in texts], np.int32)
-            keys = [source.key(number) for number in range(len(source))]
-            self._finish(manifest, bucket_of, caption_of, keys)
-        barrier()
-
-    def _check(self, place: Path, manifest: Manifest | None) -> None:
-        if manifest is not None and manifest.fingerprint != self._fingerprint:
-            others = _others(manifest.fingerprint, self._fingerprint)
-            raise ValueError(
-                f"{place} was computed from {others} than this run's: delete it, or set "
-                "train.data.cache to another folder."
-            )
-
-    def _begin(self, manifest: Manifest, process_index: int, barrier) -> None:
-        if process_index == 0:
-            begun = files.read_manifest(self._partial)
-            if begun is None:
-                files.write_manifest(self._partial, manifest)
-            elif begun != manifest:
-                raise ValueError(
-                    f"{self._partial} was begun with other settings ({_difference(begun, manifest)}"
-                    "): use those again, or delete it."
-                )
-        barrier()
-
-    def _finish(self, manifest: Manifest, bucket_of, caption_of, keys: list[str]) -> None:
-        """Writes what is small, and gives the folder its name."""
-        partial = self._partial
-        shards = range(len(manifest.text_shards()))
-        rows = np.concatenate([np.load(files.lengths_file(partial, shard)) for shard in shards])
-        arrays = {"lengths": rows[:, 0], "tokens": rows[:, 1]}
-        write_whole(partial / "texts.npz", lambda file: np.savez(file, **arrays))
-        arrays_of_samples = {"bucket": bucket_of, "caption": caption_of}
-        write_whole(partial / "samples.npz", lambda file: np.savez(file, **arrays_of_samples))
-        write_whole(partial / "keys.json", lambda file: file.write(json.dumps(keys).encode()))
-        for path in partial.rglob(".*.part"):
-            path.unlink()  # of a run that was killed while it wrote
-        if self.folder.is_dir():
-            self.folder.rmdir()  # an empty one, as was checked
-        os.replace(partial, self.folder)
-        for shard in shards:  # not before: an interruption here must not cost anything
-            files.lengths_file(self.folder, shard).unlink()
+def _finish(cache: LatentCache, manifest: Manifest, bucket_of, caption_of, keys: list[str]) -> None:
+    """Writes what is small, and gives the folder its name."""
+    partial = cache.partial
+    shards = range(len(manifest.text_shards()))
+    rows = np.concatenate([np.load(files.lengths_file(partial, shard)) for shard in shards])
+    arrays = {"lengths": rows[:, 0], "tokens": rows[:, 1]}
+    write_whole(partial / "texts.npz", lambda file: np.savez(file, **arrays))
+    arrays_of_samples = {"bucket": bucket_of, "caption": caption_of}
+    write_whole(partial / "samples.npz", lambda file: np.savez(file, **arrays_of_samples))
+    write_whole(partial / "keys.json", lambda file: file.write(json.dumps(keys).encode()))
+    for path in partial.rglob(".*.part"):
+        path.unlink()  # of a run that was killed while it wrote
+    if cache.folder.is_dir():
+        cache.folder.rmdir()  # an empty one, as was checked
+    os.replace(partial, cache.folder)
+    for shard in shards:  # not before: an interruption here must not cost anything
+        files.lengths_file(cache.folder, shard).unlink()
 
 
 def cache_fingerprint(source: Source, index: BucketIndex, weights: str) -> str:
@@ -160,7 +122,7 @@ def cache_fingerprint(source: Source, index: BucketIndex, weights: str) -> str:
     return f"weights={weights};source={content};sizes={sizes};{assigned:08x}"
 
 
-class _Work:
+class _Shards:
     """The shards that one process computes."""
 
     def __init__(self, folder, manifest, batch_size, process_index, process_count, progress):
@@ -244,17 +206,6 @@ def _rows(prompts, captions: list[str], dtype: str):
         inside = embeds[row, :length]
         kept[: len(inside)] = files.to_dtype(inside, dtype, f"embedding of {caption!r}")
         yield kept, tokens
-
-
-def _others(theirs: str, ours: str) -> str:
-    """What differs between the fingerprints of two caches."""
-    names = (
-        "other weights, task or masks",
-        "other images or captions (or by an older version)",
-        "other sizes",
-    )
-    pairs = zip(names, theirs.split(";"), ours.split(";"), strict=False)
-    return " and ".join(name for name, one, other in pairs if one != other) or names[-1]
 
 
 def _difference(begun: Manifest, wanted: Manifest) -> str:

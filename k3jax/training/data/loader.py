@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from k3jax.training.data.buckets import MULTIPLE
-from k3jax.training.data.index import BucketIndex, bucket_index, read_image
+from k3jax.training.data.buckets import MULTIPLE, BucketIndex, bucket_index, read_image
 from k3jax.training.data.order import Order
 from k3jax.training.data.source import Source
 from k3jax.training.train_config import DataConfig

@@ -1,46 +1,64 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DataConfig -> its source."""
+"""Opens the data set that a DataConfig names, and recognises its format."""
 
 import glob
 import os
-from typing import get_args
+from dataclasses import replace
 
 from k3jax.training.data.image_folder import FolderSource
 from k3jax.training.data.parquet import ParquetSource
-from k3jax.training.data.scene_crops import SceneCropSource
-from k3jax.training.data.source import SceneSource, Source
+from k3jax.training.data.source import IMAGE_SUFFIXES, SceneCropSource, SceneSource, Source
 from k3jax.training.data.webdataset import WebDatasetSource
-from k3jax.training.train_config import DataConfig, SourceKind
+from k3jax.training.train_config import DataConfig
+
+
+ENDINGS = {"webdataset": ".tar", "parquet": ".parquet"}
 
 
 def open_source(config: DataConfig, *, split: str = "train", seed: int = 0) -> Source:
-    """The samples that a config names, indexed and checked.
+    """The samples of a data set, indexed and checked.
 
     Args:
         split, seed: of `scenes`.
 
     Raises:
-        ValueError: what is named is not there or not what it should be.
+        ValueError: the data set does not exist or is damaged.
     """
+    config = with_kind(config)
     if config.kind == "scenes":
-        if config.crop is not None:
-            return SceneCropSource(
-                config.num_scenes, config.resolution, config.crop, split, seed, config.scene_mix
-            )
-        return SceneSource(config.num_scenes, config.resolution, split, seed, config.scene_mix)
+        args = (config.num_scenes, config.resolution, split, seed, config.scene_mix)
+        return SceneSource(*args) if config.crop is None else SceneCropSource(*args, config.crop)
     if not config.path:
-        raise ValueError(f"data of kind {config.kind} need a `path`.")
+        raise ValueError(f"data of kind {config.kind} need a `path` (--data).")
     if "://" in config.path:
         raise ValueError(f"{config.path} is not a local path: mount or copy the data first.")
     if config.kind == "folder":
         return FolderSource(config.path, config.caption_column)
     if config.kind == "webdataset":
         return WebDatasetSource(files(config.path, ".tar"), config.caption_column)
-    if config.kind == "parquet":
-        paths = files(config.path, ".parquet")
-        return ParquetSource(paths, config.image_column, config.caption_column)
-    kinds = ", ".join(get_args(SourceKind))
-    raise ValueError(f"data.kind is {config.kind!r}; it must be one of {kinds}.")
+    paths = files(config.path, ".parquet")
+    return ParquetSource(paths, config.image_column, config.caption_column)
+
+
+def with_kind(config: DataConfig) -> DataConfig:
+    """The config with the format of its data in the place of `auto`.
+
+    Names that end in .tar or .parquet decide; of a folder, those in it, unless it holds images. A
+    data set that `k3jax synthesize` wrote is its `data` folder.
+    """
+    if config.kind != "auto":
+        return config
+    path = config.path or ""
+    if os.path.isfile(os.path.join(path, "manifest.json")):
+        if os.path.isdir(data := os.path.join(path, "data")):
+            path = data
+    kind = "folder"
+    for name, ending in ENDINGS.items():
+        parts = [part.strip() for part in path.split(",")]
+        if any(part.endswith(ending) or _only_in(part, ending) for part in parts):
+            kind = name
+            break
+    return replace(config, kind=kind, path=path or None)
 
 
 def files(path: str, suffix: str) -> list[str]:
@@ -58,12 +76,20 @@ def files(path: str, suffix: str) -> list[str]:
         if not matches and os.path.isfile(part):  # a name with brackets in it
             matches = [part]
         if not matches:
-            raise ValueError(f"{part}: there is no such file{_inside(part, suffix)}.")
+            inside = f" and no {suffix} in it" if os.path.isdir(part) else ""
+            raise ValueError(f"{part}: there is no such file{inside}.")
         found += matches
     if not found:
         raise ValueError("the path of the data is empty.")
     return list(dict.fromkeys(found))
 
 
-def _inside(part: str, suffix: str) -> str:
-    return f" and no {suffix} in it" if os.path.isdir(part) else ""
+def _only_in(folder: str, ending: str) -> bool:
+    """Whether a folder holds files with this ending, and no images or captions beside them."""
+    if not os.path.isdir(folder):
+        return False
+    names = [entry.name for entry in os.scandir(folder) if entry.is_file()]
+    others = (".jsonl", ".csv", *IMAGE_SUFFIXES)
+    return any(name.endswith(ending) for name in names) and not any(
+        name.lower().endswith(others) for name in names
+    )

@@ -41,11 +41,12 @@ class ParquetSource(Source):
         self._file_starts = [0]
         for number, path in enumerate(self._paths):
             with _open(path) as file:
-                _check_columns(path, file, image_column, caption_column)
+                column = _caption_column(file, caption_column)
+                _check_columns(path, file, image_column, column)
                 for group in range(file.num_row_groups):
-                    captions = file.read_row_group(group, columns=[caption_column]).column(0)
+                    captions = file.read_row_group(group, columns=[column]).column(0)
                     first = starts[-1] - self._file_starts[-1]
-                    self._captions += _checked(captions, path, caption_column, first)
+                    self._captions += _checked(captions, path, column, first)
                     self._groups.append((number, group))
                     starts.append(starts[-1] + len(captions))
             self._file_starts.append(starts[-1])
@@ -130,6 +131,12 @@ def _open(path: str):
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} cannot be read as Parquet ({reason}).") from None
+
+
+def _caption_column(file, name: str) -> str:
+    """The column of captions: of data sets that k3jax wrote, `prompt`."""
+    names = file.schema_arrow.names
+    return "prompt" if name == "caption" not in names and "prompt" in names else name
 
 
 def _check_columns(path: str, file, image_column: str, caption_column: str) -> None:

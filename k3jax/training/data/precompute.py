@@ -16,7 +16,7 @@ from k3jax.model.tokenizer import Tokenizer
 from k3jax.pipelines.components import component_digests
 from k3jax.pipelines.programs import computing, encode_text
 from k3jax.sharding import batch_sharding, make_mesh
-from k3jax.training.data.index import BucketIndex, bucket_index
+from k3jax.training.data.buckets import BucketIndex, bucket_index
 from k3jax.training.data.latent_cache_writer import LatentCache, cache_fingerprint
 from k3jax.training.data.source import Source
 from k3jax.training.data.training_data import trimmed

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a data set is: samples by number, and the two kinds that need no format of their own."""
+"""What a data set is: samples by number; and the data set of drawn scenes."""
 
 import hashlib
 import io
@@ -14,6 +14,9 @@ import numpy as np
 
 from k3jax.scenes.caption import captioned
 
+
+CROP_SHIFT = 0.45
+"""Largest distance from the centre of a crop to that of its object, in sides of the crop."""
 
 READERS = 8
 """Threads that read files or headers."""
@@ -124,6 +127,33 @@ class SceneSource(Source):
         return [(self._count, self.size, self._split, self._seed), *rows]
 
 
+class SceneCropSource(SceneSource):
+    """Squares of `crop` pixels, each around a random object of a scene of `size` pixels.
+
+    For an autoencoder: most of a whole scene is background.
+    """
+
+    def __init__(self, count: int, size: int, split: str, seed: int, mix: str, crop: int):
+        super().__init__(count, size, split, seed, mix)
+        if not 0 < crop <= size:
+            raise ValueError(
+                f"data.crop is {crop}; it must be between 1 and the {size} of a scene."
+            )
+        self._scene_size, self._crop, self.size = size, crop, (crop, crop)
+
+    def __getitem__(self, number: int) -> Sample:
+        image, caption, scene = captioned(
+            self._seed, number, self._split, self._scene_size, self._mix
+        )
+        rng = np.random.default_rng([self._seed, number, 2])
+        item = scene.objects[rng.integers(len(scene.objects))]
+        shift = rng.uniform(-CROP_SHIFT * self._crop, CROP_SHIFT * self._crop, 2)
+        corner = np.round(np.asarray(item.center) - self._crop / 2 + shift)
+        x, y = np.clip(corner, 0, self._scene_size - self._crop).astype(int)
+        crop = image[y : y + self._crop, x : x + self._crop]
+        return Sample(self.key(number), np.ascontiguousarray(crop), caption)
+
+
 def check_utf8(text: str, where: str) -> str:
     """The text itself, which was decoded with `surrogateescape`.
 
@@ -137,7 +167,9 @@ def check_utf8(text: str, where: str) -> str:
     else:
         if "\0" not in text:
             return text
-    raise ValueError(f"{where} is not UTF-8: save it as UTF-8.")
+    raise ValueError(
+        f"{where} is not UTF-8: save it as UTF-8 (of Latin-1: iconv -f LATIN1 -t UTF-8)."
+    )
 
 
 def hash_rows(rows: Iterable[tuple]) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from k3jax.model.tokenizer import Tokenizer
 from k3jax.scenes.caption import caption
 from k3jax.scenes.scene import scene_at
-from k3jax.training.data.cached_loader import TEXT_ROWS, CachedLoader
+from k3jax.training.data.latent_cache import TEXT_ROWS, CachedLoader
 from k3jax.training.data.loader import ENDLESS, BatchIterator, Loader, import_grain
 from k3jax.training.data.order import hold_out
 from k3jax.training.tasks import reading as scene_text
