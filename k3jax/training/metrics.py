@@ -17,7 +17,7 @@ from PIL import Image
 
 from k3jax.files import is_local
 from k3jax.images.pngs import write_png
-from k3jax.training.run_files import naming, write_whole
+from k3jax.training.run_files import name_in_errors, write_whole
 
 
 METRICS = "metrics.jsonl"
@@ -111,7 +111,7 @@ class MetricWriter:
         folder.mkdir(exist_ok=True)
         suffix = "" if name == "samples" else f"_{name}"
         path = folder / f"step_{step:08d}{suffix}.png"
-        with naming(path):
+        with name_in_errors(path):
             write_png(Image.fromarray(grid), path)
         tensorboard = self._open_tensorboard()
         if tensorboard is not None:
@@ -134,7 +134,7 @@ class MetricWriter:
         if self._last is not None and step < self._last["step"]:
             raise ValueError(f"Metrics of step {step} after those of step {self._last['step']}.")
         record = {"step": step, "time": round(time.time(), 3)}
-        with naming(self.path), open(self.path, "ab") as file:
+        with name_in_errors(self.path), open(self.path, "ab") as file:
             if self._last is not None and step == self._last["step"]:
                 record = self._last
                 file.truncate(self._last_offset)

@@ -21,7 +21,7 @@ def write_whole(path: Path, content: Callable[[BinaryIO], Any]) -> None:
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with naming(path):
+        with name_in_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(part, "wb") as file:
                 content(file)
@@ -34,7 +34,7 @@ def write_whole(path: Path, content: Callable[[BinaryIO], Any]) -> None:
 
 
 @contextlib.contextmanager
-def naming(path: str | os.PathLike) -> Iterator[None]:
+def name_in_errors(path: str | os.PathLike) -> Iterator[None]:
     """Puts `path` into errors of the system that name no file, as writing to a full disk raises."""
     try:
         yield
@@ -45,7 +45,7 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def only_run(lock: Path, busy: str) -> Iterator[None]:
+def exclusive_lock(lock: Path, busy: str) -> Iterator[None]:
     """Keeps other runs away while the body of the `with` runs; process 0 locks for its whole job.
 
     Args:

@@ -21,7 +21,7 @@ from k3jax.checkpoints.format import as_path
 from k3jax.config import ModelConfig, from_dict, to_dict
 from k3jax.files import is_local
 from k3jax.training import run_checkpoints as checkpoints
-from k3jax.training.run_files import only_run, write_whole
+from k3jax.training.run_files import exclusive_lock, write_whole
 from k3jax.training.signals import agree
 from k3jax.training.train_config import TrainConfig
 
@@ -57,12 +57,12 @@ class RunFolder:
         self.path = Path(as_path(path))
 
     def lock(self) -> AbstractContextManager[None]:
-        """Keeps other processes out of the folder; see `only_run`."""
+        """Keeps other processes out of the folder; see `exclusive_lock`."""
         busy = (
             f"another process is training in {self.path} now: wait for it to end, or set another "
             "train.output (--output)."
         )
-        return only_run(self.path / LOCK_FILE, busy)
+        return exclusive_lock(self.path / LOCK_FILE, busy)
 
     def started(self) -> bool:
         """Whether there is anything to go on with: a checkpoint of the run, or a result."""

@@ -37,6 +37,11 @@ class TrainState:
     opt_state: optax.OptState
 
 
+def final_weights(state: TrainState) -> Weights:
+    """The moving average, or the weights themselves if there is none."""
+    return state.weights if state.ema is None else state.ema
+
+
 def weights_of(modules: Mapping[str, nnx.Module]) -> Weights:
     """The weights of named modules as one flat dict."""
     return {

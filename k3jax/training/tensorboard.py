@@ -13,7 +13,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from k3jax.training.run_files import naming
+from k3jax.training.run_files import name_in_errors
 
 
 FLUSH_SECONDS = 30
@@ -31,7 +31,7 @@ class TensorBoard:
             first_step: TensorBoard hides what earlier files hold from this step on; 0: nothing.
         """
         self.folder, self._flushed_at = folder, time.monotonic()
-        with naming(folder):
+        with name_in_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._writer = EventsWriter(str(folder / "events"))
             if first_step:
@@ -39,18 +39,18 @@ class TensorBoard:
                 self._write(Event(step=first_step, session_log=log))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        with naming(self.folder):
+        with name_in_errors(self.folder):
             for name, value in values.items():
                 self._write(Event(step=step, summary=summary.scalar(name, value)))
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
         """Adds a picture, uint8 (h, w, 3)."""
         picture = summary.image(name, pixels, dataformats="HWC")
-        with naming(self.folder):
+        with name_in_errors(self.folder):
             self._write(Event(step=step, summary=picture))
 
     def close(self) -> None:
-        with naming(self.folder):
+        with name_in_errors(self.folder):
             self._writer.close()
 
     def _write(self, event: Event) -> None:

@@ -261,9 +261,7 @@ def limits(cls: type = TrainConfig, prefix: str = "") -> Iterator[tuple[str, Lim
     """(dotted name, limits) of every number in a config class and in its groups."""
     for part, hint in zip(dataclasses.fields(cls), get_type_hints(cls).values(), strict=True):
         check = part.metadata.get("check")
-        inner = next(
-            (kind for kind in (hint, *get_args(hint)) if dataclasses.is_dataclass(kind)), None
-        )
+        groups = [kind for kind in (hint, *get_args(hint)) if dataclasses.is_dataclass(kind)]
         if isinstance(check, Limit):
             yield f"{prefix}{part.name}", check
         elif check is not None:  # of a group that is defined elsewhere

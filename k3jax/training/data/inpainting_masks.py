@@ -9,10 +9,12 @@ was trained is not published beyond "random masks".
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from k3jax.scenes.checker import find_objects
 from k3jax.training.train_config import DataConfig, MaskConfig
 
 
@@ -51,15 +53,15 @@ def draw_mask(
     height: int,
     width: int,
     config: MaskConfig | None = None,
-    find_objects: Callable[[], Sequence[Box]] = tuple,
+    object_boxes: Callable[[], Sequence[Box]] = tuple,
 ) -> np.ndarray:
     """One mask, float32 (height, width): 1 known, 0 to be painted. A function of the generator.
 
     Between MIN_SHARE and all of the pixels are to be painted.
 
     Args:
-        find_objects: gives the boxes of an image's objects; called only where one is wanted. Where
-            there is none, the mask is one of boxes.
+        object_boxes: returns the boxes of an image's objects; called only for a mask of that kind.
+            Without objects the mask is of boxes.
 
     Raises:
         ValueError: shares of the kinds that are negative or all zero.
@@ -69,7 +71,7 @@ def draw_mask(
     if kind == "whole":
         return np.zeros((height, width), np.float32)
     if kind == "objects":
-        found = find_objects()
+        found = object_boxes()
         if found:
             return _around(rng, found[rng.integers(len(found))], height, width)
         kind = "boxes"
@@ -82,6 +84,16 @@ def draw_mask(
     return mask
 
 
+def draw_masks(
+    images: np.ndarray, rng: np.random.Generator, config: MaskConfig | None = None
+) -> np.ndarray:
+    """Masks for images uint8 (b, h, w, 3): float32 (b, h, w), 1 known, 0 to be painted."""
+    size = images.shape[1:3]
+    return np.stack(
+        [draw_mask(rng, *size, config, partial(_object_boxes, image)) for image in images]
+    )
+
+
 def _shares(config: MaskConfig) -> tuple[list[str], np.ndarray]:
     shares = dataclasses.asdict(config)
     values = np.array(list(shares.values()), np.float64)
@@ -91,6 +103,14 @@ def _shares(config: MaskConfig) -> tuple[list[str], np.ndarray]:
             "them more than 0."
         )
     return list(shares), values / values.sum()
+
+
+def _object_boxes(image: np.ndarray) -> list[Box]:
+    """Around the objects of a scene, as far as its checker sees them."""
+    return [
+        (*np.subtract(found.center, found.extents), *np.add(found.center, found.extents))
+        for found in find_objects(image)
+    ]
 
 
 def _around(rng, box: Box, height: int, width: int) -> np.ndarray:

@@ -302,6 +302,16 @@ class CachedLoader(BatchIterator):
         return embeds, np.arange(rows) < self._tokens[captions][:, None]
 
 
+def trimmed(ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that the longest caption's window needs, rounded up to one of a few numbers.
+
+    Rows outside of a caption's window take no part, so only the time changes.
+    """
+    needed = min(int(mask.sum(1).max()) + 1, TEXT_ROWS[-1])
+    rows = next(n for n in TEXT_ROWS if n >= needed)
+    return ids[:, :rows], mask[:, :rows]
+
+
 def _text_rows(length: int) -> int:
     for rows in TEXT_ROWS:
         if length <= rows:

@@ -1,32 +1,109 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches as the tasks want them: what the loaders read, tokenised, masked, put together."""
+"""The batches of a run: from images or from the cache, with validation and prior preservation."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
 from k3jax.model.tokenizer import Tokenizer
-from k3jax.scenes.caption import caption
-from k3jax.scenes.scene import scene_at
-from k3jax.training.data.latent_cache import TEXT_ROWS, CachedLoader
-from k3jax.training.data.loader import ENDLESS, BatchIterator, Loader, import_grain
+from k3jax.training.data.buckets import BucketIndex
+from k3jax.training.data.latent_cache import CachedLoader, LatentCache, trimmed
+from k3jax.training.data.loader import BatchIterator, Loader
+from k3jax.training.data.open_source import open_source
 from k3jax.training.data.order import hold_out
-from k3jax.training.tasks import reading as scene_text
-from k3jax.training.tasks.inpainting import draw_masks
+from k3jax.training.data.precompute import index_of
+from k3jax.training.data.source import Source
 from k3jax.training.train_config import TrainConfig
 
 
 Arrays = dict[str, np.ndarray]
-LATENT_CHANNELS = 4
+Convert = Callable[[Mapping[str, Any], int], Arrays]
+"""(batch of a loader, its number) -> arrays for the loss."""
 
 
-class Converted:
-    """A loader whose batches go through `convert(batch, number)` on their way."""
+class Batches(Protocol):
+    """Endless batches on the host, of this process's rows, with a position that can be saved."""
 
-    def __init__(self, loader: BatchIterator, convert: Callable[[dict[str, Any], int], Arrays]):
+    def __next__(self) -> Arrays: ...
+
+    def batch(self, number: int) -> Arrays: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The batches of a run.
+
+    Attributes:
+        batches: for training.
+        validation: held-out batches, the same every time.
+    """
+
+    batches: Batches
+    validation: Sequence[Arrays] = ()
+
+
+def open_data(
+    config: TrainConfig,
+    convert: Convert,
+    open_cache: Callable[[Source, BucketIndex], LatentCache] | None = None,
+    convert_cached: Convert | None = None,
+) -> TrainingData:
+    """The batches that a config describes.
+
+    Args:
+        convert: for batches of images and captions.
+        open_cache: returns the cache, and fills it before if necessary; None: read images.
+        convert_cached: for batches of the cache.
+
+    Raises:
+        ValueError: data that cannot be read, or too few samples.
+    """
+    source = open_source(config.data, seed=config.seed)
+    if config.data.crop is not None:
+        data = dataclasses.replace(config.data, resolution=config.data.crop)
+        config = dataclasses.replace(config, data=data)
+    index = index_of(source, config.data)
+    used, held_out = split_validation(len(source), config)
+    size = config.batch_size
+    place = (jax.process_index(), jax.process_count())
+    if open_cache is not None:
+        cache, shuffle = open_cache(source, index), config.data.shuffle
+
+        def loader(samples):
+            cached = CachedLoader(
+                cache, size, config.seed, *place, shuffle=shuffle, samples=samples
+            )
+            return ConvertedBatches(cached, convert_cached)
+
+    elif config.prior is not None:
+        return TrainingData(_prior_batches(config, source, index, used, convert))
+    else:
+
+        def loader(samples):
+            args = (source, config.data, size, config.seed, *place)
+            return ConvertedBatches(Loader(*args, samples=samples, index=index), convert)
+
+    validation = []
+    if len(held_out):
+        kept = loader(held_out)
+        validation = [kept.batch(number) for number in range(config.validation_batches)]
+    return TrainingData(loader(used), validation)
+
+
+class ConvertedBatches:
+    """A loader whose batches are converted to arrays."""
+
+    def __init__(self, loader: BatchIterator, convert: Convert):
         self._loader, self._convert = loader, convert
 
     def __next__(self) -> Arrays:
@@ -49,7 +126,7 @@ class Converted:
 class WithPrior:
     """Batches of the subject, each followed by images of its class (arXiv:2208.12242)."""
 
-    def __init__(self, subject: Converted, prior: Converted, weight: float):
+    def __init__(self, subject: ConvertedBatches, prior: ConvertedBatches, weight: float):
         self._subject, self._prior, self._weight = subject, prior, weight
 
     def __next__(self) -> Arrays:
@@ -82,140 +159,48 @@ class WithPrior:
         self._prior.close()
 
 
-class SceneReading:
-    """Captions of scenes and what they say, for `k3jax.training.tasks.reading`; drawn as they go."""
-
-    def __init__(self, tokenizer: Tokenizer, batch_size: int, seed: int, split: str = "train"):
-        self._tokenizer, self._batch_size = tokenizer, batch_size // jax.process_count()
-        self._seed, self._split, self._number = seed, split, 0
-        self._nouns, self._iterator = scene_text.noun_ids(tokenizer), None
-
-    def batch(self, number: int) -> Arrays:
-        first = (number * jax.process_count() + jax.process_index()) * self._batch_size
-        indices = range(first, first + self._batch_size)
-        scenes = [scene_at(self._seed, index, self._split) for index in indices]
-        texts = []
-        for index, scene in zip(indices, scenes, strict=True):
-            rng = np.random.default_rng([self._seed, index, 9])
-            texts.append(scene_text.disturbed(caption(scene, rng), rng))
-        ids, mask = trimmed(*self._tokenizer(texts))
-        nouns = scene_text.find_nouns(ids, self._nouns)
-        labels = scene_text.reading_labels(scenes)
-        return {"input_ids": ids, "attention_mask": mask, "nouns": nouns, **labels}
-
-    def __next__(self) -> Arrays:
-        if self._iterator is None:
-            numbers = import_grain().MapDataset.range(self._number, ENDLESS)
-            self._iterator = iter(numbers.map(self.batch).to_iter_dataset())
-        self._number += 1
-        return next(self._iterator)
-
-    def state(self) -> dict[str, Any]:
-        return {"batch": self._number}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        self.close()
-        self._number = int(state["batch"])
-
-    def close(self) -> None:
-        if self._iterator is not None:
-            self._iterator.close()
-        self._iterator = None
+def _prior_batches(config: TrainConfig, source, index, used, convert: Convert) -> WithPrior:
+    """Batches of the subject and of the class images of `config.prior`."""
+    prior, size = config.prior, config.batch_size
+    count = round(size * prior.share)
+    if not 0 < count < size:
+        raise ValueError(
+            f"train.prior.share is {prior.share}, which leaves {size - count} of {size} samples to "
+            "the subject: both need at least one."
+        )
+    data = dataclasses.replace(config.data, kind="folder", path=prior.path, cache=None)
+    classes, place = open_source(data), (jax.process_index(), jax.process_count())
+    subject = Loader(
+        source, config.data, size - count, config.seed, *place, samples=used, index=index
+    )
+    others = Loader(classes, data, count, config.seed, *place, index=index_of(classes, data))
+    parts = (ConvertedBatches(loader, convert) for loader in (subject, others))
+    return WithPrior(*parts, prior.weight)
 
 
-def trimmed(ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Only as many rows as the longest caption's window needs, of a few sizes.
-
-    Rows outside of a caption's window take no part, so nothing changes but the time it takes.
-    """
-    needed = min(int(mask.sum(1).max()) + 1, TEXT_ROWS[-1])
-    rows = next(n for n in TEXT_ROWS if n >= needed)
-    return ids[:, :rows], mask[:, :rows]
-
-
-def convert_uncached(
-    config: TrainConfig, tokenizer: Tokenizer | None
-) -> Callable[[dict[str, Any], int], Arrays]:
-    """Images and captions of a `Loader` -> arrays; masks of batch k hang on k alone."""
-
-    def convert(batch: dict[str, Any], number: int) -> Arrays:
-        made = {"images": batch["images"]}
-        if tokenizer is not None:
-            # All 128 rows: how long the captions on other processes are is not known here.
-            ids, mask = tokenizer(batch["captions"])
-            if jax.process_count() == 1:
-                ids, mask = trimmed(ids, mask)
-            made |= {"input_ids": ids, "attention_mask": mask}
-        if config.task == "inpainting":
-            rng = np.random.default_rng([config.seed, number, jax.process_index()])
-            made["masks"] = draw_masks(batch["images"], rng, config.masks)
-        return made
-
-    return convert
-
-
-def convert_cached(batch: dict[str, Any], number: int) -> Arrays:
-    """What a `CachedLoader` gives -> arrays; see `k3jax.training.data.precompute` on inpainting."""
-    latents = np.asarray(batch["latents"], np.float32)
-    made = {"embeds": batch["embeds"], "attention_mask": batch["attention_mask"]}
-    if latents.shape[-1] == LATENT_CHANNELS:
-        return {**made, "latents": latents}
-    c = LATENT_CHANNELS
-    return {
-        **made,
-        "latents": latents[..., :c],
-        "mask": latents[..., c : c + 1],
-        "masked_latents": latents[..., c + 1 :],
-    }
+def tokens(captions: list[str], tokenizer: Tokenizer) -> Arrays:
+    """The token ids and mask of a batch."""
+    ids, mask = tokenizer(captions)
+    if jax.process_count() == 1:  # else all 128 rows: other processes may have longer captions
+        ids, mask = trimmed(ids, mask)
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def split_validation(count: int, config: TrainConfig) -> tuple[np.ndarray | None, np.ndarray]:
-    """(samples to train on, None for all; samples held out), by the run's seed.
+    """(samples for training, None for all; samples held out), by the run's seed.
 
     Raises:
-        ValueError: not enough samples for that.
+        ValueError: too few samples.
     """
-    wanted = config.validation_batches * config.batch_size
-    if wanted == 0:
+    kept = config.validation_batches * config.batch_size
+    if kept == 0:
         return None, np.arange(0)
-    if wanted + config.batch_size > count:
+    if kept + config.batch_size > count:
         raise ValueError(
             f"{config.validation_batches} validation batches of {config.batch_size} leave less "
             f"than a batch of the {count} samples to train on: ask for fewer."
         )
-    return hold_out(count, wanted, config.seed)
-
-
-def make_loader(
-    config: TrainConfig,
-    source: Any,
-    index: Any,
-    tokenizer: Tokenizer | None,
-    batch_size: int,
-    samples: np.ndarray | None = None,
-) -> Converted:
-    """Batches that are read and decoded as they are needed."""
-    place = (jax.process_index(), jax.process_count())
-    loader = Loader(
-        source, config.data, batch_size, config.seed, *place, samples=samples, index=index
-    )
-    return Converted(loader, convert_uncached(config, tokenizer))
-
-
-def make_cached_loader(
-    config: TrainConfig, cache: Any, batch_size: int, samples: np.ndarray | None = None
-) -> Converted:
-    """Batches of latents and embeddings that were computed beforehand."""
-    place = (jax.process_index(), jax.process_count())
-    shuffle = config.data.shuffle
-    loader = CachedLoader(cache, batch_size, config.seed, *place, shuffle=shuffle, samples=samples)
-    return Converted(loader, convert_cached)
-
-
-def prior_config(config: TrainConfig) -> TrainConfig:
-    """The run's config with the class images as its data."""
-    data = dataclasses.replace(config.data, kind="folder", path=config.prior.path, cache=None)
-    return dataclasses.replace(config, data=data)
+    return hold_out(count, kept, config.seed)
 
 
 def _widened(name: str, x: np.ndarray, width: int) -> np.ndarray:

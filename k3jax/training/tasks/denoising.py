@@ -1,53 +1,146 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each task trains, and its loss as a function of the trained weights.
+"""The task text_to_image: a U-Net that removes noise from latents, given the caption."""
 
-A batch is a dict of arrays, batch first; what is frozen and the same every time may have been
-computed beforehand:
-
-    images uint8 (b, h, w, 3)           or  latents (b, h/8, w/8, 4)
-    input_ids (b, n)                    or  embeds (b, n, d_model)
-    attention_mask bool (b, n)              with either
-    masks float32 (b, h, w) with images, or, for inpainting,
-    mask (b, h/8, w/8, 1) and masked_latents (b, h/8, w/8, 4) with latents
-    weight float32 (b,)                 optional, of each sample
-"""
-
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 
-from k3jax.config import ModelConfig
-from k3jax.model import lora
+from k3jax.model.abstract import COMPONENTS
 from k3jax.model.context import PromptEmbeds, window_length
-from k3jax.model.inpainting_inputs import inpainting_inputs
 from k3jax.model.movq import MoVQ, normalize
-from k3jax.training.denoising_loss import denoising_loss, training_context
+from k3jax.model.tokenizer import Tokenizer
+from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
+from k3jax.training.data.precompute import open_cache
+from k3jax.training.data.training_data import Arrays, TrainingData, open_data, tokens
+from k3jax.training.denoising_loss import check_loss, denoising_loss, training_context
+from k3jax.training.sample_grids import embed_prompts, grid, pipeline_of
 from k3jax.training.state import Weights, with_weights
-from k3jax.training.tasks import reading as scene_text
-from k3jax.training.tasks.autoencoder import movq_loss
+from k3jax.training.tasks.task import Batch, Modules, Task
 from k3jax.training.train_config import TrainConfig
 
 
-Batch = Mapping[str, jax.Array]
-Modules = Mapping[str, nnx.Module]
+class Denoising(Task):
+    """Trains the U-Net, and the networks of the text that `train.components` names with it."""
 
+    name = "text_to_image"
 
-@dataclass(frozen=True)
-class Task:
-    """Attributes:
-    trained: abstract modules of the trained components, in the dtype of the computation.
-    frozen: names of the components that the loss needs besides.
-    loss: (weights, frozen modules, batch, key) -> (scalar, metrics).
-    fixed: beginnings of the names of trained components' weights that stay as they are.
-    """
+    def __init__(self, config, model, base, mesh):
+        super().__init__(config, model, base, mesh)
+        needed = ["text_projection", "unet"]
+        if config.data.cache is None:
+            needed = ["text_encoder", *needed, "movq"]
+        self.frozen = tuple(name for name in needed if name not in self.trained)
 
-    trained: dict[str, nnx.Module]
-    frozen: tuple[str, ...]
-    loss: Callable[[Weights, Modules, Batch, jax.Array], tuple[jax.Array, dict]]
-    fixed: tuple[str, ...] = ()
+    @classmethod
+    def components(cls, config: TrainConfig) -> tuple[str, ...]:
+        names, allowed = super().components(config), ("text_encoder", "text_projection", "unet")
+        if "unet" not in names or not set(names) <= set(allowed):
+            raise ValueError(
+                f"train.components is {names}, but the task {cls.name} trains the unet and may "
+                f"train {', '.join(allowed[:2])} with it."
+            )
+        if config.data.cache is not None and "text_encoder" in names:
+            raise ValueError(
+                "train.data.cache holds the embeddings of a frozen text encoder, but "
+                "train.components has text_encoder: leave out one of the two."
+            )
+        return names
+
+    def needed_components(self) -> list[str]:
+        scratch = self.trained if self.config.from_scratch else ()
+        return [name for name in COMPONENTS if name not in scratch]
+
+    def check(self) -> None:
+        super().check()
+        check_loss(self.config.loss, self.model.sampler)
+
+    def open_data(self, tokenizer: Path, progress: bool) -> TrainingData:
+        tokenize = Tokenizer(tokenizer)
+
+        def cache(source, index):
+            args = (self.config, self.name, self.base, source, index, tokenize)
+            return open_cache(*args, self.cached_latents, progress)
+
+        return open_data(
+            self.config,
+            lambda batch, number: self.arrays(batch, number, tokenize),
+            None if self.config.data.cache is None else cache,
+            self.cached_arrays,
+        )
+
+    def arrays(self, batch: Mapping[str, Any], number: int, tokenize: Tokenizer) -> Arrays:
+        """Batch `number` of images and captions as arrays for the loss."""
+        return {"images": batch["images"], **tokens(batch["captions"], tokenize)}
+
+    def cached_arrays(self, batch: Mapping[str, Any], number: int) -> Arrays:
+        """A batch of the cache as arrays for the loss."""
+        arrays = {name: batch[name] for name in ("embeds", "attention_mask")}
+        return {**arrays, "latents": np.asarray(batch["latents"], np.float32)}
+
+    def cached_latents(self, movq: MoVQ, images: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        """What the cache holds of images uint8 (b, h, w, 3), besides their captions."""
+        return _encode_images(movq, jax.device_put(images, sharding))
+
+    def modules(self, weights: Weights, frozen: Modules) -> dict[str, nnx.Module]:
+        """All components: the frozen ones, and the trained ones with their weights."""
+        trained = {name: with_weights(m, name, weights) for name, m in self.trained.items()}
+        return {**frozen, **trained}
+
+    def loss(self, weights, frozen, batch, key):
+        modules, (key_caption, key_noise) = self.modules(weights, frozen), jax.random.split(key)
+        context = training_context(
+            modules["text_projection"],
+            prompt_of(batch, modules),
+            self.model.conditioning,
+            key_caption,
+            self.config.loss.caption_dropout,
+        )
+        return denoising_loss(
+            modules["unet"],
+            context,
+            latents_of(batch, modules),
+            key_noise,
+            self.config.loss,
+            self.model.sampler,
+            extra_channels=self.extra_channels(batch, modules),
+            weight=batch.get("weight"),
+        )
+
+    def extra_channels(self, batch: Batch, modules: Modules) -> jax.Array | None:
+        """Input channels of the U-Net that follow the latents, (b, h/8, w/8, c)."""
+        return None
+
+    def sampler(self, batch, tokenizer):
+        prompts = self.shown_prompts(batch)
+        if not prompts:
+            return None
+        args = (self.base, Tokenizer(tokenizer), prompts, self.mesh, self.config.frozen_dtype)
+        embeds, frozen = embed_prompts(*args), functools.cache(self.frozen_module)
+
+        def sample(weights: Weights) -> np.ndarray:
+            names = [n for n in ("text_projection", "unet", "movq") if n not in self.trained]
+            modules = self.modules(weights, {name: frozen(name) for name in names})
+            return self.grid(modules, embeds, batch)
+
+        return sample
+
+    def shown_prompts(self, batch: Batch) -> Sequence[str]:
+        """The prompts of the grids."""
+        return self.config.sample_prompts
+
+    def grid(self, modules: Modules, prompts: PromptEmbeds, batch: Batch) -> np.ndarray:
+        """One image of each prompt with the model's default sampler; image k has seed k."""
+        pipe = pipeline_of(Kandinsky3Pipeline, self.model, modules, self.mesh, len(prompts))
+        side = self.config.data.resolution
+        output = pipe(prompt_embeds=prompts, height=side, width=side, progress_bar=False)
+        return grid(np.stack(output.images))
 
 
 def encode_images(movq: MoVQ, images: jax.Array) -> jax.Array:
@@ -56,7 +149,7 @@ def encode_images(movq: MoVQ, images: jax.Array) -> jax.Array:
 
 
 def prompt_of(batch: Batch, modules: Modules) -> PromptEmbeds:
-    """The embeddings of a batch's captions, encoded here unless they were before."""
+    """The embeddings of a batch's captions: cached, or computed now."""
     mask = batch["attention_mask"]
     if "embeds" in batch:
         embeds = batch["embeds"].astype(jnp.float32)
@@ -66,128 +159,10 @@ def prompt_of(batch: Batch, modules: Modules) -> PromptEmbeds:
 
 
 def latents_of(batch: Batch, modules: Modules) -> jax.Array:
-    """The clean latents of a batch, encoded here unless they were before."""
+    """The clean latents of a batch: cached, or computed now."""
     if "latents" in batch:
         return batch["latents"].astype(jnp.float32)
     return jax.lax.stop_gradient(encode_images(modules["movq"], batch["images"]))
 
 
-def extra_channels_of(batch: Batch, modules: Modules) -> jax.Array:
-    """Mask and masked latents, (b, h/8, w/8, 5)."""
-    if "masked_latents" in batch:
-        mask, masked = batch["mask"], batch["masked_latents"]
-    else:
-        mask, masked = inpainting_inputs(batch["images"], batch["masks"], modules["movq"].encode)
-    return jnp.concatenate([mask, jax.lax.stop_gradient(masked)], axis=-1).astype(jnp.float32)
-
-
-def denoising_task(
-    config: TrainConfig, model: ModelConfig, modules: Modules, *, cached: bool
-) -> Task:
-    """Text to image or inpainting: the U-Net, and what `config.components` names besides.
-
-    Args:
-        modules: abstract, in the dtype of the computation.
-        cached: batches bring latents and text embeddings.
-    """
-    trained = {name: modules[name] for name in config.components}
-    needed = ["text_projection", "unet"]
-    if not cached or "text_encoder" in trained:
-        needed.insert(0, "text_encoder")
-    if not cached:
-        needed.append("movq")
-    frozen = tuple(name for name in needed if name not in trained)
-
-    def loss(weights, given, batch, key):
-        here = dict(given)
-        for name, module in trained.items():
-            here[name] = with_weights(module, name, weights)
-        return _denoising_loss(config, model, here, batch, key)
-
-    return Task(trained, frozen, loss)
-
-
-def lora_task(
-    config: TrainConfig, model: ModelConfig, modules: Modules, factor: float, *, cached: bool
-) -> Task:
-    """Low-rank updates of the U-Net's attention; every component is frozen.
-
-    The weights are `lora_weights`: "NAME.a" and "NAME.b" of each linear layer.
-    """
-    frozen = ("text_projection", "unet") if cached else tuple(modules)
-
-    def loss(weights, given, batch, key):
-        unet = lora.apply(given["unet"], nested(weights), factor)
-        return _denoising_loss(config, model, {**given, "unet": unet}, batch, key)
-
-    return Task({}, frozen, loss)
-
-
-def movq_task(modules: Modules, *, decoder_only: bool) -> Task:
-    """The autoencoder, or of it only what comes behind the latents."""
-    fixed = ("movq.encoder.", "movq.quant_conv.") if decoder_only else ()
-
-    def loss(weights, given, batch, key):
-        weights = {
-            name: jax.lax.stop_gradient(value) if name.startswith(fixed) else value
-            for name, value in weights.items()
-        }
-        return movq_loss(with_weights(modules["movq"], "movq", weights), batch["images"], key)
-
-    return Task({"movq": modules["movq"]}, (), loss, fixed)
-
-
-def reading_task(modules: Modules) -> Task:
-    """The text encoder from scratch, with the heads that ask it."""
-    heads = scene_text.ReadingHeads(modules["text_encoder"].config.d_model, seed=0)
-    trained = {"text_encoder": modules["text_encoder"], "reading_heads": heads}
-
-    def loss(weights, given, batch, key):
-        here = {name: with_weights(module, name, weights) for name, module in trained.items()}
-        labels = {name: batch[name] for name in scene_text.QUESTIONS}
-        return scene_text.reading_loss(
-            here["text_encoder"],
-            here["reading_heads"],
-            batch["input_ids"],
-            batch["attention_mask"],
-            batch["nouns"],
-            labels,
-        )
-
-    return Task(trained, (), loss)
-
-
-def nested(weights: Weights) -> dict[str, dict[str, jax.Array]]:
-    """{"x.y.a": ..., "x.y.b": ...} -> {"x.y": {"a": ..., "b": ...}}: what `model.lora` takes."""
-    layers: dict[str, dict[str, jax.Array]] = {}
-    for name, value in weights.items():
-        layer, _, part = name.rpartition(".")
-        layers.setdefault(layer, {})[part] = value
-    return layers
-
-
-def flattened(layers: Mapping[str, Mapping[str, jax.Array]]) -> Weights:
-    """The inverse of `nested`."""
-    return {f"{name}.{part}": value for name, ab in layers.items() for part, value in ab.items()}
-
-
-def _denoising_loss(config, model, modules, batch, key):
-    key_caption, key_noise = jax.random.split(key)
-    context = training_context(
-        modules["text_projection"],
-        prompt_of(batch, modules),
-        model.conditioning,
-        key_caption,
-        config.loss.caption_dropout,
-    )
-    extra = extra_channels_of(batch, modules) if config.task == "inpainting" else None
-    return denoising_loss(
-        modules["unet"],
-        context,
-        latents_of(batch, modules),
-        key_noise,
-        config.loss,
-        model.sampler,
-        extra_channels=extra,
-        weight=batch.get("weight"),
-    )
+_encode_images = jax.jit(encode_images)

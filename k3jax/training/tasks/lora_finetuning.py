@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA: the weights that training begins with, and a checkpoint with those it ended with.
+"""The tasks with `train.lora`: low-rank updates of a U-Net's attention; all components are frozen.
 
 How a LoRA works is in `k3jax.model.lora`. A loss for `jax.grad` over the LoRA's weights alone:
 
@@ -7,14 +7,59 @@ How a LoRA works is in `k3jax.model.lora`. A loss for `jax.grad` over the LoRA's
         return objective(lora.apply(unet, weights, lora.update_factor(config)), batch)
 """
 
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
 import numpy as np
 from flax import nnx
 
-from k3jax.checkpoints.lora_files import load_lora, warn_of_another_base
-from k3jax.checkpoints.restore import CheckpointWriter, iterate_leaves, read_checkpoint
 from k3jax.config import LoraConfig
 from k3jax.model import lora
-from k3jax.model.abstract import abstract_module
+from k3jax.training.result import save_lora_result
+from k3jax.training.state import Weights
+from k3jax.training.tasks.denoising import Denoising
+from k3jax.training.tasks.inpainting import Inpainting
+from k3jax.training.tasks.task import structs
+
+
+class LoraDenoising(Denoising):
+    """Trains the factors A and B of each linear layer; their names are "NAME.a" and "NAME.b"."""
+
+    def __init__(self, config, model, base, mesh):
+        super().__init__(config, model, base, mesh)
+        unet = self.abstract("unet")
+        self._first = init_lora(unet, config.lora, config.seed)
+        self.shapes = structs(flattened(self._first))
+        self.shardings = flattened(lora.lora_shardings(unet, self._first, mesh))
+
+    def trained_components(self) -> tuple[str, ...]:
+        return ()
+
+    def first_weights(self) -> Weights:
+        return flattened(self._first)
+
+    def modules(self, weights, frozen):
+        factor = lora.update_factor(self.config.lora)
+        return {**frozen, "unet": lora.apply(frozen["unet"], nested(weights), factor)}
+
+    def frozen_modules(self) -> dict[str, nnx.Module]:
+        return {name: self.frozen_module(name, self.config.dtype) for name in self.frozen}
+
+    def save_result(self, folder: Path, weights, tokenizer, steps) -> Path:
+        return save_lora_result(folder, nested(weights), self.config.lora, self.base.fingerprint)
+
+
+class LoraInpainting(LoraDenoising, Inpainting):
+    """The same for a U-Net of 9 input channels."""
+
+    def check(self) -> None:
+        if self.base is not None and self.base.config.unet != self.model.unet:
+            raise ValueError(
+                f"{self.base.path} is not an inpainting checkpoint: train a LoRA for inpainting on "
+                "one."
+            )
+        super().check()
 
 
 def init_lora(
@@ -45,37 +90,15 @@ def init_lora(
     }
 
 
-def merged_checkpoint(base, lora_folder, path, scale: float = 1.0, overwrite: bool = False) -> None:
-    """Writes a checkpoint whose U-Net has the LoRA in its kernels, for `k3jax export`.
+def nested(weights: Weights) -> dict[str, dict[str, jax.Array]]:
+    """{"x.y.a": ..., "x.y.b": ...} -> {"x.y": {"a": ..., "b": ...}}: the form of `model.lora`."""
+    layers: dict[str, dict[str, jax.Array]] = {}
+    for name, value in weights.items():
+        layer, _, part = name.rpartition(".")
+        layers.setdefault(layer, {})[part] = value
+    return layers
 
-    Every other component is shared with the base, not copied. The sum W + A B is made in float32
-    and rounded to the base's dtype on disk. Memory: one array besides what the writer holds.
 
-    Args:
-        base: the checkpoint that the LoRA was trained on; of another one it is a warning.
-        scale: strength of the LoRA, 1 as it was trained.
-
-    Raises:
-        CheckpointError: a LoRA or checkpoint that cannot be read, a LoRA of another architecture,
-            or a destination that exists.
-    """
-    base, loaded = read_checkpoint(base), load_lora(lora_folder)
-    factor = np.float32(lora.update_factor(loaded.config, scale))
-    base.component_path("unet")
-    unet = abstract_module("unet", base.config)
-    lora.check_fits(loaded.weights, unet, loaded.config, where=f"The LoRA {loaded.path}")
-    warn_of_another_base(loaded, base.fingerprint)
-    with CheckpointWriter(path, overwrite=overwrite) as writer:
-        writer.add_tokenizer(base.path / "tokenizer")
-        for component in base.component_paths:
-            if component != "unet":
-                writer.share(component, base.path)
-        for name, array in iterate_leaves(base, "unet"):
-            layer, _, leaf = name.rpartition(".")
-            if leaf == "kernel" and layer in loaded.weights:
-                pair = loaded.weights[layer]
-                update = factor * (pair["a"] @ pair["b"])
-                array = (array.astype(np.float32) + update).astype(array.dtype)
-            writer.write("unet", {name: array})
-        settings = {"base_fingerprint": loaded.base_fingerprint, "scale": scale}
-        writer.commit(base.config, {**base.source, "lora": settings}, base.dtype)
+def flattened(layers: Mapping[str, Mapping[str, jax.Array]]) -> Weights:
+    """The inverse of `nested`."""
+    return {f"{name}.{part}": value for name, ab in layers.items() for part, value in ab.items()}
