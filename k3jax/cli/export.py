@@ -59,7 +59,7 @@ def _merged(args: argparse.Namespace) -> Iterator[str | Path]:
     if args.lora is None:
         yield args.checkpoint
         return
-    from k3jax.training.tasks.lora_finetuning import merged_checkpoint
+    from k3jax.training.result import merged_checkpoint
 
     parent = Path(args.destination).absolute().parent
     parent.mkdir(parents=True, exist_ok=True)

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from k3jax.config import ModelConfig, SamplerName, from_dict, suggestion, to_dict
+from k3jax.convert.options import ConvertConfig, ExportConfig
+from k3jax.synthesis.options import SynthesizeConfig
 from k3jax.training.train_config import TrainConfig
 
 
 Dtype = Literal["bfloat16", "float32"]
-Variant = Literal["base", "flash", "inpainting"]
 
 
 @dataclass(frozen=True)
@@ -64,53 +65,12 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
-class SynthesizeConfig:
-    """The form of a data set and how it is made; what its images are stands in `GenerateConfig`."""
-
-    format: Literal["webdataset", "parquet", "files"] = "webdataset"
-    image_format: Literal["jpeg", "png", "webp"] = "jpeg"
-    quality: int | None = None
-    lossless: bool = False
-    samples_per_shard: int = 1000
-    buckets: tuple[str, ...] = ()
-    max_sizes: int = 16
-    columns: tuple[str, ...] = ()
-    """NAME=THEIRS each."""
-    prompts_format: Literal["txt", "jsonl", "csv", "parquet"] | None = None
-    skip_bad: bool = False
-    strength: float | None = None
-    image_folder: str | None = None
-    check: Literal["sha256", "size", "none"] = "sha256"
-    phases: Literal["auto", "together", "alternate"] = "auto"
-    shards_per_phase: int = 4
-    grace_seconds: float = 30.0
-
-
-@dataclass(frozen=True)
 class EditConfig:
     """How `img2img`, `inpaint` and `outpaint` change images; None leaves it to the pipeline."""
 
     strength: float | None = None
     max_area: int | None = None
     feather: float | None = None
-
-
-@dataclass(frozen=True)
-class ConvertConfig:
-    """Arguments of `k3jax.convert.from_torch.convert`."""
-
-    variant: Variant = "base"
-    weights_variant: str | None = None
-    text_encoder_from: str | None = None
-    param_dtype: Literal["bfloat16", "float16", "float32"] | None = None
-
-
-@dataclass(frozen=True)
-class ExportConfig:
-    """Arguments of `k3jax.convert.to_torch.export`."""
-
-    layout: Literal["diffusers", "original"] = "diffusers"
-    variant: Variant | None = None
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,9 @@ def run(args: argparse.Namespace) -> int:
     config = build(values, checkpoint.config)
     if values.get("model"):
         check_architecture(checkpoint, config)
-    wanted = settings_of(config, args.size)
+    wanted = settings_of(
+        config.model, config.synthesize, config.generate, config.pipeline, args.size
+    )
     text_encoder_form(config.pipeline.int8_text_encoder, config.pipeline.stream_text_encoder)
 
     from k3jax.synthesis.loading import Devices, Weights, loader, weights_fit_together
@@ -159,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
     weights = Weights(checkpoint, config.pipeline.lora, config.pipeline.lora_scale)
     check_lora(config)
     opened = open_data_set(
-        args.source, args.output, share, weights, config, wanted, args.progress, devices
+        args.source, args.output, share, weights, config.synthesize, wanted, args.progress, devices
     )
     layout = opened.manifest.layout
     mine = len(share.shards(layout.shards))

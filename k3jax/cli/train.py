@@ -56,9 +56,17 @@ def run(args: argparse.Namespace) -> int:
         )
     config = build(values)
 
-    from k3jax.training.run import train
+    from k3jax.training.run import TrainingRun, train_stages
 
-    result = train(config, args.progress)
+    stages = config.train.stages
+    runs = {name: build(collect(name)) for name in stages} if stages else {"": config}
+    result = train_stages(
+        {
+            name: TrainingRun(run.train, run.checkpoint, run.model, run.pipeline.mesh)
+            for name, run in runs.items()
+        },
+        args.progress,
+    )
     if result is None:
         print("k3jax: stopped; the same command goes on from here.", file=sys.stderr)
         return 1

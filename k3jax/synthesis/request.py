@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from k3jax.arguments import check_number
-from k3jax.cli.run_config import RunConfig
+from k3jax.config import ModelConfig
 from k3jax.model.tokenizer import check_prompt
 from k3jax.pipelines import request
 from k3jax.pipelines.memory import check_memory
@@ -18,6 +18,7 @@ from k3jax.synthesis.files import is_remote
 from k3jax.synthesis.layout import INDEX, MANIFEST
 from k3jax.synthesis.loading import Devices, Weights
 from k3jax.synthesis.locks import LOCK_FILE
+from k3jax.synthesis.options import SynthesizeConfig
 from k3jax.synthesis.prompt_source import PromptIndex, PromptSource, spool
 from k3jax.synthesis.run import indexed, keep_index
 from k3jax.synthesis.run_manifest import (
@@ -47,16 +48,20 @@ class DataSet:
     rules: RowRules
 
 
-def settings_of(config: RunConfig, size: str | None = None) -> Settings:
+def settings_of(
+    model: ModelConfig, options: SynthesizeConfig, generate, pipeline, size: str | None = None
+) -> Settings:
     """The settings of a data set.
 
     Args:
-        size: WIDTHxHEIGHT; None: as `config` says.
+        generate: the options of its images.
+        pipeline: how the model runs.
+        size: WIDTHxHEIGHT; None: that of `generate`.
 
     Raises:
         ValueError: one of them is wrong.
     """
-    wanted, made, model = config.synthesize, config.generate, config.model
+    wanted, made = options, generate
     width, height = (made.width, made.height) if size is None else parse_size(size)
     width, height = width or model.sample_size, height or model.sample_size
     for w, h in ((width, height), *map(parse_size, wanted.buckets)):
@@ -103,12 +108,12 @@ def settings_of(config: RunConfig, size: str | None = None) -> Settings:
         sampler=sampler,
         guidance_interval=made.guidance_interval,
         conditioning=model.conditioning,
-        dtype=config.pipeline.dtype,
-        param_dtype=config.pipeline.param_dtype or config.pipeline.dtype,
+        dtype=pipeline.dtype,
+        param_dtype=pipeline.param_dtype or pipeline.dtype,
         columns=tuple(f"{name}={theirs}" for name, theirs in sorted(columns.items())),
         skip_bad=wanted.skip_bad,
         strength=wanted.strength,
-        int8_text_encoder=config.pipeline.int8_text_encoder,
+        int8_text_encoder=pipeline.int8_text_encoder,
     )
 
 
@@ -123,7 +128,7 @@ def open_data_set(
     output: str,
     share: Share,
     weights: Weights,
-    config: RunConfig,
+    options: SynthesizeConfig,
     settings: Settings,
     progress: bool = False,
     devices: Devices | None = None,
@@ -137,7 +142,7 @@ def open_data_set(
         ValueError: bad prompts, a folder that cannot be written, or one of another data set; images
             that cannot fit in the devices' memory.
     """
-    store, kind = store_at(output), config.synthesize.prompts_format
+    store, kind = store_at(output), options.prompts_format
     _check_folder(store)
     found_at = [str(Path(p).absolute()) if _is_local(p) else p for p in paths]
     if STDIN in paths:
@@ -151,15 +156,17 @@ def open_data_set(
         store.prepare()
         name = spool(sys.stdin.buffer, store, kind)
         paths, found_at = [f"{store}/{name}"], [INSIDE + name]
-    rules = settings.row_rules(config.model)
+    rules = settings.row_rules(weights.checkpoint.config)
     source = open_source(paths, settings, rules, kind)
     index = indexed(store, source, rules, progress)
-    _check_prompts(index, settings, config.synthesize.max_sizes)
+    _check_prompts(index, settings, options.max_sizes)
     if devices is not None:
         # Rows may do without guidance.
         sizes = list(index.sizes)
         size = devices.batch_size
-        check_memory(config.model, devices.mesh, size, settings.dtype, sizes, guided=False)
+        check_memory(
+            weights.checkpoint.config, devices.mesh, size, settings.dtype, sizes, guided=False
+        )
     if index.unused:
         names = ", ".join(index.unused[:10])
         print(f"k3jax: note: columns that are not used: {names}.", file=sys.stderr)
@@ -172,7 +179,7 @@ def open_data_set(
             **weights.places,
             "prompts": found_at,
             "prompts_format": kind,
-            "images": config.synthesize.image_folder or image_folder(found_at[0]),
+            "images": options.image_folder or image_folder(found_at[0]),
         },
     )
     store.prepare()

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """One training run, or the stages of a recipe one after the other.
 
-config, checkpoint -> start -> data -> state -> loop -> result
+config, checkpoint -> task -> data -> state -> loop -> result
 """
 
 import contextlib
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,162 +15,146 @@ import jax.numpy as jnp
 import numpy as np
 
 from k3jax.checkpoints.format import read_checkpoint
-from k3jax.cli.run_config import RunConfig, build, collect
-from k3jax.config import to_dict
-from k3jax.model.tokenizer import Tokenizer
+from k3jax.config import ModelConfig, to_dict
 from k3jax.pipelines.compilation_cache import enable_compilation_cache
 from k3jax.pipelines.programs import computing
 from k3jax.sharding import data_parallelism, make_mesh
-from k3jax.training import sample_grids as samples
-from k3jax.training.data.inpainting_masks import check_masks
-from k3jax.training.data.open_source import open_source
-from k3jax.training.data.precompute import index_of, open_cache
-from k3jax.training.data.training_data import (
-    SceneReading,
-    WithPrior,
-    make_cached_loader,
-    make_loader,
-    prior_config,
-    split_validation,
-)
-from k3jax.training.denoising_loss import check_loss
 from k3jax.training.loop import put_batch, run_loop
 from k3jax.training.loss_plot import plot_losses
 from k3jax.training.metrics import METRICS, MetricWriter, read_metrics
 from k3jax.training.optimizer import learning_rate, make_optimizer
-from k3jax.training.result import final_weights, save_result
 from k3jax.training.run_checkpoints import RunCheckpoints
 from k3jax.training.run_folder import RunFolder
 from k3jax.training.signals import Stop, stop_requested
 from k3jax.training.state import (
     TrainState,
     abstract_state,
+    final_weights,
     new_state,
     state_shardings,
 )
-from k3jax.training.step import make_step
-from k3jax.training.tasks.task import (
-    Start,
-    architecture,
-    check_base,
-    first_weights,
-    frozen_modules,
-    own_tokenizer,
-    prepare,
-)
-from k3jax.training.throughput import flops_of
-from k3jax.training.timing import StepTimer
+from k3jax.training.step import step_of
+from k3jax.training.tasks import make_task
+from k3jax.training.tasks.task import Task
+from k3jax.training.throughput import StepTimer, flops_of
 from k3jax.training.train_config import TrainConfig, checked
 
 
-def train(run: RunConfig, progress: bool = False) -> Path | None:
-    """Trains what the config says, or goes on with it; returns the folder of the result.
+@dataclass(frozen=True)
+class TrainingRun:
+    """One training run: its settings, and what it starts from.
 
-    None: a signal ended the run before its last step; the same call goes on from there.
+    Attributes:
+        checkpoint: folder of the weights to start from.
+        model: the architecture, where no checkpoint has it.
+        mesh: devices; see `k3jax.sharding.make_mesh`.
+    """
+
+    train: TrainConfig
+    checkpoint: str | None = None
+    model: ModelConfig | None = None
+    mesh: str = "data=-1"
+
+
+def train(run: TrainingRun, progress: bool = False) -> Path | None:
+    """Starts or resumes a run; returns the folder of the result.
+
+    None: a signal ended the run before its last step; the same call resumes it.
 
     Raises:
         ValueError: one sentence, before anything is trained: a config, checkpoint or data set that
             cannot be used.
     """
+    return train_stages({"": run}, progress)
+
+
+def train_stages(runs: Mapping[str, TrainingRun], progress: bool = False) -> Path | None:
+    """Runs the stages of a recipe, one after the other, as `train` does.
+
+    Args:
+        runs: name of a stage -> its run.
+    """
     enable_compilation_cache()
-    runs = [run] if not run.train.stages else [_stage(name) for name in run.train.stages]
     result = None
     with stop_requested() as stop:
-        for number, stage in enumerate(runs):
+        for number, (name, run) in enumerate(runs.items(), start=1):
             if len(runs) > 1 and jax.process_index() == 0:
-                name = run.train.stages[number]
-                print(f"stage {number + 1} of {len(runs)}: {name} ({stage.train.output})")
-            result = _train(stage, stop, progress)
+                print(f"stage {number} of {len(runs)}: {name} ({run.train.output})")
+            result = _train(run, stop, progress)
             if result is None:
                 break
     return result
 
 
-def _stage(name: str) -> RunConfig:
-    return build(collect(name))
-
-
-def _train(run: RunConfig, stop: Stop, progress: bool) -> Path | None:
+def _train(run: TrainingRun, stop: Stop, progress: bool) -> Path | None:
     config = checked(run.train)
     folder = RunFolder(config.output)
     base = None if run.checkpoint is None else read_checkpoint(run.checkpoint)
     if base is None and run.model is None:
         raise ValueError("train needs a checkpoint (--checkpoint DIR) or a config with a `model`.")
-    mesh = make_mesh(run.pipeline.mesh)
+    mesh = make_mesh(run.mesh)
     _check_batch(config, data_parallelism(mesh))
-    check_masks(config.masks, config.data)
-    start = prepare(config, architecture(config, run.model, base), base, mesh)
-    check_base(start)
-    config = start.config
-    if config.task in ("text_to_image", "inpainting"):
-        check_loss(config.loss, start.model.sampler)
-    description = _description(start)
+    task = make_task(config, run.model, base, mesh)
+    task.check()
+    description = {
+        "train": to_dict(task.config),
+        "model": to_dict(task.model),
+        "base": None if base is None else base.fingerprint,
+    }
     folder.check(description)
     if (result := folder.finished(config.steps)) is not None:
         if jax.process_index() == 0:
-            print(f"{folder.path} has made its {config.steps} steps: there is nothing left to do.")
+            print(f"{folder.path} is finished: it has all {config.steps} steps.")
         return result
-    tokenizer_folder = base.path / "tokenizer" if base is not None else None
     with folder.lock():
-        folder.check(description)  # again, for what another process did meanwhile
-        if config.task == "text_encoder":
-            tokenizer_folder = own_tokenizer(folder.path, config.seed, anew=not folder.started())
-        state = _steps(start, folder, description, tokenizer_folder, stop, progress)
+        folder.check(description)  # again: another process may have changed it meanwhile
+        tokenizer = task.tokenizer(folder.path, new=not folder.started())
+        state = _run_steps(task, folder, description, tokenizer, stop, progress)
         _plot(folder.path)
         if int(state.step) < config.steps:
             return None
-        source = {"layout": "k3jax train", "task": config.task, "steps": config.steps}
-        if base is not None:
-            source["base"] = {"fingerprint": base.fingerprint, "source": base.source}
-        result = save_result(start, folder.path, final_weights(state), tokenizer_folder, source)
+        result = task.save_result(folder.path, final_weights(state), tokenizer, config.steps)
         folder.record_result(config.steps, result)
     return result
 
 
-def _steps(
-    start: Start,
+def _run_steps(
+    task: Task,
     folder: RunFolder,
     description: Mapping[str, Any],
-    tokenizer_folder: Path | None,
+    tokenizer: Path | None,
     stop: Stop,
     progress: bool,
 ) -> TrainState:
-    """Makes the steps that are left, from the newest checkpoint if there is one."""
-    config, mesh = start.config, start.mesh
-    optimizer = make_optimizer(config.optimizer, config.steps, start.task.fixed)
-    placed = state_shardings(
-        start.shapes, start.placed, optimizer, mesh, config.ema_decay is not None
+    """Runs the remaining steps, from the newest checkpoint if there is one."""
+    config, mesh = task.config, task.mesh
+    optimizer = make_optimizer(config.optimizer, config.steps, task.fixed)
+    shardings = state_shardings(
+        task.shapes, task.shardings, optimizer, mesh, config.ema_decay is not None
     )
     with contextlib.ExitStack() as stack:
-        data = open_data(start, tokenizer_folder, progress)
+        data = task.open_data(tokenizer, progress)
         stack.callback(data.batches.close)
         checkpoints = stack.enter_context(RunCheckpoints(folder.path, config.checkpoint))
         writer = stack.enter_context(MetricWriter(folder.path))
         stack.enter_context(computing(mesh, config.dtype))
         if checkpoints.latest_step() is None:
-            state, position = new_state(first_weights(start), optimizer, placed), {}
+            state, position = new_state(task.first_weights(), optimizer, shardings), {}
         else:
-            abstract = abstract_state(start.shapes, optimizer, placed)
+            abstract = abstract_state(task.shapes, optimizer, shardings)
             state, position = checkpoints.restore_newest(abstract)
             data.batches.restore(position["data"])
-        frozen = frozen_modules(start)
-        step = make_step(
-            start.task.loss,
-            optimizer,
-            seed=config.seed,
-            ema_decay=config.ema_decay,
-            gradient_accumulation_steps=config.optimizer.gradient_accumulation_steps,
-        )
+        frozen = task.frozen_modules()
+        step = step_of(task.loss, optimizer, config)
         first = data.batches.batch(0)
-        timer = StepTimer(config.batch_size, _model_flops(start, frozen, first), mesh.devices.flat)
-        validate = _validation(start, frozen, data.validation)
-        sample = _sampling(start, first, tokenizer_folder, writer)
+        flops = _model_flops(task, frozen, first)
+        sample = None if not config.sample_every else task.sampler(first, tokenizer)
         folder.record(description)
         writer.resume(int(state.step))
         return run_loop(
             config,
             mesh,
-            jax.jit(step, donate_argnums=0, out_shardings=(placed, None)),
+            jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
             state,
             frozen,
             data.batches,
@@ -179,81 +163,27 @@ def _steps(
             stop,
             position=position,
             learning_rate=learning_rate(config.optimizer, config.steps),
-            timer=timer,
-            validate=validate,
-            sample=sample,
+            timer=StepTimer(config.batch_size, flops, mesh.devices.flat),
+            validate=_validation(task, frozen, data.validation),
+            sample=sample and (lambda state: sample(final_weights(state))),
         )
 
 
 def _plot(folder: Path) -> None:
-    """Draws the losses of the run, as far as its metrics are there."""
+    """Draws the losses of the run, if it has any."""
     metrics = folder / METRICS
     if jax.process_index() == 0 and metrics.exists():
         if any(record.get("loss") is not None for record in read_metrics(metrics)):
             plot_losses(metrics, folder / "loss.png")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Data:
-    """Attributes:
-    batches: what is trained on.
-    validation: batches that are not, always the same ones.
-    """
-
-    batches: Any
-    validation: list[dict[str, np.ndarray]]
-
-
-def open_data(start: Start, tokenizer_folder: Path | None, progress: bool) -> _Data:
-    """The batches of a run; latents and embeddings are computed here if they are to be cached."""
-    config = start.config
-    if config.task == "text_encoder":
-        tokenizer = Tokenizer(tokenizer_folder)
-        held_out = SceneReading(tokenizer, config.batch_size, config.seed, "test")
-        validation = [held_out.batch(number) for number in range(config.validation_batches)]
-        return _Data(SceneReading(tokenizer, config.batch_size, config.seed), validation)
-    tokenizer = None if config.task == "movq" else Tokenizer(tokenizer_folder)
-    source = open_source(config.data, seed=config.seed)
-    if config.data.crop is not None:
-        data = dataclasses.replace(config.data, resolution=config.data.crop)
-        config = dataclasses.replace(config, data=data)
-    index = index_of(source, config.data)
-    used, held_out = split_validation(len(source), config)
-    size = config.batch_size
-    if config.data.cache is not None and config.task != "movq":
-        cache = open_cache(config, start.base, source, index, tokenizer, progress)
-        batches = make_cached_loader(config, cache, size, used)
-        kept = make_cached_loader(config, cache, size, held_out) if len(held_out) else None
-    elif config.prior is not None:
-        prior = prior_config(config)
-        count = round(size * prior.prior.share)
-        if not 0 < count < size:
-            raise ValueError(
-                f"train.prior.share is {prior.prior.share}, which leaves {size - count} of "
-                f"{size} samples to the subject: both need at least one."
-            )
-        classes = open_source(prior.data)
-        batches = WithPrior(
-            make_loader(config, source, index, tokenizer, size - count, used),
-            make_loader(prior, classes, index_of(classes, prior.data), tokenizer, count),
-            prior.prior.weight,
-        )
-        kept = None
-    else:
-        batches = make_loader(config, source, index, tokenizer, size, used)
-        kept = (
-            make_loader(config, source, index, tokenizer, size, held_out) if len(held_out) else None
-        )
-    return _Data(batches, [kept.batch(n) for n in range(config.validation_batches)] if kept else [])
-
-
-def _validation(start: Start, frozen, batches) -> Callable[[TrainState], float] | None:
-    """The loss of the held-out batches with the averaged weights; same noise every time."""
+def _validation(task: Task, frozen: Any, batches: Sequence) -> Callable[[TrainState], float] | None:
+    """The loss of the held-out batches with the averaged weights and the same noise."""
     if not batches:
         return None
-    put = [put_batch(batch, start.mesh) for batch in batches]
-    loss = jax.jit(lambda *args: start.task.loss(*args)[0])
-    keys = jax.random.split(jax.random.key(start.config.seed + 1), len(put))
+    put = [put_batch(batch, task.mesh) for batch in batches]
+    loss = jax.jit(lambda *args: task.loss(*args)[0])
+    keys = jax.random.split(jax.random.key(task.config.seed + 1), len(put))
 
     def validate(state: TrainState) -> float:
         weights = final_weights(state)
@@ -263,23 +193,15 @@ def _validation(start: Start, frozen, batches) -> Callable[[TrainState], float] 
     return validate
 
 
-def _sampling(start: Start, batch, tokenizer_folder, writer: MetricWriter):
-    """What shows the state as a grid of pictures, or None."""
-    config = start.config
-    if not config.sample_every or config.task == "text_encoder":
-        return None
-    return samples.SampleGrids(start, batch, tokenizer_folder, writer).show
-
-
-def _model_flops(start: Start, frozen, batch) -> float | None:
-    """Of one step: a backward pass costs twice the forward one."""
+def _model_flops(task: Task, frozen: Any, batch: Mapping[str, np.ndarray]) -> float | None:
+    """FLOPs of one step: the backward pass costs twice the forward pass."""
     abstract = {
         name: jax.ShapeDtypeStruct(
             (len(x) * jax.process_count(), *x.shape[1:]), jnp.asarray(x).dtype
         )
         for name, x in batch.items()
     }
-    lowered = jax.jit(start.task.loss).lower(start.shapes, frozen, abstract, jax.random.key(0))
+    lowered = jax.jit(task.loss).lower(task.shapes, frozen, abstract, jax.random.key(0))
     flops = flops_of(lowered)
     return None if flops is None else 3 * flops
 
@@ -292,8 +214,3 @@ def _check_batch(config: TrainConfig, splits: int) -> None:
             f"devices (data x fsdp) and gradient accumulation into {parts} parts: choose a "
             f"multiple of {splits * parts}."
         )
-
-
-def _description(start: Start) -> dict[str, Any]:
-    base = None if start.base is None else start.base.fingerprint
-    return {"train": to_dict(start.config), "model": to_dict(start.model), "base": base}

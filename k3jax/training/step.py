@@ -15,10 +15,24 @@ import jax.numpy as jnp
 import optax
 
 from k3jax.training.state import TrainState, Weights
+from k3jax.training.train_config import TrainConfig
 
 
 # (trained weights, frozen modules, batch, key) -> (loss, metrics)
 Loss = Callable[[Weights, Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+def step_of(
+    loss: Loss, optimizer: optax.GradientTransformation, config: TrainConfig
+) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]:
+    """The step of a run; see `make_step`."""
+    return make_step(
+        loss,
+        optimizer,
+        seed=config.seed,
+        ema_decay=config.ema_decay,
+        gradient_accumulation_steps=config.optimizer.gradient_accumulation_steps,
+    )
 
 
 def make_step(
@@ -32,9 +46,9 @@ def make_step(
     """The step as a function to be jitted with its first argument donated.
 
     Args:
-        gradient_accumulation_steps: the batch is worked through in so many parts, one after the
-            other, with the memory of one part. Each part takes every n-th sample, so that a batch
-            that is split over devices stays where it is.
+        gradient_accumulation_steps: number of parts of a batch that are computed one after the
+            other, with the memory of one part. Each part has every n-th sample, so that a batch
+            that is split over devices is not moved.
     """
     gradient = jax.value_and_grad(loss, has_aux=True)
 
@@ -48,8 +62,8 @@ def make_step(
 
         def add(total, inputs):
             number, part = inputs
-            made = gradient(weights, frozen, part, jax.random.fold_in(key, number))
-            return jax.tree.map(lambda t, m: t + m / parts, total, made), None
+            result = gradient(weights, frozen, part, jax.random.fold_in(key, number))
+            return jax.tree.map(lambda t, m: t + m / parts, total, result), None
 
         cuts = (jnp.arange(parts), jax.tree.map(cut, batch))
         one = jax.tree.map(lambda x: x[0], cuts[1])

@@ -6,8 +6,8 @@ import dataclasses
 import jax
 import pytest
 
-from k3jax.cli.run_config import RunConfig
 from k3jax.sharding import make_mesh
+from k3jax.training.run import TrainingRun
 from k3jax.training.train_config import (
     CheckpointConfig,
     DataConfig,
@@ -43,7 +43,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def run(base, cache, tmp_path, monkeypatch):
-    """Makes a RunConfig: 13 scenes at 64 pixels, 8 a step, float32, on one device.
+    """Makes a TrainingRun: 13 scenes at 64 pixels, 8 a step, float32, on one device.
 
     What meshes do is in test_step.py; a program for 8 devices takes three times as long to compile.
     """
@@ -78,6 +78,6 @@ def run(base, cache, tmp_path, monkeypatch):
             loss=LossConfig(**(loss or {})),
             **{**defaults, **train},
         )
-        return RunConfig(checkpoint=str(base), train=config)
+        return TrainingRun(config, checkpoint=str(base))
 
     return make

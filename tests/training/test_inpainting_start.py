@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 from k3jax.model.inpainting_inputs import inpainting_inputs
-from k3jax.training.tasks.denoising import extra_channels_of
-from k3jax.training.tasks.inpainting import draw_masks, inpainting_config, inpainting_unet
+from k3jax.training.data.inpainting_masks import draw_masks
+from k3jax.training.tasks.inpainting import extra_channels_of, inpainting_config, inpainting_unet
 from k3jax.training.train_config import MaskConfig
 
 import tiny

@@ -7,9 +7,9 @@ from typing import get_args, get_origin, get_type_hints
 
 import pytest
 
-from k3jax.cli.run_config import RunConfig, build, collect, config_names, load_config
+from k3jax.cli.run_config import build, collect, config_names, load_config
 from k3jax.config import LoraConfig
-from k3jax.training.run import train
+from k3jax.training.run import TrainingRun, train
 from k3jax.training.train_config import PriorConfig, TrainConfig, checked, limits
 
 
@@ -78,7 +78,7 @@ def test_numbers_that_cannot_be_meant(name):
 )
 def test_sentences(name, value, message):
     with pytest.raises(ValueError, match=message):
-        train(RunConfig(train=with_value(FULL, name, value)))
+        train(TrainingRun(with_value(FULL, name, value)))
 
 
 def test_the_configs_that_come_with_k3jax_can_be_meant():

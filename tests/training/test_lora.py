@@ -27,7 +27,8 @@ from k3jax.model.context import Context
 from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
 from k3jax.sampling.denoise import denoise_program
 from k3jax.sharding import make_mesh, shardings
-from k3jax.training.tasks.lora_finetuning import init_lora, merged_checkpoint
+from k3jax.training.result import merged_checkpoint
+from k3jax.training.tasks.lora_finetuning import init_lora
 
 import tiny
 from random_checkpoint import random_module, write_byte_tokenizer

@@ -5,8 +5,13 @@ import numpy as np
 import pytest
 
 from k3jax.scenes.caption import captioned
-from k3jax.training.data.inpainting_masks import MIN_SHARE, OBJECT_MARGIN, check_masks, draw_mask
-from k3jax.training.tasks.inpainting import draw_masks
+from k3jax.training.data.inpainting_masks import (
+    MIN_SHARE,
+    OBJECT_MARGIN,
+    check_masks,
+    draw_mask,
+    draw_masks,
+)
 from k3jax.training.train_config import DataConfig, MaskConfig
 
 

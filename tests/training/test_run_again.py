@@ -34,7 +34,7 @@ def stub_loss(weights, frozen, batch, key):
 
 @pytest.fixture
 def quick(run, monkeypatch):
-    """Makes the RunConfig of a LoRA run of 4 steps, with a checkpoint after 2 and 4."""
+    """Makes the TrainingRun of a LoRA run of 4 steps, with a checkpoint after 2 and 4."""
     monkeypatch.setattr(
         training_run,
         "make_step",

@@ -27,8 +27,8 @@ from k3jax.training.loop import put_batch
 from k3jax.training.optimizer import decayed, learning_rate, make_optimizer, matrices
 from k3jax.training.state import TrainState, new_state, state_shardings, weights_of
 from k3jax.training.step import make_step
+from k3jax.training.tasks import make_task
 from k3jax.training.tasks.reading import ReadingHeads
-from k3jax.training.tasks.task import first_weights, frozen_modules, prepare
 from k3jax.training.train_config import DataConfig, LossConfig, OptimizerConfig, TrainConfig
 
 import random_checkpoint
@@ -362,13 +362,13 @@ def two_steps(base, spec, devices, name="adamw"):
         data=DataConfig(cache="not read here"),
     )
     checkpoint = read_checkpoint(base)
-    start = prepare(config, checkpoint.config, checkpoint, mesh)
+    task = make_task(config, None, checkpoint, mesh)
     optimizer = make_optimizer(rule, 10)
-    placed = state_shardings(start.shapes, start.placed, optimizer, mesh, True)
-    weights = first_weights(start)
+    placed = state_shardings(task.shapes, task.shardings, optimizer, mesh, True)
+    weights = task.first_weights()
     first = jax.device_get(weights)
     state = new_state(weights, optimizer, placed)
-    step = make_step(start.task.loss, optimizer, seed=0, ema_decay=0.9)
+    step = make_step(task.loss, optimizer, seed=0, ema_decay=0.9)
     step = jax.jit(step, donate_argnums=0, out_shardings=(placed, None))
     rng = np.random.default_rng(0)
     batch = {
@@ -378,7 +378,7 @@ def two_steps(base, spec, devices, name="adamw"):
     }
     with computing(mesh, config.dtype):
         for _ in range(2):
-            state, metrics = step(state, frozen_modules(start), put_batch(batch, mesh))
+            state, metrics = step(state, task.frozen_modules(), put_batch(batch, mesh))
     return first, state, float(metrics["loss"])
 
 

@@ -11,15 +11,14 @@ from PIL import Image
 
 from k3jax.checkpoints.lora_files import load_lora
 from k3jax.checkpoints.restore import iterate_leaves, read_checkpoint
-from k3jax.cli.run_config import RunConfig
 from k3jax.config import LoraConfig
 from k3jax.images.pngs import write_png
 from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
 from k3jax.scenes.caption import captioned
 from k3jax.sharding import make_mesh
 from k3jax.training.metrics import read_metrics
-from k3jax.training.run import open_data, train
-from k3jax.training.tasks.task import prepare
+from k3jax.training.run import TrainingRun, train
+from k3jax.training.tasks import make_task
 from k3jax.training.train_config import CheckpointConfig, MaskConfig, PriorConfig
 
 
@@ -152,10 +151,8 @@ def test_prior_preservation_weighs_each_part_by_its_mean(run, tmp_path):
         (tmp_path / "class" / f"{number}.txt").write_text(caption)
     wanted = run(cached=False, prior=PriorConfig(str(tmp_path / "class"), weight=0.5, share=0.25))
     checkpoint = read_checkpoint(wanted.checkpoint)
-    start = prepare(
-        wanted.train, checkpoint.config, checkpoint, make_mesh("data=1", jax.devices()[:1])
-    )
-    batch = next(open_data(start, checkpoint.path / "tokenizer", False).batches)
+    task = make_task(wanted.train, None, checkpoint, make_mesh("data=1", jax.devices()[:1]))
+    batch = next(task.open_data(checkpoint.path / "tokenizer", False).batches)
     np.testing.assert_allclose(batch["weight"], [8 / 6] * 6 + [0.5 * 8 / 2] * 2)
     assert batch["images"].shape == (8, 64, 64, 3)
     # mean(weight x error) = mean of the subject's errors + 0.5 mean of the class's
@@ -208,7 +205,7 @@ def test_refusals_come_before_training(run, change, message):
 
 def test_a_base_is_needed(run):
     with pytest.raises(ValueError, match="needs a checkpoint"):
-        train(RunConfig(train=run().train))
+        train(TrainingRun(run().train))
 
 
 def test_pictures_of_inpainting(run, tmp_path):
