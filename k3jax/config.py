@@ -21,7 +21,7 @@ MAX_TOKENS = 128
 
 MOST_FLOAT = 10**300
 
-Conditioning = Literal["original", "diffusers"]
+ConditioningFamily = Literal["original", "diffusers"]
 SamplerName = Literal["kandinsky", "kandinsky30", "ddpm", "ddim", "dpm++2m", "flash"]
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
 
@@ -136,7 +136,7 @@ class ModelConfig:
     text_projection: TextProjectionConfig = field(default_factory=TextProjectionConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     movq: MoVQConfig = field(default_factory=MoVQConfig)
-    conditioning: Conditioning = "original"
+    conditioning: ConditioningFamily = "original"
     sample_size: int = 1024
     """Height and width in pixels of an image when a call names none."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)

@@ -22,10 +22,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import gc
 import importlib.util
 import pathlib
-import shutil
 
 import jax
 import pytest
+
+from tools import needs_tool
 
 
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -78,10 +79,9 @@ def one_device(monkeypatch):
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     """A headless Chromium."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    driver = shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.fail("this test needs Chromium: apt-get install chromium chromium-driver")
+    packages = "apt-get install chromium chromium-driver"
+    chromium = needs_tool("chromium", "chromium-browser", install=packages)
+    driver = needs_tool("chromedriver", install=packages)
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()

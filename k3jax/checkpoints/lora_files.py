@@ -20,7 +20,7 @@ from k3jax.checkpoints.digests import abbreviated, array_digest, combined_digest
 from k3jax.checkpoints.format import as_path
 from k3jax.config import LoraConfig, from_dict, to_dict
 from k3jax.files import LFS_ADVICE, LFS_POINTER, CheckpointError, is_local, read_object
-from k3jax.model.lora import Weights
+from k3jax.model.adapters import Weights
 
 
 SETTINGS, ARRAYS = "lora.json", "weights.npz"

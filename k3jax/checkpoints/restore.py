@@ -34,6 +34,7 @@ from k3jax.checkpoints.packaged import packaged_path
 from k3jax.checkpoints.writer import CheckpointWriter
 from k3jax.files import CheckpointError, is_local
 from k3jax.model.abstract import abstract_module
+from k3jax.model.attention import AttentionForm, check_attention_form
 from k3jax.model.int8 import quantize, with_int8_layers
 from k3jax.model.tokenizer import tokenizer_fault
 from k3jax.sharding import RULES, shardings
@@ -65,6 +66,7 @@ def restore(
     rules=RULES,
     verify: bool | None = None,
     int8: bool = False,
+    attention: AttentionForm = "auto",
 ) -> nnx.Module:
     """Reads a component straight into its shardings; each process reads only what it holds.
 
@@ -82,17 +84,21 @@ def restore(
             it would read everything twice. Sizes are compared in any case.
         int8: the matrices of the text encoder's layers become int8 while they are read, one by
             one, on the device; see `k3jax.model.int8`.
+        attention: "auto", "xla" or "kernel"; see `k3jax.model.attention`.
 
     Raises:
         CheckpointError: files that are missing or damaged, or arrays that are unknown, missing
             or of another shape, all named in one message.
+        ValueError: a form of attention that the devices do not have.
     """
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = read_checkpoint(checkpoint)
     folder = checkpoint.component_path(component)
+    kind = param_dtype or checkpoint.dtype
+    device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
+    check_attention_form(attention, device.platform, dtype or kind)
     try:
-        kind = param_dtype or checkpoint.dtype
-        module = abstract_module(component, checkpoint.config, kind, dtype)
+        module = abstract_module(component, checkpoint.config, kind, dtype, attention)
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.path / CONFIG}: {error}") from None
     check_component(
@@ -111,7 +117,14 @@ def restore(
 
 
 def restore_layers(
-    checkpoint: Checkpoint, layers: range, *, mesh: Mesh, param_dtype, dtype, rules=RULES
+    checkpoint: Checkpoint,
+    layers: range,
+    *,
+    mesh: Mesh,
+    param_dtype,
+    dtype,
+    rules=RULES,
+    attention: AttentionForm = "auto",
 ) -> nnx.Module:
     """The text encoder with some consecutive layers and nothing else, or without any.
 
@@ -121,7 +134,7 @@ def restore_layers(
     """
     encoder = dataclasses.replace(checkpoint.config.text_encoder, num_layers=len(layers))
     config = dataclasses.replace(checkpoint.config, text_encoder=encoder)
-    module = abstract_module("text_encoder", config, param_dtype, dtype)
+    module = abstract_module("text_encoder", config, param_dtype, dtype, attention)
     leaves = _leaves(module, mesh, rules)
     wanted = {name: leaf for name, leaf in leaves.items() if _is_stacked(name) == bool(layers)}
     pieces = [piece for name, leaf in wanted.items() for piece in _pieces(name, leaf, layers.start)]

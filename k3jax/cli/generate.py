@@ -247,10 +247,10 @@ def check_lora(config: RunConfig) -> None:
         return
 
     from k3jax.checkpoints.lora_files import load_lora
-    from k3jax.model import lora
+    from k3jax.model import adapters
     from k3jax.model.abstract import abstract_module
 
     loaded = load_lora(config.pipeline.lora)
-    lora.update_factor(loaded.config, config.pipeline.lora_scale)
+    adapters.update_factor(loaded.config, config.pipeline.lora_scale)
     unet = abstract_module("unet", config.model)
-    lora.check_fits(loaded.weights, unet, loaded.config, where=f"The LoRA {loaded.path}")
+    adapters.check_fits(loaded.weights, unet, loaded.config, where=f"The LoRA {loaded.path}")

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from k3jax.config import ModelConfig
+from k3jax.model.attention import AttentionForm, set_attention_form
 from k3jax.model.context import TextProjection
 from k3jax.model.movq import MoVQ
 from k3jax.model.text_encoder import TextEncoder
@@ -42,7 +43,11 @@ class _ShapeRngs:
 
 
 def abstract_module(
-    component: str, config: ModelConfig, param_dtype="float32", dtype=None
+    component: str,
+    config: ModelConfig,
+    param_dtype="float32",
+    dtype=None,
+    attention: AttentionForm = "auto",
 ) -> nnx.Module:
     """A component whose leaves are ShapeDtypeStructs.
 
@@ -50,16 +55,19 @@ def abstract_module(
         component: one of COMPONENTS.
         param_dtype: dtype of the weights.
         dtype: dtype of the computation; that of the weights by default.
+        attention: see `k3jax.model.attention`.
     """
     param_dtype = jnp.dtype(param_dtype)
     dtype = param_dtype if dtype is None else jnp.dtype(dtype)
     # Where a mesh is set, Flax takes the layers' names of dimensions for axes of it.
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-        return nnx.eval_shape(
+        module = nnx.eval_shape(
             lambda: COMPONENTS[component](
                 getattr(config, component), dtype=dtype, param_dtype=param_dtype, rngs=_ShapeRngs()
             )
         )
+    set_attention_form(module, attention)
+    return module
 
 
 def parameter_count(module: nnx.Module) -> int:

@@ -8,7 +8,9 @@
 | many, on a GPU in half precision | cuDNN |
 | many, elsewhere | the first form for some queries at a time |
 
-All are exact: scores and softmax in float32, shifted by the true maximum of each row.
+All are exact: scores and softmax in float32, shifted by the true maximum of each row. Every layer
+with attention has a switch, `attention_form`: "xla" turns the kernels off, "kernel" refuses what
+they do not take, "auto" is the table.
 
 On a mesh each device attends for its own images (`data`, `fsdp`) and heads (`tensor`). Where
 `tensor` does not divide the heads (6 over 4), it splits the queries' tokens instead, and each
@@ -17,9 +19,11 @@ computes all of them.
 """
 
 import functools
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import PartitionSpec
 
 from k3jax.sharding import BATCH, data_parallelism, traced_mesh
@@ -32,6 +36,42 @@ MANY_SCORES = 2**17
 CUDNN_HEAD_DIM = 128
 """The widest head that cuDNN's kernels take."""
 
+AttentionForm = Literal["auto", "xla", "kernel"]
+"""Which form long attention takes: the platform's best, XLA's operations alone, or a kernel."""
+
+
+class AttentionLayer(nnx.Module):
+    """Base class of the layers that call `attention`: holds the switch between its forms."""
+
+    attention_form: AttentionForm = "auto"
+
+
+def set_attention_form(module: nnx.Module, form: AttentionForm) -> None:
+    """Sets the switch of all attention layers of a module."""
+    for _, layer in nnx.iter_modules(module):
+        if isinstance(layer, AttentionLayer):
+            layer.attention_form = form
+
+
+def check_attention_form(form: AttentionForm, platform: str, dtype) -> None:
+    """Refuses unknown forms, and "kernel" where no kernel exists.
+
+    Args:
+        platform: of the devices, as JAX calls it.
+        dtype: of the computation.
+
+    Raises:
+        ValueError: one sentence with the alternatives.
+    """
+    if form not in get_args(AttentionForm):
+        raise ValueError(f"attention is {form!r}; it must be one of {get_args(AttentionForm)}.")
+    half = jnp.dtype(dtype).itemsize == 2
+    if form == "kernel" and not (platform == "tpu" or (platform == "gpu" and half)):
+        raise ValueError(
+            f"attention is 'kernel', but there is none for {jnp.dtype(dtype)} on {platform}: TPUs "
+            "have one, and GPUs one for bfloat16; use 'auto' or 'xla'."
+        )
+
 
 def attention(
     query: jax.Array,
@@ -40,6 +80,7 @@ def attention(
     *,
     scale: float,
     bias: jax.Array | None = None,
+    form: AttentionForm = "auto",
 ) -> jax.Array:
     """softmax(query key^T scale + bias) value.
 
@@ -49,11 +90,15 @@ def attention(
         scale: factor on the scores.
         bias: added to the scores, broadcastable to (b, heads, q, k), float32. A key at -inf takes
             no part; at least one key of each query must be finite.
+        form: see the table above.
 
     Returns:
         (b, q, heads, d) in the dtype of `value`.
+
+    Raises:
+        ValueError: the form is "kernel", and the heads do not fit any.
     """
-    local = functools.partial(_local_attention, scale=scale)
+    local = functools.partial(_local_attention, scale=scale, form=form)
     mesh = traced_mesh()
     if mesh is None:
         return local(query, key, value, bias)
@@ -88,21 +133,27 @@ def _layout(query, bias, mesh) -> tuple[PartitionSpec, PartitionSpec, PartitionS
     return queries, keys, PartitionSpec(*(None if size == 1 else axis for size, axis in split))
 
 
-def _local_attention(query, key, value, bias, *, scale):
+def _local_attention(query, key, value, bias, *, scale, form):
     """Attention on one device."""
     few = query.shape[1] * key.shape[1] < MANY_SCORES
     if few or (bias is not None and bias.shape[1:3] != (1, 1)):
         return plain_attention(query, key, value, bias, scale=scale)
-    if bias is None and _cudnn_takes(query):
+    if form != "xla" and bias is None and _cudnn_takes(query):
         return jax.nn.dot_product_attention(
             query, key, value, scale=scale, implementation="cudnn"
         ).astype(value.dtype)
     if bias is not None:  # one row for each image, as these forms take it
         bias = jnp.broadcast_to(bias, (query.shape[0], 1, 1, key.shape[1]))
-    elsewhere = functools.partial(chunked_attention, scale=scale)
-    return jax.lax.platform_dependent(
-        query, key, value, bias, tpu=_kernel(query, scale=scale) or elsewhere, default=elsewhere
-    )
+    chunked = functools.partial(chunked_attention, scale=scale)
+    kernel = None if form == "xla" else _tpu_kernel(query, scale=scale)
+    if kernel is None and form == "kernel":
+        raise ValueError(
+            f"attention is 'kernel', but no kernel takes {query.shape[1]} queries with heads of "
+            f"{query.shape[3]} channels: use 'auto' or 'xla'."
+        )
+    if kernel is None:
+        return chunked(query, key, value, bias)
+    return jax.lax.platform_dependent(query, key, value, bias, tpu=kernel, default=chunked)
 
 
 def plain_attention(query, key, value, bias=None, *, scale):
@@ -142,25 +193,25 @@ def _cudnn_takes(query: jax.Array) -> bool:
     )
 
 
-def _kernel(query: jax.Array, *, scale: float):
-    """The TPU kernel for queries like these, with a gradient, or None if it does not take them."""
-    from k3jax.model import (
-        tpu_attention,  # Pallas takes long to import, and only large images need it.
-    )
+def _tpu_kernel(query: jax.Array, *, scale: float):
+    """The TPU kernel for queries like these, with derivatives, or None if it does not take them."""
+    # Pallas takes long to import, and only large images need it.
+    from k3jax.model import tpu_attention
 
     _, tokens, heads, d = query.shape
     if not tpu_attention.fits(tokens, d):
         return None
 
-    @jax.custom_vjp
+    @jax.custom_jvp
     def kernel(query, key, value, bias):
         flat = [x.reshape(*x.shape[:2], -1) for x in (query, key, value)]
         bias = None if bias is None else bias[:, 0, 0]
         out = tpu_attention.tpu_attention(*flat, bias, heads=heads, scale=scale)
         return out.reshape(query.shape)
 
-    def backward(saved, gradient):
-        return jax.vjp(functools.partial(chunked_attention, scale=scale), *saved)[1](gradient)
+    @kernel.defjvp
+    def _derivative(primals, tangents):
+        chunked = functools.partial(chunked_attention, scale=scale)
+        return kernel(*primals), jax.jvp(chunked, primals, tangents)[1]
 
-    kernel.defvjp(lambda *args: (kernel(*args), args), backward)
     return kernel

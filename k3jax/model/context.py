@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from k3jax.config import MAX_TOKENS, Conditioning, TextProjectionConfig
+from k3jax.config import MAX_TOKENS, ConditioningFamily, TextProjectionConfig
 from k3jax.model.layers import linear
 from k3jax.sharding import axes, constrain
 
@@ -102,7 +102,7 @@ class TextProjection(nnx.Module):
         )
         self.dtype = dtype
 
-    def __call__(self, prompt: PromptEmbeds, conditioning: Conditioning) -> Context:
+    def __call__(self, prompt: PromptEmbeds, conditioning: ConditioningFamily) -> Context:
         """The context of prompts (positive or negative)."""
         token = prompt.attention_mask.astype(bool)
         embeds = prompt.embeds.astype(self.dtype)
@@ -119,7 +119,7 @@ class TextProjection(nnx.Module):
         return Context(constrain(states, "batch", None, None), bias, prompt.lengths)
 
     def unconditional(
-        self, lengths: jax.Array, num_rows: int, conditioning: Conditioning
+        self, lengths: jax.Array, num_rows: int, conditioning: ConditioningFamily
     ) -> Context:
         """The context of no prompt at all, through windows of `lengths` (b,) rows of `num_rows`."""
         shape = (lengths.shape[0], num_rows)
@@ -139,7 +139,7 @@ class TextProjection(nnx.Module):
         states = constrain(states, "batch", None, None)
         return Context(states, _bias(token, lengths, conditioning), lengths)
 
-    def _padding(self, conditioning: Conditioning) -> jax.Array:
+    def _padding(self, conditioning: ConditioningFamily) -> jax.Array:
         """What a row without a token becomes."""
         if conditioning == "original":
             return jnp.zeros((), self.dtype)

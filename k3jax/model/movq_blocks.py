@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from k3jax.model.attention import attention, token_axis
+from k3jax.model.attention import AttentionLayer, attention, token_axis
 from k3jax.model.layers import CONVOLVED, GroupNorm, conv, convolve, linear
 from k3jax.model.movq_strips import (
     convolve_enlarged_strips,
@@ -202,7 +202,7 @@ class ResBlock(nnx.Module):
         return constrain(out + x, *_map(strips))
 
 
-class AttentionBlock(nnx.Module):
+class AttentionBlock(AttentionLayer):
     """Attention of one head over all pixels, with biases, plus a shortcut."""
 
     def __init__(self, channels: int, norm, **kwargs):
@@ -218,7 +218,7 @@ class AttentionBlock(nnx.Module):
         tokens = rearrange(normed, "(b s) h w c -> b (s h w) 1 c", s=strips)
         tokens = constrain(tokens, "batch", token_axis(1), None, None)
         q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
-        out = attention(q, k, v, scale=x.shape[-1] ** -0.5)
+        out = attention(q, k, v, scale=x.shape[-1] ** -0.5, form=self.attention_form)
         return constrain(x + self.to_out(out).reshape(x.shape), *_map(strips))
 
 

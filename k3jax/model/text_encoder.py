@@ -15,7 +15,7 @@ from einops import rearrange
 from flax import nnx
 
 from k3jax.config import TextEncoderConfig
-from k3jax.model.attention import attention, token_axis
+from k3jax.model.attention import AttentionLayer, attention, token_axis
 from k3jax.model.layers import NO_INIT, RMSNorm, linear
 from k3jax.sharding import axes, constrain, gathered
 
@@ -27,7 +27,7 @@ class Embed(nnx.Embed):
         return constrain(x, "batch", None, None)
 
 
-class SelfAttention(nnx.Module):
+class SelfAttention(AttentionLayer):
     """T5 self-attention: no biases, no scaling of the scores."""
 
     def __init__(self, config: TextEncoderConfig, *, dtype, param_dtype, rngs):
@@ -52,7 +52,7 @@ class SelfAttention(nnx.Module):
             rearrange(project(x), "b n (h d) -> b n h d", h=self.num_heads)
             for project in (self.q, self.k, self.v)
         )
-        out = attention(q, k, v, scale=1.0, bias=bias)
+        out = attention(q, k, v, scale=1.0, bias=bias, form=self.attention_form)
         return self.o(rearrange(out, "b n h d -> b n (h d)"))
 
 

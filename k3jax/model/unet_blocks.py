@@ -14,7 +14,7 @@ from einops import rearrange
 from flax import nnx
 
 from k3jax.config import UNetConfig
-from k3jax.model.attention import attention, token_axis
+from k3jax.model.attention import AttentionLayer, attention, token_axis
 from k3jax.model.context import Context
 from k3jax.model.layers import Upsample2x, conv, group_statistics, linear
 from k3jax.sharding import constrain
@@ -142,7 +142,7 @@ class ResNetBlock(nnx.Module):
         return constrain(x + out, *MAP)
 
 
-class Attention(nnx.Module):
+class Attention(AttentionLayer):
     """Multi-head attention without biases: (b, n, c) over (b, m, context_dim) -> (b, n, c)."""
 
     def __init__(
@@ -182,7 +182,7 @@ class Attention(nnx.Module):
             rearrange(y, "b n (h d) -> b n h d", d=self.head_dim) for y in (self.to_q(x), *read)
         )
         bias = None if bias is None else bias[:, None, None, :]
-        out = attention(q, k, v, scale=self.head_dim**-0.5, bias=bias)
+        out = attention(q, k, v, scale=self.head_dim**-0.5, bias=bias, form=self.attention_form)
         return self.to_out(rearrange(out, "b n h d -> b n (h d)"))
 
 

@@ -14,8 +14,7 @@ from k3jax.images.reading import resize_image
 from k3jax.images.sizes import work_size
 from k3jax.pipelines import request
 from k3jax.pipelines.calls import Call
-from k3jax.sampling.samplers import Sampler
-from k3jax.sampling.strength import last_steps, steps_of_strength
+from k3jax.sampling.samplers import Sampler, last_steps, steps_of_strength
 
 
 Size = tuple[int, int]

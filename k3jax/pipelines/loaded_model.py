@@ -13,7 +13,7 @@ from k3jax.arguments import whole_number
 from k3jax.checkpoints.format import read_checkpoint
 from k3jax.checkpoints.lora_files import Lora, load_lora, warn_of_another_base
 from k3jax.config import ModelConfig
-from k3jax.model import lora
+from k3jax.model import adapters
 from k3jax.model.abstract import COMPONENTS
 from k3jax.model.tokenizer import Tokenizer
 from k3jax.pipelines.compilation_cache import enable_compilation_cache
@@ -228,12 +228,12 @@ class LoadedModel:
             ValueError: not a LoRA, damaged, or of another architecture.
         """
         loaded = load_lora(path)
-        factor = lora.update_factor(loaded.config, scale)
+        factor = adapters.update_factor(loaded.config, scale)
         unet = self.unet if self._unet_without_lora is None else self._unet_without_lora
-        lora.check_fits(loaded.weights, unet, loaded.config, where=f"The LoRA {loaded.path}")
+        adapters.check_fits(loaded.weights, unet, loaded.config, where=f"The LoRA {loaded.path}")
         warn_of_another_base(loaded, self.fingerprint)
-        shardings = lora.lora_shardings(unet, loaded.weights, self.mesh)
-        self.unet = lora.apply(unet, jax.tree.map(place, loaded.weights, shardings), factor)
+        shardings = adapters.lora_shardings(unet, loaded.weights, self.mesh)
+        self.unet = adapters.apply(unet, jax.tree.map(place, loaded.weights, shardings), factor)
         self._unet_without_lora = unet
         return loaded
 

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 import jax
 import jax.numpy as jnp
 
-from k3jax.config import Conditioning
+from k3jax.config import ConditioningFamily
 from k3jax.model.context import Context, PromptEmbeds, TextProjection
 from k3jax.model.inpainting_inputs import inpainting_inputs
 from k3jax.model.movq import MoVQ, normalize
@@ -37,7 +37,7 @@ def make_contexts(
     negative: PromptEmbeds | None,
     has_negative: jax.Array | None,
     *,
-    conditioning: Conditioning,
+    conditioning: ConditioningFamily,
 ) -> tuple[Context, Context]:
     """Contexts of prompts and of what they are guided away from.
 

@@ -21,6 +21,7 @@ from k3jax.checkpoints.format import Checkpoint
 from k3jax.checkpoints.manifest import check_component
 from k3jax.checkpoints.restore import restore_layers
 from k3jax.files import is_local
+from k3jax.model.attention import AttentionForm, check_attention_form
 from k3jax.model.text_encoder import EncoderLayer, TextEncoder, through_layers
 from k3jax.pipelines.programs import encode_text
 from k3jax.sharding import batch_sharding, fetch, place
@@ -49,12 +50,14 @@ class StreamedTextEncoder:
         param_dtype,
         dtype,
         verify: bool | None = None,
+        attention: AttentionForm = "auto",
     ):
         """
         Raises:
             CheckpointError: files that are missing or damaged; see `checkpoints.restore`.
-            ValueError: the mesh spans several hosts.
+            ValueError: the mesh spans several hosts, or attention that its devices do not have.
         """
+        check_attention_form(attention, mesh.devices.flat[0].platform, dtype)
         if not batch_sharding(mesh).is_fully_addressable:
             raise ValueError(
                 "the text encoder is streamed on one host only: over several, split it with "
@@ -64,7 +67,7 @@ class StreamedTextEncoder:
         hashed = is_local(folder) if verify is None else verify
         check_component(folder.parent, "text_encoder", hashed=hashed, share=(0, 1))
         self.dtype, self.param_dtype = dtype, param_dtype
-        self._checkpoint, self._mesh = checkpoint, mesh
+        self._checkpoint, self._mesh, self._attention = checkpoint, mesh, attention
         self._around = self._read(range(0))
 
     def encode(self, batches: Sequence[Batch]) -> Iterator[np.ndarray]:
@@ -87,8 +90,14 @@ class StreamedTextEncoder:
         return [fetch(_finish(self._around, x)) for x, _ in states]
 
     def _read(self, layers: range) -> TextEncoder:
-        dtypes = dict(param_dtype=self.param_dtype, dtype=self.dtype)
-        return restore_layers(self._checkpoint, layers, mesh=self._mesh, **dtypes)
+        return restore_layers(
+            self._checkpoint,
+            layers,
+            mesh=self._mesh,
+            param_dtype=self.param_dtype,
+            dtype=self.dtype,
+            attention=self._attention,
+        )
 
     def _groups(self, batches: Sequence[Batch]) -> Iterator[list[Batch]]:
         config = self._checkpoint.config.text_encoder

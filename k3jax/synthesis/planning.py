@@ -4,8 +4,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from k3jax.sampling.samplers import Sampler
-from k3jax.sampling.strength import steps_of_strength
+from k3jax.sampling.samplers import Sampler, steps_of_strength
 from k3jax.synthesis.image_task import Task, task_of
 from k3jax.synthesis.layout import Layout
 from k3jax.synthesis.prompt_source import PromptIndex, PromptSource

@@ -12,7 +12,7 @@ from k3jax.model.tokenizer import check_prompt
 from k3jax.pipelines import request
 from k3jax.pipelines.memory import check_memory
 from k3jax.sampling.denoise import loop_rows, sample_keys
-from k3jax.sampling.strength import steps_of_strength
+from k3jax.sampling.samplers import steps_of_strength
 from k3jax.synthesis.encoding import QUALITY, ImageFormat
 from k3jax.synthesis.files import is_remote
 from k3jax.synthesis.layout import INDEX, MANIFEST

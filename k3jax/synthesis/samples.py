@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from k3jax.model.tokenizer import check_prompt
-from k3jax.sampling.strength import steps_of_strength
+from k3jax.sampling.samplers import steps_of_strength
 
 
 COLUMNS = (

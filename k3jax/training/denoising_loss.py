@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from k3jax.config import Conditioning, PredictionType, SamplerConfig
+from k3jax.config import ConditioningFamily, PredictionType, SamplerConfig
 from k3jax.model.context import Context, PromptEmbeds, TextProjection
 from k3jax.model.unet import UNet
 from k3jax.sampling import schedule
@@ -20,7 +20,7 @@ from k3jax.training.train_config import LossConfig
 def training_context(
     projection: TextProjection,
     prompt: PromptEmbeds,
-    conditioning: Conditioning,
+    conditioning: ConditioningFamily,
     key: jax.Array,
     caption_dropout: float,
 ) -> Context:

@@ -25,7 +25,7 @@ from k3jax.checkpoints.manifest import (
 from k3jax.checkpoints.restore import iterate_leaves, leaf_shapes, save_module
 from k3jax.checkpoints.writer import CheckpointWriter
 from k3jax.config import LoraConfig, ModelConfig
-from k3jax.model import lora
+from k3jax.model import adapters
 from k3jax.model.abstract import COMPONENTS, abstract_module
 from k3jax.training.state import Weights, with_weights
 
@@ -102,10 +102,10 @@ def merged_checkpoint(base, lora_folder, path, scale: float = 1.0, overwrite: bo
             or a destination that exists.
     """
     base, loaded = read_checkpoint(base), load_lora(lora_folder)
-    factor = np.float32(lora.update_factor(loaded.config, scale))
+    factor = np.float32(adapters.update_factor(loaded.config, scale))
     base.component_path("unet")
     unet = abstract_module("unet", base.config)
-    lora.check_fits(loaded.weights, unet, loaded.config, where=f"The LoRA {loaded.path}")
+    adapters.check_fits(loaded.weights, unet, loaded.config, where=f"The LoRA {loaded.path}")
     warn_of_another_base(loaded, base.fingerprint)
     with CheckpointWriter(path, overwrite=overwrite) as writer:
         writer.add_tokenizer(base.path / "tokenizer")

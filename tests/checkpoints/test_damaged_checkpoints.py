@@ -12,7 +12,7 @@ from k3jax.checkpoints.lora_files import load_lora, save_lora
 from k3jax.checkpoints.restore import iterate_leaves, leaf_shapes, read_checkpoint, restore, verify
 from k3jax.checkpoints.writer import CheckpointWriter
 from k3jax.config import LoraConfig
-from k3jax.model.lora import update_factor
+from k3jax.model.adapters import update_factor
 from k3jax.model.tokenizer import Tokenizer
 
 from checkpoints import CONFIG, disk_arrays

@@ -7,12 +7,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import k3jax.model.attention
+from k3jax.checkpoints.restore import restore
 from k3jax.model import tpu_attention
-from k3jax.model.attention import MANY_SCORES, attention, chunked_attention, plain_attention
+from k3jax.model.abstract import abstract_module
+from k3jax.model.attention import (
+    MANY_SCORES,
+    attention,
+    check_attention_form,
+    chunked_attention,
+    plain_attention,
+)
 from k3jax.sharding import make_mesh, on_mesh
+
+import tiny
 
 
 def draw(*shape, scale=1.0, dtype=jnp.float32):
@@ -171,11 +182,11 @@ def test_any_shape_on_any_mesh(mesh, shape):
         )
 
 
-def lowered_for(platform, *shape, mesh="data=-1", dtype=jnp.bfloat16, bias=None):
+def lowered_for(platform, *shape, mesh="data=-1", dtype=jnp.bfloat16, bias=None, form="auto"):
     query, key, value = (
         jax.ShapeDtypeStruct(x.shape, dtype) for x in jax.eval_shape(lambda: inputs(*shape))
     )
-    program = jax.jit(functools.partial(attention, scale=0.125, bias=bias))
+    program = jax.jit(functools.partial(attention, scale=0.125, bias=bias, form=form))
     with on_mesh(make_mesh(mesh)):
         traced = program.trace(query, key, value)
     return traced.lower(lowering_platforms=(platform,)).as_text()
@@ -195,6 +206,37 @@ def test_where_the_kernel_is_used():
     assert "tpu_custom_call" not in lowered_for("tpu", *many[:3], 4, 48)
     positions = jnp.zeros((1, 4, 1024, MANY_SCORES // 1024))
     assert "tpu_custom_call" not in lowered_for("tpu", *many, bias=positions)
+
+
+def test_the_switch_of_attention():
+    many = (8, 1024, MANY_SCORES // 1024, 4, 64)
+    assert "tpu_custom_call" not in lowered_for("tpu", *many, form="xla")
+    assert "tpu_custom_call" in lowered_for("tpu", *many, form="kernel")
+    with pytest.raises(ValueError, match=r"'kernel'.*1024 queries with heads of 48 channels"):
+        lowered_for("tpu", *many[:3], 4, 48, form="kernel")
+    for component in ("unet", "text_encoder", "movq"):
+        module = abstract_module(component, tiny.CONFIG, attention="xla")
+        forms = [x.attention_form for _, x in nnx.iter_modules(module) if hasattr(x, "to_out")]
+        assert set(forms) <= {"xla"} and (forms or module.layers.attention.attention_form == "xla")
+    movq = restore("tiny", "movq", attention="xla")
+    assert movq.decoder.mid_block.attentions[0].attention_form == "xla"
+    with pytest.raises(ValueError, match=r"attention is 'kernel'.*on cpu"):
+        restore("tiny", "movq", attention="kernel")
+
+
+@pytest.mark.parametrize(
+    "form, platform, dtype, message",
+    [
+        ("kernel", "cpu", "bfloat16", "'kernel'.* bfloat16 on cpu"),
+        ("kernel", "gpu", "float32", "'kernel'.* float32 on gpu"),
+        ("flash", "tpu", "bfloat16", "'flash'.*auto"),
+    ],
+)
+def test_forms_that_do_not_exist(form, platform, dtype, message):
+    with pytest.raises(ValueError, match=message):
+        check_attention_form(form, platform, dtype)
+    check_attention_form("kernel", "tpu", "float32")
+    check_attention_form("kernel", "gpu", "bfloat16")
 
 
 def test_where_cudnn_is_used(monkeypatch):

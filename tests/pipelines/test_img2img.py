@@ -8,7 +8,7 @@ from PIL import Image
 
 from k3jax.images.reading import read_image
 from k3jax.pipelines.image_to_image import Kandinsky3Img2ImgPipeline
-from k3jax.sampling.strength import least_strength, steps_of_strength
+from k3jax.sampling.samplers import least_strength, steps_of_strength
 
 import tiny
 from pictures import SCHEDULER, picture

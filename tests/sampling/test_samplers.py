@@ -14,8 +14,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from k3jax.config import SamplerConfig, SamplerName
 from k3jax.sampling import schedule
 from k3jax.sampling.denoise import denoise, draw_noise, initial_carry, loop_rows, sample_keys
-from k3jax.sampling.samplers import make_sampler
-from k3jax.sampling.strength import last_steps
+from k3jax.sampling.samplers import last_steps, make_sampler
 
 import tiny
 

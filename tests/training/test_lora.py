@@ -21,7 +21,7 @@ from k3jax.checkpoints.restore import (
 )
 from k3jax.config import LoraConfig, UNetConfig
 from k3jax.files import LFS_POINTER
-from k3jax.model import lora
+from k3jax.model import adapters
 from k3jax.model.abstract import COMPONENTS, abstract_module
 from k3jax.model.context import Context
 from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
@@ -40,7 +40,7 @@ UNET = dataclasses.replace(
 )
 MODEL = dataclasses.replace(tiny.CONFIG, unet=UNET)
 CONFIG = LoraConfig(rank=2, alpha=4.0)
-FACTOR = lora.update_factor(CONFIG)
+FACTOR = adapters.update_factor(CONFIG)
 ROUNDING = 2e-6  # of the output's scale: float32, through a U-Net
 
 
@@ -68,7 +68,7 @@ def call(unet, sample, timesteps, context):
 
 @jax.jit
 def call_with(unet, weights, factor, sample, timesteps, context):
-    return lora.apply(unet, weights, factor)(sample, timesteps, context)
+    return adapters.apply(unet, weights, factor)(sample, timesteps, context)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_every_attention_has_one(unet):
 
 def test_the_released_unet_has_25_attentions():
     abstract = abstract_module("unet", dataclasses.replace(MODEL, **full_unet()))
-    assert len(lora.target_shapes(abstract, LoraConfig())) == 4 * 25
+    assert len(adapters.target_shapes(abstract, LoraConfig())) == 4 * 25
 
 
 def full_unet():
@@ -122,16 +122,16 @@ def test_a_new_one_changes_nothing(unet, base, weights):
 
 def test_merged_is_applied(unet, weights, base, applied):
     assert tiny.relative_error(base, applied) > 0.01
-    merged = lora.merge(unet, weights, FACTOR)
+    merged = adapters.merge(unet, weights, FACTOR)
     assert tiny.relative_error(call(merged, *inputs()), applied) < ROUNDING
     np.testing.assert_array_equal(call(unet, *inputs()), base)  # the base is as it was
-    outside = lora.apply(unet, weights, FACTOR)
+    outside = adapters.apply(unet, weights, FACTOR)
     assert tiny.relative_error(call(outside, *inputs()), applied) < ROUNDING
 
 
 def test_the_low_rank_path_is_kept(unet, weights):
     """No kernel W + A B is made: all products that lead to a kernel's shape would show here."""
-    jaxpr = jax.make_jaxpr(lora.apply)(unet, weights, 1.0)
+    jaxpr = jax.make_jaxpr(adapters.apply)(unet, weights, 1.0)
     assert "dot_general" not in str(jaxpr)
 
 
@@ -140,7 +140,7 @@ def test_in_bfloat16(unet, weights):
     half = nnx.merge(
         nnx.split(half)[0], jax.tree.map(lambda x: x.astype(jnp.bfloat16), nnx.state(unet))
     )
-    layer = lora.apply(half, weights, FACTOR).context_pooling.attention.to_q
+    layer = adapters.apply(half, weights, FACTOR).context_pooling.attention.to_q
     assert layer(jnp.ones((1, UNET.cross_attention_dim))).dtype == jnp.bfloat16
     assert layer.b[...].dtype == jnp.float32
 
@@ -152,7 +152,7 @@ def test_only_its_weights_get_gradients(unet, weights):
     @jax.jit
     def gradients(weights, unet):
         def loss(weights):
-            return jnp.square(lora.apply(unet, weights, FACTOR)(*inputs(2))).mean()
+            return jnp.square(adapters.apply(unet, weights, FACTOR)(*inputs(2))).mean()
 
         return jax.grad(loss)(weights)
 
@@ -167,13 +167,13 @@ def test_only_its_weights_get_gradients(unet, weights):
 def test_sharded_is_unsharded(unet, weights, applied):
     mesh = make_mesh("data=2,fsdp=2,tensor=2")
     placed = jax.device_put(unet, tiny.module_shardings(unet, mesh))
-    where = lora.lora_shardings(unet, weights, mesh)
+    where = adapters.lora_shardings(unet, weights, mesh)
     pair = where["down_blocks.0.self_attention.attention.to_q"]
     assert pair["a"].spec == P("fsdp", None) and pair["b"].spec == P(None, "tensor")
     split = jax.device_put(weights, where)
     got = call_with(placed, split, FACTOR, *inputs())
     assert tiny.relative_error(got, applied) < ROUNDING
-    merged = lora.merge(placed, split, FACTOR)
+    merged = adapters.merge(placed, split, FACTOR)
     kernels = zip(
         jax.tree.leaves(nnx.state(merged)), jax.tree.leaves(shardings(unet, mesh)), strict=True
     )
@@ -259,10 +259,10 @@ def test_another_architecture_is_refused(unet, weights):
     }
     for message, other in others.items():
         with pytest.raises(CheckpointError, match=f"is for another architecture .*; {message}"):
-            lora.check_fits(other, unet, CONFIG)
+            adapters.check_fits(other, unet, CONFIG)
     wide = abstract_module("unet", dataclasses.replace(MODEL, **full_unet()))
     with pytest.raises(CheckpointError, match=r"missing: .*, \d+ more; \d+ of another shape"):
-        lora.check_fits(weights, wide, CONFIG)
+        adapters.check_fits(weights, wide, CONFIG)
 
 
 @pytest.mark.parametrize(

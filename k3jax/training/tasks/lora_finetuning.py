@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tasks with `train.lora`: low-rank updates of a U-Net's attention; all components are frozen.
 
-How a LoRA works is in `k3jax.model.lora`. A loss for `jax.grad` over the LoRA's weights alone:
+How a LoRA works is in `k3jax.model.adapters`. A loss for `jax.grad` over the LoRA's weights alone:
 
     def loss(weights, unet, batch):
-        return objective(lora.apply(unet, weights, lora.update_factor(config)), batch)
+        return objective(adapters.apply(unet, weights, adapters.update_factor(config)), batch)
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from k3jax.config import LoraConfig
-from k3jax.model import lora
+from k3jax.model import adapters
 from k3jax.training.result import save_lora_result
 from k3jax.training.state import Weights
 from k3jax.training.tasks.denoising import Denoising
@@ -31,7 +31,7 @@ class LoraDenoising(Denoising):
         unet = self.abstract("unet")
         self._first = init_lora(unet, config.lora, config.seed)
         self.shapes = structs(flattened(self._first))
-        self.shardings = flattened(lora.lora_shardings(unet, self._first, mesh))
+        self.shardings = flattened(adapters.lora_shardings(unet, self._first, mesh))
 
     def trained_components(self) -> tuple[str, ...]:
         return ()
@@ -40,8 +40,8 @@ class LoraDenoising(Denoising):
         return flattened(self._first)
 
     def modules(self, weights, frozen):
-        factor = lora.update_factor(self.config.lora)
-        return {**frozen, "unet": lora.apply(frozen["unet"], nested(weights), factor)}
+        factor = adapters.update_factor(self.config.lora)
+        return {**frozen, "unet": adapters.apply(frozen["unet"], nested(weights), factor)}
 
     def frozen_modules(self) -> dict[str, nnx.Module]:
         return {name: self.frozen_module(name, self.config.dtype) for name in self.frozen}
@@ -71,7 +71,7 @@ def init_lora(
         unet: with or without weights.
 
     Returns:
-        float32 on the host; `k3jax.model.lora.lora_shardings` says where it goes on a mesh.
+        float32 on the host; `k3jax.model.adapters.lora_shardings` says where it goes on a mesh.
 
     Raises:
         ValueError: a rank or alpha that is not positive, or a target that is no linear layer.
@@ -86,12 +86,12 @@ def init_lora(
             "a": rng.standard_normal((rows, config.rank), np.float32) * np.float32(rows**-0.5),
             "b": np.zeros((config.rank, columns), np.float32),
         }
-        for name, (rows, columns) in sorted(lora.target_shapes(unet, config).items())
+        for name, (rows, columns) in sorted(adapters.target_shapes(unet, config).items())
     }
 
 
 def nested(weights: Weights) -> dict[str, dict[str, jax.Array]]:
-    """{"x.y.a": ..., "x.y.b": ...} -> {"x.y": {"a": ..., "b": ...}}: the form of `model.lora`."""
+    """{"x.y.a": ..., "x.y.b": ...} -> {"x.y": {"a": ..., "b": ...}}: the form of `model.adapters`."""
     layers: dict[str, dict[str, jax.Array]] = {}
     for name, value in weights.items():
         layer, _, part = name.rpartition(".")
