@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small checkpoint to train from, and runs on drawn scenes that last seconds."""
 
-import dataclasses
-
 import jax
 import pytest
 
@@ -16,15 +14,8 @@ from k3jax.training.train_config import (
     TrainConfig,
 )
 
-import tiny
 from random_checkpoint import write_random_checkpoint
-
-
-# One level: attention to itself and to the text, down and up, in a fraction of the compile time.
-UNET = dataclasses.replace(
-    tiny.UNET, block_out_channels=(32,), add_cross_attention=(True,), add_self_attention=(True,)
-)
-MODEL = dataclasses.replace(tiny.CONFIG, unet=UNET, sample_size=64)
+from training_models import MODEL
 
 
 @pytest.fixture(scope="session")

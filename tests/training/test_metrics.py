@@ -206,6 +206,7 @@ SIGNALLED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["SIGTERM", "twice"])
 def test_signals_become_a_flag(how):
     process = subprocess.Popen(

@@ -217,6 +217,7 @@ HOLDER = """
 """
 
 
+@pytest.mark.slow
 def test_one_process_at_a_time_and_the_dead_hold_nothing(tmp_path):
     folder = RunFolder(tmp_path / "run")
     command = [sys.executable, "-c", textwrap.dedent(HOLDER), str(folder.path)]

@@ -32,6 +32,7 @@ from k3jax.training.tasks.reading import ReadingHeads
 from k3jax.training.train_config import DataConfig, LossConfig, OptimizerConfig, TrainConfig
 
 import random_checkpoint
+from training_models import WIDTH
 
 
 ROUNDING = 1e-3  # of a weight's largest update (1e-2 a step): float32, summed in another order
@@ -373,7 +374,7 @@ def two_steps(base, spec, devices, name="adamw"):
     rng = np.random.default_rng(0)
     batch = {
         "latents": rng.standard_normal((8, 8, 8, 4), np.float32),
-        "embeds": rng.standard_normal((8, 32, 32), np.float32),
+        "embeds": rng.standard_normal((8, 32, WIDTH), np.float32),
         "attention_mask": np.arange(32) < rng.integers(3, 20, (8, 1)),
     }
     with computing(mesh, config.dtype):
@@ -391,11 +392,11 @@ def alone(base):
 @pytest.mark.parametrize(
     "spec, name",
     [
-        ("data=8", "adamw"),
-        ("data=2,fsdp=4", "adamw"),
-        ("fsdp=8", "adamw"),
         ("data=2,fsdp=2,tensor=2", "adamw"),
-        ("data=2,fsdp=2,tensor=2", "muon"),
+        pytest.param("data=8", "adamw", marks=pytest.mark.slow),
+        pytest.param("data=2,fsdp=4", "adamw", marks=pytest.mark.slow),
+        pytest.param("fsdp=8", "adamw", marks=pytest.mark.slow),
+        pytest.param("data=2,fsdp=2,tensor=2", "muon", marks=pytest.mark.slow),
     ],
 )
 def test_sharded_is_unsharded(base, alone, spec, name):

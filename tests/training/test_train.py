@@ -21,6 +21,9 @@ from k3jax.training.run import TrainingRun, train
 from k3jax.training.tasks import make_task
 from k3jax.training.train_config import CheckpointConfig, MaskConfig, PriorConfig
 
+from random_checkpoint import write_random_checkpoint
+from training_models import WIDE
+
 
 def losses(run, name="loss"):
     folder = run.train.output
@@ -31,7 +34,10 @@ def weights(path, component):
     return dict(iterate_leaves(path, component))
 
 
-def test_the_loss_falls_on_a_few_scenes_and_resumes(run, base, tmp_path):
+@pytest.mark.slow
+def test_the_loss_falls_on_a_few_scenes_and_resumes(run, tmp_path):
+    base = tmp_path / "base"
+    write_random_checkpoint(base, WIDE)
     wanted = run(
         steps=200,
         checkpoint=CheckpointConfig(every=1000),
@@ -42,6 +48,7 @@ def test_the_loss_falls_on_a_few_scenes_and_resumes(run, base, tmp_path):
         loss={"snr_gamma": 5.0},
         from_scratch=True,
     )
+    wanted = dataclasses.replace(wanted, checkpoint=str(base))
     result = train(wanted)
     values = losses(wanted, "noise_mse")
     assert len(values) == 200
@@ -101,6 +108,7 @@ def test_cached_and_uncached_batches_train_alike(run, tmp_path):
         np.testing.assert_allclose(cached[name], uncached[name], atol=3e-3, err_msg=name)
 
 
+@pytest.mark.slow
 def test_text_encoder_and_movq_from_scratch(run, tmp_path, base):
     model = read_checkpoint(base).config
     model = dataclasses.replace(
@@ -196,6 +204,9 @@ def test_metrics_and_pictures_are_written(run, tmp_path):
             "known where objects are",
         ),
         ({"decoder_only": True}, "needs train.task movq"),
+        ({"task": "superresolution"}, "train.task is 'superresolution'; .* text_to_image, inpai"),
+        ({"task": "movq", "lora": LoraConfig()}, "train.task is 'movq'; .* with train.lora"),
+        ({"data": {"cache": "gs://bucket/cache"}}, "train.data.cache is gs://bucket/cache"),
     ],
 )
 def test_refusals_come_before_training(run, change, message):

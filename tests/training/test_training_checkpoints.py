@@ -311,6 +311,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow
 def test_killed_while_writing(tmp_path):
     process = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path)],
@@ -366,6 +367,7 @@ PROCESS = """
 """
 
 
+@pytest.mark.slow
 def test_two_processes_write_one_checkpoint_and_agree(tmp_path):
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",

@@ -39,7 +39,7 @@ class BucketIndex:
     buckets: (height, width) of each.
     bucket_of: int32 (n,), the bucket of each sample.
     num_enlarged: samples smaller than their bucket.
-    source_fingerprint: of the source, where a cache is wanted.
+    source_fingerprint: of the source, if there is a cache.
     """
 
     buckets: list[tuple[int, int]]
@@ -116,8 +116,8 @@ def scale(width, height, size: tuple[int, int]) -> np.ndarray:
 def bucket_index(source: Source, config: DataConfig, multiple: int = MULTIPLE) -> BucketIndex:
     """Reads the sizes of all images and assigns buckets; the empty buckets are left out.
 
-    Where there is a `config.cache`, sizes and the source's fingerprint are kept in a file beside
-    it, and made anew when a file of the source has another size or time.
+    With a `config.cache`, sizes and the source's fingerprint are stored in a file in that folder,
+    named after the sizes and times of the source's files.
 
     Raises:
         ValueError: an image is not readable; the message has its key.
@@ -133,7 +133,7 @@ def bucket_index(source: Source, config: DataConfig, multiple: int = MULTIPLE) -
         sizes = np.broadcast_to(np.int32([w, h]), (len(source), 2))
         fingerprint = source.fingerprint() if config.cache is not None else ""
     elif config.cache is not None:
-        sizes, fingerprint = _kept(source, Path(config.cache))
+        sizes, fingerprint = _stored_sizes(source, Path(config.cache))
     else:
         sizes = image_sizes(source)
     bucket_of = assign(sizes[:, 0], sizes[:, 1], buckets)
@@ -180,17 +180,15 @@ def read_image(source: Source, index: BucketIndex, number: int) -> dict[str, Any
     return {"image": image, "caption": sample.caption, "key": sample.key}
 
 
-def _kept(source: Source, cache: Path) -> tuple[np.ndarray, str]:
-    """(sizes of all images, fingerprint of the source), from a file beside the cache if it is of
-    this source."""
-    file, stamp = cache.with_name(f"{cache.name}.sizes.npz"), source.stamp()
+def _stored_sizes(source: Source, cache: Path) -> tuple[np.ndarray, str]:
+    """(sizes of all images, fingerprint of the source), from a file in the folder of caches."""
+    file = cache / f"{source.stamp()}.sizes.npz"
     if file.is_file():
-        with contextlib.suppress(Exception), np.load(file) as stored:  # a broken one is made anew
-            if stored["stamp"] == stamp and len(stored["sizes"]) == len(source):
+        with contextlib.suppress(Exception), np.load(file) as stored:  # a damaged one is replaced
+            if len(stored["sizes"]) == len(source):
                 return stored["sizes"], str(stored["fingerprint"])
     sizes, fingerprint = image_sizes(source), source.fingerprint()
-    arrays = {"stamp": stamp, "fingerprint": fingerprint, "sizes": sizes}
-    write_whole(file, lambda out: np.savez(out, **arrays))
+    write_whole(file, lambda out: np.savez(out, fingerprint=fingerprint, sizes=sizes))
     return sizes, fingerprint
 
 

@@ -192,12 +192,7 @@ def cache_folder(root: str | Path, fingerprint: str) -> Path:
 
     That is `root` itself where a cache of this data set is directly in it: older versions wrote one
     cache per folder.
-
-    Raises:
-        ValueError: `root` is not local.
     """
-    if "://" in str(root):
-        raise ValueError(f"{root} is not a local folder, which a cache must be in.")
     root = Path(root)
     for place in (root, root.with_name(f"{root.name}.partial")):
         with contextlib.suppress(ValueError):  # not a cache: it stays as it is

@@ -59,6 +59,9 @@ class Denoising(Task):
 
     def check(self) -> None:
         super().check()
+        cache = self.config.data.cache
+        if cache is not None and "://" in cache:
+            raise ValueError(f"train.data.cache is {cache}; it must be a local folder.")
         check_loss(self.config.loss, self.model.sampler)
 
     def open_data(self, tokenizer: Path, progress: bool) -> TrainingData:

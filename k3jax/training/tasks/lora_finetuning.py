@@ -91,7 +91,7 @@ def init_lora(
 
 
 def nested(weights: Weights) -> dict[str, dict[str, jax.Array]]:
-    """{"x.y.a": ..., "x.y.b": ...} -> {"x.y": {"a": ..., "b": ...}}: the form of `model.adapters`."""
+    """{"x.y.a": ..., "x.y.b": ...} -> {"x.y": {"a": ..., "b": ...}}: see `model.adapters`."""
     layers: dict[str, dict[str, jax.Array]] = {}
     for name, value in weights.items():
         layer, _, part = name.rpartition(".")
