@@ -33,7 +33,7 @@ from k3jax.training.state import (
     new_state,
     state_shardings,
 )
-from k3jax.training.step import step_of
+from k3jax.training.step import make_step
 from k3jax.training.tasks import make_task
 from k3jax.training.tasks.task import Task
 from k3jax.training.throughput import StepTimer, flops_of
@@ -145,7 +145,7 @@ def _run_steps(
             state, position = checkpoints.restore_newest(abstract)
             data.batches.restore(position["data"])
         frozen = task.frozen_modules()
-        step = step_of(task.loss, optimizer, config)
+        step = make_step(task.loss, optimizer, config)
         first = data.batches.batch(0)
         flops = _model_flops(task, frozen, first)
         sample = None if not config.sample_every else task.sampler(first, tokenizer)

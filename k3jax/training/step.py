@@ -22,38 +22,19 @@ from k3jax.training.train_config import TrainConfig
 Loss = Callable[[Weights, Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 
 
-def step_of(
-    loss: Loss, optimizer: optax.GradientTransformation, config: TrainConfig
-) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]:
-    """The step of a run; see `make_step`."""
-    return make_step(
-        loss,
-        optimizer,
-        seed=config.seed,
-        ema_decay=config.ema_decay,
-        gradient_accumulation_steps=config.optimizer.gradient_accumulation_steps,
-    )
-
-
 def make_step(
-    loss: Loss,
-    optimizer: optax.GradientTransformation,
-    *,
-    seed: int,
-    ema_decay: float | None,
-    gradient_accumulation_steps: int = 1,
+    loss: Loss, optimizer: optax.GradientTransformation, config: TrainConfig
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """The step as a function to be jitted with its first argument donated.
 
-    Args:
-        gradient_accumulation_steps: number of parts of a batch that are computed one after the
-            other, with the memory of one part. Each part has every n-th sample, so that a batch
-            that is split over devices is not moved.
+    With gradient accumulation the parts of a batch are computed one after the other, with the
+    memory of one part. Each part has every n-th sample, so that a batch that is split over devices
+    is not moved.
     """
+    parts, ema_decay = config.optimizer.gradient_accumulation_steps, config.ema_decay
     gradient = jax.value_and_grad(loss, has_aux=True)
 
     def accumulated(weights, frozen, batch, key):
-        parts = gradient_accumulation_steps
         if parts == 1:
             return gradient(weights, frozen, batch, key)
 
@@ -72,16 +53,16 @@ def make_step(
         return jax.lax.scan(add, zeros, cuts)[0]
 
     def step(state: TrainState, frozen: Any, batch: Any):
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         (value, metrics), grads = accumulated(state.weights, frozen, batch, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.weights)
         weights = optax.apply_updates(state.weights, updates)
         ema = state.ema
         if ema is not None:
-            # A short memory at first, or the average would hold on to the random start.
+            # A low decay at first, or the average would keep too much of the random start.
             count = state.step.astype(jnp.float32)
             decay = jnp.minimum(ema_decay, (1 + count) / (10 + count))
-            # In this form what does not change is exactly the same in the average.
+            # In this form weights that do not change are exactly the same in the average.
             ema = jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), ema, weights)
         metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), **metrics}
         return TrainState(state.step + 1, weights, ema, opt_state), metrics

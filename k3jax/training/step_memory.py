@@ -18,7 +18,7 @@ from k3jax.pipelines.programs import computing
 from k3jax.sharding import batch_sharding, placed
 from k3jax.training.optimizer import make_optimizer
 from k3jax.training.state import abstract_state, state_shardings
-from k3jax.training.step import step_of
+from k3jax.training.step import make_step
 from k3jax.training.tasks import make_task
 from k3jax.training.train_config import TrainConfig
 
@@ -54,7 +54,7 @@ def lower_step(
     where = state_shardings(
         task.shapes, task.shardings, optimizer, mesh, config.ema_decay is not None
     )
-    step = step_of(task.loss, optimizer, config)
+    step = make_step(task.loss, optimizer, config)
     frozen = {name: _placed_module(name, config, model, mesh) for name in task.frozen}
     b, side, split = config.batch_size, size // model.movq.scale_factor, batch_sharding(mesh)
     shapes = {

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TensorBoard files of a run, written by this thread: what cannot be written is raised here.
+"""TensorBoard files of a run, written by the calling thread, which gets the errors.
 
-(`tensorboardX.SummaryWriter` writes in a thread, whose errors come at the exit of the process.)
+(`tensorboardX.SummaryWriter` writes in a thread of its own and reports errors at process exit.)
 """
 
 import time
@@ -22,13 +22,13 @@ FLUSH_SECONDS = 30
 class TensorBoard:
     """An event file in a folder.
 
-    Every method raises OSError, with the folder, where the file cannot be written.
+    Every method raises OSError with the folder's name if the file cannot be written.
     """
 
     def __init__(self, folder: Path, first_step: int):
         """
         Args:
-            first_step: TensorBoard hides what earlier files hold from this step on; 0: nothing.
+            first_step: TensorBoard hides values of earlier files from this step on; 0: none.
         """
         self.folder, self._flushed_at = folder, time.monotonic()
         with name_in_errors(folder):

@@ -3,12 +3,11 @@
 
     MFU = model FLOPs of a step / (seconds of a step * devices * peak FLOP/s of a device)
 
-Model FLOPs (arXiv:2204.02311, appendix B) are those that the mathematics needs: forward and
-backward pass, each once. What a compiled program executes is more, because rematerialisation
-(`remat`) runs the forward pass of a block again; dividing those FLOPs by the peak gives the
-*hardware* FLOP utilisation, which is higher and looks better the more is wasted. So the caller of
-`model_flop_utilisation` gives the model FLOPs: `flops_of` a step compiled without `remat`, or three
-times those of the forward pass.
+Model FLOPs (arXiv:2204.02311, appendix B) are those of one forward and one backward pass. A
+compiled program executes more, because rematerialisation (`remat`) repeats the forward pass of each
+block; those FLOPs give the *hardware* utilisation, which is higher. Callers of
+`model_flop_utilisation` pass the model FLOPs: `flops_of` a step compiled without `remat`, or three
+times the forward pass.
 """
 
 import contextlib
@@ -33,7 +32,7 @@ PEAK_GPU = {
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Peak bfloat16 FLOP/s of a device; None where none is known, as for a CPU."""
+    """Peak bfloat16 FLOP/s of a device; None if unknown, as for a CPU."""
     kind = device.device_kind
     if chip := chip_of(kind):
         return chip.peak
@@ -43,12 +42,12 @@ def peak_flops(device: jax.Device) -> float | None:
 def model_flop_utilisation(
     flops_per_step: float | None, step_time: float, devices: Sequence[jax.Device]
 ) -> float | None:
-    """MFU between 0 and 1; None, rather than a guess, where a peak or the FLOPs are not known.
+    """MFU between 0 and 1; None if a peak or the FLOPs are unknown.
 
     Args:
         flops_per_step: model FLOPs of one update, over all devices.
         step_time: seconds.
-        devices: all that take part, of every process.
+        devices: all devices of the mesh, of every process.
     """
     peaks = [peak_flops(device) for device in devices]
     if not flops_per_step or step_time <= 0 or not peaks or None in peaks:
@@ -57,13 +56,11 @@ def model_flop_utilisation(
 
 
 def flops_of(program: jax.stages.Compiled | jax.stages.Lowered) -> float | None:
-    """FLOPs of one call of a program; None where XLA does not say.
+    """FLOPs of one call of a program; None if XLA does not know.
 
-    Of a compiled one, the hardware FLOPs that each device executes: times the number of devices. Of
-    one that is only lowered, those of the whole as it is written.
-
-    XLA counts the body of a loop (`lax.scan`, so also gradient accumulation) once however often it
-    runs, and custom calls such as fused attention kernels not at all.
+    Of a compiled program: the FLOPs that each device executes. Of a lowered one: the FLOPs of the
+    whole program as it is written. XLA counts the body of a loop (`lax.scan`, so also gradient
+    accumulation) once, and custom calls such as fused attention kernels not at all.
     """
     try:
         analysis = program.cost_analysis()
@@ -78,9 +75,9 @@ def flops_of(program: jax.stages.Compiled | jax.stages.Lowered) -> float | None:
 class StepTimer:
     """Seconds per step, images per second and MFU over the last few measurements.
 
-    Steps are dispatched long before they are computed, so only the moments tell something at which
-    the results of a step have arrived on the host. `mark` is called at those, every few steps; the
-    first call starts the clock, so compilation is not counted when it follows the first step.
+    Steps are dispatched long before they are computed. So `mark` is called every few steps, when
+    results of a step have arrived on the host. The first call starts the clock: compilation is not
+    counted.
     """
 
     def __init__(
@@ -97,8 +94,8 @@ class StepTimer:
             images_per_step: over the whole mesh.
             flops_per_step: model FLOPs over the whole mesh, see the top of this file.
             devices: all devices of the mesh.
-            window: number of measurements that the median is taken of.
-            clock: gives seconds.
+            window: number of measurements of the median.
+            clock: returns seconds.
         """
         self.images_per_step = images_per_step
         self.flops_per_step = flops_per_step
@@ -109,7 +106,7 @@ class StepTimer:
         self._paused = 0.0
 
     def mark(self, step: int) -> None:
-        """The results of `step` are on the host now."""
+        """Notes that the results of `step` are on the host."""
         now = self._clock()
         if self._last is not None and step > self._last[0]:
             steps, seconds = step - self._last[0], now - self._last[1] - self._paused
@@ -118,11 +115,11 @@ class StepTimer:
 
     @contextlib.contextmanager
     def pause(self, wait_for=None) -> Iterator[None]:
-        """What happens inside is no part of a step: checkpoints, samples, validation.
+        """Excludes what the `with` does: checkpoints, pictures, validation.
 
         Args:
-            wait_for: arrays of the last step dispatched, such as its state. They are waited for
-                before the clock stops, or the steps under way would be left out with the rest.
+            wait_for: arrays of the last dispatched step, such as its state; the clock stops once
+                they are computed.
         """
         jax.block_until_ready(wait_for)
         start = self._clock()
@@ -132,9 +129,9 @@ class StepTimer:
             self._paused += self._clock() - start
 
     def metrics(self) -> dict[str, float]:
-        """`step_time` (s), `images_per_s` and, where the peak is known, `mfu` (0 to 1).
+        """`step_time` (s), `images_per_s` and, if the peak is known, `mfu` (0 to 1).
 
-        Empty before there are two marks.
+        Empty before the second `mark`.
         """
         if not self._step_times:
             return {}

@@ -125,11 +125,6 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "run").exists() and capsys.readouterr().out == ""
 
 
-def test_a_bucket_is_refused():
-    with pytest.raises(ValueError, match="gs://bucket/run is no local folder"):
-        MetricWriter("gs://bucket/run")
-
-
 def test_step_time_leaves_out_pauses_and_compilation():
     now = [0.0]
     devices = [types.SimpleNamespace(device_kind="TPU v4")] * 2

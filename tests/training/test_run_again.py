@@ -80,9 +80,9 @@ def test_a_finished_run_is_finished(quick, no_work, capfd):
     made = weights(result)
     no_work()
     assert train(quick()) == result
-    assert "has made its 4 steps: there is nothing left to do" in capfd.readouterr().out
+    assert "is finished: it has all 4 steps" in capfd.readouterr().out
     assert_equal(weights(result), made)
-    with pytest.raises(ValueError, match=r"has made 4 steps, and train.steps is 2: give --steps 4"):
+    with pytest.raises(ValueError, match=r"has 4 steps, and train.steps is 2: give --steps 4"):
         train(quick(steps=2))
 
 
@@ -174,7 +174,7 @@ def test_goes_on_from_the_newest_checkpoint_that_is_whole(quick, tmp_path):
     for path in (tmp_path / "run" / "checkpoints" / "4").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
-    with pytest.warns(UserWarning, match="checkpoints/4 cannot be read .* goes on from the newest"):
+    with pytest.warns(UserWarning, match="checkpoints/4 cannot be read .* resumes from the newest"):
         assert train(quick()) == result
     assert_equal(weights(result), made)
     assert (tmp_path / "run" / "damaged_checkpoints" / "4").is_dir()

@@ -316,6 +316,11 @@ def test_adafactor_remembers_rows_and_columns_only():
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) < 2000
 
 
+def step_config(ema_decay, parts=1):
+    rule = OptimizerConfig(gradient_accumulation_steps=parts)
+    return TrainConfig(ema_decay=ema_decay, optimizer=rule)
+
+
 def quadratic(weights, frozen, batch, key):
     error = batch["x"] @ weights["w"] - batch["y"]
     return jnp.square(error).mean(), {"error": jnp.abs(error).mean()}
@@ -328,7 +333,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     rule = optax.sgd(0.1)
     results = []
     for parts in (1, 4):
-        step = make_step(quadratic, rule, seed=0, ema_decay=0.5, gradient_accumulation_steps=parts)
+        step = make_step(quadratic, rule, step_config(0.5, parts))
         state = TrainState(jnp.zeros((), jnp.int32), weights, weights, rule.init(weights))
         for _ in range(3):
             state, metrics = jax.jit(step)(state, None, batch)
@@ -339,7 +344,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
 
 def test_the_average_of_the_weights():
     rule = optax.sgd(1.0)
-    step = make_step(lambda w, f, b, k: (w["w"], {}), rule, seed=0, ema_decay=0.15)
+    step = make_step(lambda w, f, b, k: (w["w"], {}), rule, step_config(0.15))
     weights = {"w": jnp.asarray(0.0)}
     state = TrainState(jnp.zeros((), jnp.int32), weights, weights, rule.init(weights))
     average = 0.0
@@ -359,6 +364,7 @@ def two_steps(base, spec, devices, name="adamw"):
         dtype="float32",
         batch_size=8,
         remat=False,
+        ema_decay=0.9,
         optimizer=rule,
         data=DataConfig(cache="not read here"),
     )
@@ -369,7 +375,7 @@ def two_steps(base, spec, devices, name="adamw"):
     weights = task.first_weights()
     first = jax.device_get(weights)
     state = new_state(weights, optimizer, placed)
-    step = make_step(task.loss, optimizer, seed=0, ema_decay=0.9)
+    step = make_step(task.loss, optimizer, config)
     step = jax.jit(step, donate_argnums=0, out_shardings=(placed, None))
     rng = np.random.default_rng(0)
     batch = {

@@ -55,8 +55,6 @@ def write_cache(
     """
     if dtype not in ("float16", "float32"):
         raise ValueError(f"the dtype of a cache is float16 or float32, not {dtype}.")
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be 1 or more.")
     if cache.complete:
         return
     texts = [source.caption(number) for number in range(len(source))]

@@ -97,8 +97,6 @@ class SceneSource(Source):
     def __init__(
         self, count: int, size: int, split: str = "train", seed: int = 0, mix: str = "all"
     ):
-        if count < 1:
-            raise ValueError(f"num_scenes is {count}; it must be 1 or more.")
         self.size = (size, size)
         self._count, self._split, self._seed, self._mix = count, split, seed, mix
 
