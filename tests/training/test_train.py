@@ -201,7 +201,7 @@ def test_metrics_and_pictures_are_written(run, tmp_path):
                 "masks": MaskConfig(objects=1),
                 "data": {"kind": "folder", "path": "nowhere"},
             },
-            "known where objects are",
+            "train.masks.objects is 1",
         ),
         ({"decoder_only": True}, "needs train.task movq"),
         ({"task": "superresolution"}, "train.task is 'superresolution'; .* text_to_image, inpai"),
