@@ -120,5 +120,5 @@ def test_small_objects_get_a_wider_margin():
 
 def test_objects_are_found_in_scenes_alone():
     check_masks(OBJECTS, DataConfig(kind="scenes"))
-    with pytest.raises(ValueError, match=r"only in pictures of kind 'scenes'.*is 'folder'"):
+    with pytest.raises(ValueError, match=r"train.masks.objects is .*data.kind is 'folder'"):
         check_masks(OBJECTS, DataConfig(kind="folder"))
