@@ -2,16 +2,21 @@
 """Tasks: a new one is a class and a row of a table; and the architecture of a run."""
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from PIL import Image
 
 from k3jax.checkpoints.restore import iterate_leaves, read_checkpoint
 from k3jax.config import LoraConfig
+from k3jax.sharding import make_mesh
+from k3jax.training.data.scene_tokenizer import captions_to_learn
 from k3jax.training.data.training_data import TrainingData
 from k3jax.training.run import train
-from k3jax.training.tasks import TASKS
+from k3jax.training.tasks import TASKS, make_task
 from k3jax.training.tasks.task import Task, architecture
 from k3jax.training.train_config import TrainConfig
 
@@ -95,3 +100,38 @@ def test_what_starts_from_scratch_is_made_as_the_config_says(base):
     assert architecture(lora, asked, checkpoint) == theirs
     assert architecture(TrainConfig(from_scratch=True), None, checkpoint) == theirs
     assert architecture(TrainConfig(), asked, None) == asked
+
+
+TASKS_OF_CONFIGS = {
+    "text_to_image": {"components": ("text_encoder", "text_projection", "unet")},
+    "inpainting": {"task": "inpainting", "components": ("unet",)},
+    "lora of inpainting": {"task": "inpainting", "lora": LoraConfig(rank=2)},
+    "decoder": {"task": "movq", "decoder_only": True, "data": {"crop": 64, "resolution": 128}},
+    "text_encoder": {"task": "text_encoder", "from_scratch": True},
+}
+
+
+@pytest.mark.parametrize("name", TASKS_OF_CONFIGS)
+def test_data_and_loss_of_each_task_fit_each_other(name, run, base, tmp_path, monkeypatch):
+    """Traced, not compiled: whole runs are in test_train.py."""
+    few = functools.partial(captions_to_learn, count=300)
+    monkeypatch.setattr("k3jax.training.data.scene_tokenizer.captions_to_learn", few)
+    config, checkpoint = run(cached=False, **TASKS_OF_CONFIGS[name]).train, read_checkpoint(base)
+    mesh = make_mesh("data=1", jax.devices()[:1])
+    model = checkpoint.config
+    if name == "text_encoder":
+        wider = dataclasses.replace(model.text_encoder, vocab_size=416)
+        model = dataclasses.replace(model, text_encoder=wider)
+    task = make_task(config, model, checkpoint, mesh)
+    data = task.open_data(task.tokenizer(tmp_path, new=True), progress=False)
+    batch = data.batches.batch(0)
+    data.batches.close()
+    assert {len(array) for array in batch.values()} == {8}
+    frozen = {name: task.abstract(name) for name in task.frozen}
+    weights = task.first_weights()
+    assert {n: (w.shape, w.dtype) for n, w in weights.items()} == {
+        n: (s.shape, s.dtype) for n, s in task.shapes.items()
+    }
+    assert task.shardings.keys() == task.shapes.keys()
+    loss, metrics = jax.eval_shape(task.loss, task.shapes, frozen, batch, jax.random.key(0))
+    assert loss.shape == () and all(value.shape == () for value in metrics.values())
