@@ -16,6 +16,9 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from k3jax.config_limits import check_movq, check_sizes, check_text_encoder, check_unet
 
 
+AttentionForm = Literal["auto", "xla", "kernel"]
+"""Which form long attention takes: the platform's best, XLA's operations alone, or a kernel."""
+
 MAX_TOKENS = 128
 """Tokens of a prompt that the model sees, end-of-sequence included; the same in all references."""
 

@@ -195,22 +195,17 @@ def split_as_columns(x: jax.Array, variable: nnx.Variable, rows: str = "batch") 
     return constrain(x, rows, ..., None if whole else name)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _gather(x: jax.Array, used: PartitionSpec, stored: PartitionSpec) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, used)
 
 
-def _gather_forward(x, used, stored):
-    return _gather(x, used, stored), None
-
-
-def _gather_backward(used, stored, _, gradient):
-    # First as the sum over the batch alone leaves it: the product with the batch has no choice.
-    gradient = jax.lax.with_sharding_constraint(gradient, used)
-    return (jax.lax.with_sharding_constraint(gradient, stored),)
-
-
-_gather.defvjp(_gather_forward, _gather_backward)
+@_gather.defjvp
+def _gather_derivative(used, stored, primals, tangents):
+    """Transposed: first as the sum over the batch leaves it, then as the weight is stored."""
+    (x,), (dx,) = primals, tangents
+    dx = jax.lax.with_sharding_constraint(dx, stored)
+    return _gather(x, used, stored), jax.lax.with_sharding_constraint(dx, used)
 
 
 def batch_sharding(mesh: Mesh, batch_dim: int = 0) -> NamedSharding:

@@ -10,8 +10,8 @@ import jax
 import pytest
 
 from k3jax.cli.main import parse
-from k3jax.pipelines import loaded_model
-from k3jax.pipelines.base_pipeline import BasePipeline
+from k3jax.pipelines import loading
+from k3jax.pipelines.pipeline import BasePipeline
 from k3jax.sharding import make_mesh
 
 
@@ -57,7 +57,7 @@ def test_python_block_runs(block, tmp_path, monkeypatch):
     monkeypatch.setattr(BasePipeline, "__init__", few_steps)
     # One device: programs for 8 take three times as long to compile, and other tests have them.
     one = make_mesh("data=1", jax.devices()[:1])
-    monkeypatch.setattr(loaded_model, "make_mesh", lambda spec: one)
+    monkeypatch.setattr(loading, "make_mesh", lambda spec: one)
     monkeypatch.chdir(tmp_path)
     exec(compile(block.replace("weights/kandinsky3", "tiny"), "README.md", "exec"), {})
     for picture in re.findall(r'save\("(.*?)"\)', block):

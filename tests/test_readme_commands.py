@@ -21,7 +21,7 @@ from pyarrow import parquet
 
 from k3jax.checkpoints.packaged import DEFAULT
 from k3jax.cli.main import main
-from k3jax.pipelines.base_pipeline import BasePipeline
+from k3jax.pipelines.pipeline import BasePipeline
 from k3jax.planning import compiler
 
 from made_programs import compiled

@@ -15,10 +15,11 @@ from jax.sharding import PartitionSpec as P
 
 from k3jax.config import MAX_TOKENS, ModelConfig, SamplerConfig
 from k3jax.model.abstract import COMPONENTS, abstract_module
+from k3jax.model.conditioning import Conditioning
 from k3jax.model.context import Context
 from k3jax.model.movq_strips import strips_on_tpu
 from k3jax.pipelines.programs import encode_text
-from k3jax.sampling.denoise import denoise_program, initial_carry, loop_rows
+from k3jax.sampling.denoise import LoopState, denoise_program, loop_rows, window
 from k3jax.sampling.samplers import make_sampler
 from k3jax.sharding import (
     MESH_AXES,
@@ -96,6 +97,7 @@ def test_full_size_denoising_lowers_without_weights():
     mesh = make_mesh("data=4,tensor=2")
     unet = placed(abstract_module("unet", FULL, "bfloat16"), mesh)
     sampler = make_sampler(SamplerConfig())
+    latents = abstract((8, 128, 128, 4), jnp.float32, mesh)
     context = Context(
         abstract((8, MAX_TOKENS, 4096), jnp.bfloat16, mesh),
         abstract((8, MAX_TOKENS), jnp.float32, mesh),
@@ -103,16 +105,12 @@ def test_full_size_denoising_lowers_without_weights():
     )
     lowered = denoise_program.lower(
         unet,
-        context,
-        context,
-        abstract((8,), jnp.float32, mesh),
-        None,
-        initial_carry(sampler, abstract((8, 128, 128, 4), jnp.float32, mesh)),
-        loop_rows(sampler),
+        Conditioning(context, context, abstract((8,), jnp.float32, mesh)),
+        LoopState(latents, latents),
+        window(loop_rows(sampler), None, 0, 5)[0],
         abstract((8, 2), jnp.uint32, mesh),
         None,
         step=sampler.step,
-        stochastic=True,
         renoise=False,
     )
     latents = jax.tree.leaves(lowered.out_info)[0]

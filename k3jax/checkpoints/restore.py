@@ -32,9 +32,10 @@ from k3jax.checkpoints.manifest import (
 )
 from k3jax.checkpoints.packaged import packaged_path
 from k3jax.checkpoints.writer import CheckpointWriter
+from k3jax.config import AttentionForm
 from k3jax.files import CheckpointError, is_local
 from k3jax.model.abstract import abstract_module
-from k3jax.model.attention import AttentionForm, check_attention_form
+from k3jax.model.attention import check_attention_form
 from k3jax.model.int8 import quantize, with_int8_layers
 from k3jax.model.tokenizer import tokenizer_fault
 from k3jax.sharding import RULES, shardings

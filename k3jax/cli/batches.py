@@ -22,9 +22,9 @@ from k3jax.images.pngs import ContactSheet, write_png
 from k3jax.model.abstract import COMPONENTS
 from k3jax.model.context import PromptEmbeds
 from k3jax.model.tokenizer import PromptTruncatedWarning
-from k3jax.pipelines import memory as room
-from k3jax.pipelines.base_pipeline import BasePipeline
-from k3jax.pipelines.loaded_model import checked_batch_size
+from k3jax.pipelines import memory
+from k3jax.pipelines.loading import checked_batch_size
+from k3jax.pipelines.pipeline import BasePipeline
 from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
 from k3jax.sharding import make_meshes
 
@@ -92,7 +92,7 @@ def check_memory(
 ) -> None:
     """Refuses what cannot fit in the devices' memory; see `k3jax.pipelines.memory.check_memory`."""
     size = checked_batch_size(config.pipeline.batch_size, mesh, mesh)
-    room.check_memory(config.model, mesh, size, config.pipeline.dtype, sizes, guided)
+    memory.check_memory(config.model, mesh, size, config.pipeline.dtype, sizes, guided)
 
 
 def load_and_encode(
@@ -110,7 +110,7 @@ def load_and_encode(
     """
 
     def load(*components: str) -> Pipe:
-        pipe = kind.from_pretrained(
+        return kind.from_pretrained(
             checkpoint.path,
             mesh=mesh,
             encoder_mesh=config.pipeline.encoder_mesh,
@@ -120,9 +120,8 @@ def load_and_encode(
             stream_text_encoder=config.pipeline.stream_text_encoder,
             batch_size=config.pipeline.batch_size,
             components=components,
+            config=config.model,
         )
-        pipe.config = config.model
-        return pipe
 
     embeds = Embeds(load("text_encoder"), images, negative_prompt)
     gc.collect()

@@ -202,26 +202,20 @@ def _check(config: RunConfig, prompts: list[str]):
     check_prompts(prompts, config.generate.negative_prompt)
 
     from k3jax.cli.batches import check_memory, checked_mesh
-    from k3jax.pipelines import request
+    from k3jax.pipelines import call_inputs
+    from k3jax.pipelines.options import TextToImageOptions
     from k3jax.sampling.denoise import loop_rows, sample_keys
 
     wanted, model = config.generate, config.model
-    request.check_text_to_image(model)
-    height = model.sample_size if wanted.height is None else wanted.height
-    width = model.sample_size if wanted.width is None else wanted.width
-    height, width = request.check_size(model, height, width)
-    sampler, loop = request.chosen_sampler(
-        model.sampler,
-        name=wanted.sampler,
-        num_inference_steps=wanted.num_inference_steps,
-        eta=wanted.eta,
-        guidance_scale=wanted.guidance_scale,
-    )
+    call_inputs.check_text_to_image(model)
+    options = TextToImageOptions.from_sources(wanted)
+    height, width = call_inputs.check_size(model, *options.size(model))
+    sampler, loop = call_inputs.checked_sampler(options.sampler_config(model))
     loop_rows(loop, wanted.guidance_interval)
     if wanted.num_images_per_prompt < 1:
         raise ValueError(f"--num-images is {wanted.num_images_per_prompt}; it must be 1 or more.")
     count = len(prompts) * wanted.num_images_per_prompt
-    request.guidance_scales(sampler.guidance_scale, count)
+    call_inputs.guidance_scales(sampler.guidance_scale, count)
     sample_keys([wanted.seed, wanted.seed + count - 1])
     mesh = checked_mesh(config)
     guided = loop.guided and sampler.guidance_scale > 0

@@ -24,15 +24,15 @@ from k3jax.cli.quick_compiles import compile_quickly_on_cpus
 from k3jax.cli.run_config import RunConfig, build, collect
 from k3jax.config import ModelConfig
 from k3jax.images.compositing import extend_canvas
+from k3jax.images.masks import read_mask
 from k3jax.images.pngs import ContactSheet, write_png
-from k3jax.images.reading import read_image, read_mask
-from k3jax.pipelines import request
-from k3jax.pipelines.base_pipeline import BasePipeline
-from k3jax.pipelines.calls import Call
+from k3jax.images.reading import read_image
+from k3jax.pipelines import call_inputs
+from k3jax.pipelines.call_inputs import CallInputs
 from k3jax.pipelines.compilation_cache import enable_compilation_cache
-from k3jax.pipelines.generation import Loop
-from k3jax.pipelines.image_task import step_counts, work_sizes
-from k3jax.pipelines.inpaint_images import Pair, pairs
+from k3jax.pipelines.image_inputs import Pair, pairs, step_counts, work_sizes
+from k3jax.pipelines.options import ImageToImageOptions
+from k3jax.pipelines.pipeline import BasePipeline
 
 
 STRENGTHS = {"img2img": 0.3, "inpaint": 1.0, "outpaint": 1.0}
@@ -119,7 +119,7 @@ def _inputs(images: Sequence[str], task: Task, prompts: Sequence[str]) -> list[P
     counts = {"prompts": len(prompts), "images": len(images)}
     if task.masks:
         counts["masks"] = len(task.masks)
-    count = request.paired(counts)
+    count = call_inputs.paired(counts)
     if task.sides:
         made = [extend_canvas(image, **task.sides) for image in images]
         read = [Pair(read_image(canvas), read_mask(mask)) for canvas, mask in made]
@@ -136,22 +136,11 @@ def _checked_call(
     """The arguments that are equal for all calls of the pipeline."""
     wanted, edit, model = config.generate, config.edit, config.model
     strength = STRENGTHS[task.name] if edit.strength is None else edit.strength
-    checked = Call(
-        model,
-        prompt=[""] * len(inputs),
-        negative_prompt=None,
-        prompt_embeds=None,
-        negative_prompt_embeds=None,
-        num_images_per_prompt=wanted.num_images_per_prompt,
-        num_inference_steps=wanted.num_inference_steps,
-        guidance_scale=wanted.guidance_scale,
-        sampler=wanted.sampler,
-        eta=wanted.eta,
-        seed=wanted.seed,
-        output_type="pil",
-        loop=Loop(wanted.guidance_interval),
+    options = ImageToImageOptions.from_sources(
+        wanted, prompt=[""] * len(inputs), negative_prompt=None, strength=strength
     )
-    (steps,) = step_counts(checked, [strength])
+    checked = CallInputs(options, model)
+    steps = step_counts(checked)[0]
     if not steps and task.name != "img2img":
         raise ValueError("--strength is 0, which repaints nothing: give more.")
     if edit.feather is not None:

@@ -146,18 +146,12 @@ def parts(args: argparse.Namespace) -> tuple[str, ...]:
 
 def size_and_sampler(config: RunConfig):
     """(height, width, sampler settings) of a run, checked."""
-    from k3jax.pipelines import request
+    from k3jax.pipelines import call_inputs
+    from k3jax.pipelines.options import TextToImageOptions
 
     model, wanted = config.model, config.generate
-    height = model.sample_size if wanted.height is None else wanted.height
-    width = model.sample_size if wanted.width is None else wanted.width
-    request.check_size(model, height, width)
-    sampler, _ = request.chosen_sampler(
-        model.sampler,
-        name=wanted.sampler,
-        num_inference_steps=wanted.num_inference_steps,
-        guidance_scale=wanted.guidance_scale,
-        eta=wanted.eta,
-    )
-    request.guidance_scales(sampler.guidance_scale, 1)
+    options = TextToImageOptions.from_sources(wanted)
+    height, width = call_inputs.check_size(model, *options.size(model))
+    sampler, _ = call_inputs.checked_sampler(options.sampler_config(model))
+    call_inputs.guidance_scales(sampler.guidance_scale, 1)
     return height, width, sampler

@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
         settings["synthesize.columns"] = tuple(args.column)
     values = collect(args.config, args.overrides, settings)
 
-    from k3jax.pipelines.components import text_encoder_form
+    from k3jax.pipelines.load_options import LoadOptions
     from k3jax.synthesis.checking import finished_shards
     from k3jax.synthesis.request import open_data_set, settings_of
     from k3jax.synthesis.shares import find_share
@@ -145,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
     wanted = settings_of(
         config.model, config.synthesize, config.generate, config.pipeline, args.size
     )
-    text_encoder_form(config.pipeline.int8_text_encoder, config.pipeline.stream_text_encoder)
+    LoadOptions.from_sources(config.pipeline)
 
     from k3jax.synthesis.loading import Devices, Weights, loader, weights_fit_together
     from k3jax.synthesis.run import Running, make_shards, samples_of
@@ -161,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
     weights = Weights(checkpoint, config.pipeline.lora, config.pipeline.lora_scale)
     check_lora(config)
     opened = open_data_set(
-        args.source, args.output, share, weights, config.synthesize, wanted, args.progress, devices
+        args.source, args.output, share, weights, config, wanted, args.progress, devices
     )
     layout = opened.manifest.layout
     mine = len(share.shards(layout.shards))

@@ -40,6 +40,11 @@ REFUSED = {  # Pillow would start Ghostscript, which may never end
 }
 LONGEST_REASON = 200  # characters of what a decoder said
 
+HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+HEIF_ADVICE = (
+    "pip install pillow-heif and call pillow_heif.register_heif_opener(), or save it as JPEG or PNG"
+)
+
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 EXIF_ITEM = re.compile(rb"(infe(?:\x02.{3}.{4}|\x03.{3}.{6}))Exif", re.DOTALL)
 
@@ -123,7 +128,10 @@ def _read(file: BinaryIO, name: str, read: Callable[[Image.Image], T]) -> T:
             raise
         with decoding(name):
             file.seek(0)
-            pixels = _without_metadata(file.read())
+            content = file.read()
+            pixels = _without_metadata(content)
+        if content[4:8] == b"ftyp" and content[8:12] in HEIF_BRANDS:
+            raise ValueError(f"{name} is HEIC, which cannot be read: {HEIF_ADVICE}.") from None
         if pixels is not None:
             with contextlib.suppress(ValueError), opened(io.BytesIO(pixels), name) as image:
                 return read(image)

@@ -2,13 +2,13 @@
 """Prompts -> token ids, through transformers' T5 tokenizer."""
 
 import tempfile
-import unicodedata
 import warnings
 from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
 
+from k3jax.arguments import check_text
 from k3jax.config import MAX_TOKENS
 from k3jax.files import LFS_ADVICE, LFS_POINTER, is_local, read_object
 
@@ -60,34 +60,42 @@ class Tokenizer:
         """Number of ids, special ones included."""
         return len(self._tokenizer)
 
-    def __call__(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(
+        self, prompts: Sequence[str], names: Sequence[str] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Ids and mask of each prompt.
 
         A prompt with more than MAX_TOKENS tokens loses its end (not the end-of-sequence token), and
         a PromptTruncatedWarning says what was cut.
 
+        Args:
+            names: of the prompts in messages; "prompt 0", ... by default.
+
         Returns:
             int32 (b, MAX_TOKENS) ids, padded with 0; bool (b, MAX_TOKENS), true at tokens.
         """
-        whole = [tokens for tokens, _ in self.whole(prompts)]
+        names = _names(prompts) if names is None else names
+        whole = [tokens for tokens, _ in self.whole(prompts, names)]
         ids = np.zeros((len(prompts), MAX_TOKENS), np.int32)
         mask = np.zeros((len(prompts), MAX_TOKENS), bool)
         for number, tokens in enumerate(whole):
             if len(tokens) > MAX_TOKENS:
-                warn_of_cut(number, len(tokens), self.decode(tokens[MAX_TOKENS - 1 : -1]))
+                warn_of_cut(names[number], len(tokens), self.decode(tokens[MAX_TOKENS - 1 : -1]))
                 tokens = [*tokens[: MAX_TOKENS - 1], tokens[-1]]
             ids[number, : len(tokens)] = tokens
             mask[number, : len(tokens)] = True
         return ids, mask
 
-    def whole(self, prompts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    def whole(
+        self, prompts: Sequence[str], names: Sequence[str] | None = None
+    ) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """All tokens of each prompt, the end-of-sequence last, and the characters they stand for.
 
         Returns:
             (ids, (first character, end) of each) of each prompt; an end-of-sequence has none.
         """
-        for number, prompt in enumerate(prompts):
-            check_prompt(prompt, number)
+        for name, prompt in zip(_names(prompts) if names is None else names, prompts, strict=True):
+            check_text(prompt, name)
         found = _tokens(self._tokenizer, list(prompts))
         return list(zip(found["input_ids"], found["offset_mapping"], strict=True))
 
@@ -167,11 +175,10 @@ def _file_fault(file: epath.Path) -> str | None:
     return None if start else f"{file} is damaged: it is empty"
 
 
-def warn_of_cut(number: int, count: int, text: str) -> None:
-    """Warns that `text`, the end of prompt `number` of `count` tokens, is cut off."""
+def warn_of_cut(name: str, count: int, text: str) -> None:
+    """Warns that `text`, the end of the prompt `name` of `count` tokens, is cut off."""
     warnings.warn(
-        f"prompt {number} has {count} tokens and the model sees {MAX_TOKENS}; "
-        f"cut off: {_shorten(text)!r}",
+        f"{name} has {count} tokens and the model sees {MAX_TOKENS}; cut off: {_shorten(text)!r}",
         PromptTruncatedWarning,
         stacklevel=4,
     )
@@ -179,14 +186,11 @@ def warn_of_cut(number: int, count: int, text: str) -> None:
 
 def check_prompt(prompt: str, number: int) -> None:
     """Raises ValueError for what is not a printable string; line breaks and tabs are allowed."""
-    if not isinstance(prompt, str):
-        raise ValueError(f"prompt {number} must be a string, not {type(prompt).__name__}.")
-    for position, character in enumerate(prompt):
-        if character not in "\n\r\t" and unicodedata.category(character) in ("Cc", "Cs"):
-            raise ValueError(
-                f"prompt {number} has the control character U+{ord(character):04X} at position "
-                f"{position}: remove it."
-            )
+    check_text(prompt, f"prompt {number}")
+
+
+def _names(prompts: Sequence[str]) -> list[str]:
+    return [f"prompt {number}" for number in range(len(prompts))]
 
 
 def _shorten(text: str, limit: int = 80) -> str:

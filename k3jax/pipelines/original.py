@@ -25,10 +25,10 @@ from scipy import ndimage
 
 from k3jax.arguments import whole_number
 from k3jax.checkpoints.format import as_path, looks_like_checkpoint
-from k3jax.images.reading import read_mask
-from k3jax.pipelines.base_pipeline import BasePipeline
+from k3jax.images.masks import read_mask
 from k3jax.pipelines.compilation_cache import user_cache
 from k3jax.pipelines.inpaint import Kandinsky3InpaintPipeline
+from k3jax.pipelines.pipeline import BasePipeline
 from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
 from k3jax.sharding import data_parallelism, make_mesh
 
@@ -68,8 +68,8 @@ class OriginalT2I:
             width, height: the checkpoint's own (1024) by default.
             seed: of the first image; drawn where it is None.
         """
-        _set_batch_size(self.pipe, bs, images_num)
-        return self.pipe(
+        pipe = _with_batch_size(self.pipe, bs, images_num)
+        return pipe(
             text,
             negative_text,
             height=height,
@@ -106,8 +106,8 @@ class OriginalInpainting:
         Args:
             bs, seed: see `OriginalT2I`.
         """
-        _set_batch_size(self.pipe, bs, images_num)
-        return self.pipe(
+        pipe = _with_batch_size(self.pipe, bs, images_num)
+        return pipe(
             text,
             image,
             mask,
@@ -264,12 +264,14 @@ def _version(path: str) -> str:
     return f"{file} {file.stat().st_mtime_ns}"
 
 
-def _set_batch_size(pipe: BasePipeline, bs: int, images_num: int) -> None:
-    bs, images_num = whole_number(bs, "bs"), whole_number(images_num, "images_num")
-    if bs < 1 or images_num < 1:
-        raise ValueError(f"bs is {bs} and images_num {images_num}; both must be 1 or more.")
+def _with_batch_size(pipe: BasePipeline, bs: int, images_num: int) -> BasePipeline:
+    """The same pipeline with at most `bs` images in a batch."""
+    bs, images_num = (
+        whole_number(value, name, least=1)
+        for name, value in (("bs", bs), ("images_num", images_num))
+    )
     splits = data_parallelism(pipe.mesh)
-    pipe.batch_size = -(-min(bs, images_num) // splits) * splits
+    return type(pipe).from_pipe(pipe, batch_size=-(-min(bs, images_num) // splits) * splits)
 
 
 def _seed(seed: int | None) -> int:

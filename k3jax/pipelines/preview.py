@@ -72,18 +72,18 @@ def fit_preview(movq: MoVQ, images: np.ndarray | None = None) -> np.ndarray:
     return found.astype(np.float32)
 
 
-def preview_map(pipe) -> np.ndarray:
-    """The map of a pipeline's MoVQ: fitted at first use on a machine, then read from the cache."""
-    if pipe.preview is None:
-        digest = pipe.digests.get("movq")
-        found = None if digest is None else _stored(digest)
-        if found is None:
-            with pipe.computing(pipe.movq):
-                found = fit_preview(pipe.movq)
-            if digest is not None:
-                _store(digest, found)
-        pipe.preview = found
-    return pipe.preview
+def preview_map(movq: MoVQ, digest: str | None) -> np.ndarray:
+    """The map of a decoder: fitted at first use on a machine, then read from the user's cache.
+
+    Args:
+        digest: of its weights; None: the cache is not used.
+    """
+    found = None if digest is None else _stored(digest)
+    if found is None:
+        found = fit_preview(movq)
+        if digest is not None:
+            _store(digest, found)
+    return found
 
 
 def flat_images(count: int, size: int) -> np.ndarray:

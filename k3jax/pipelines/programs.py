@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from k3jax.config import ConditioningFamily
+from k3jax.model.conditioning import ContextCache
 from k3jax.model.context import Context, PromptEmbeds, TextProjection
 from k3jax.model.inpainting_inputs import inpainting_inputs
 from k3jax.model.movq import MoVQ, normalize
 from k3jax.model.text_encoder import TextEncoder
 from k3jax.model.unet import UNet
-from k3jax.model.unet_blocks import ReadContext
 from k3jax.sampling.denoise import draw_noise
 from k3jax.sharding import constrain, data_parallelism, on_mesh
 
@@ -63,9 +63,9 @@ def make_contexts(
 
 
 @jax.jit
-def read_contexts(unet: UNet, *contexts: Context | None) -> tuple[ReadContext | None, ...]:
-    """What the U-Net makes of contexts, once for all steps."""
-    return tuple(None if context is None else unet.read(context) for context in contexts)
+def context_caches(unet: UNet, *contexts: Context | None) -> tuple[ContextCache | None, ...]:
+    """What the U-Net computes from contexts alone, once for all steps."""
+    return tuple(None if context is None else unet.context_cache(context) for context in contexts)
 
 
 @functools.partial(jax.jit, static_argnames="shape")

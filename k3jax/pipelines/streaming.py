@@ -20,8 +20,9 @@ from jax.sharding import Mesh
 from k3jax.checkpoints.format import Checkpoint
 from k3jax.checkpoints.manifest import check_component
 from k3jax.checkpoints.restore import restore_layers
+from k3jax.config import AttentionForm
 from k3jax.files import is_local
-from k3jax.model.attention import AttentionForm, check_attention_form
+from k3jax.model.attention import check_attention_form
 from k3jax.model.text_encoder import EncoderLayer, TextEncoder, through_layers
 from k3jax.pipelines.programs import encode_text
 from k3jax.sharding import batch_sharding, fetch, place

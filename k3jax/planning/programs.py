@@ -20,10 +20,11 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from k3jax.config import MAX_TOKENS, ModelConfig, SamplerConfig, from_dict, to_dict
 from k3jax.model.abstract import abstract_module
+from k3jax.model.conditioning import Conditioning
 from k3jax.model.context import Context
 from k3jax.model.int8 import with_int8_layers
 from k3jax.pipelines.programs import computing, decode_latents, encode_text
-from k3jax.sampling.denoise import denoise_program, loop_rows
+from k3jax.sampling.denoise import LoopState, denoise_program, loop_rows
 from k3jax.sampling.samplers import make_sampler
 from k3jax.sharding import MESH_AXES, batch_sharding, data_parallelism, placed
 
@@ -89,9 +90,7 @@ def lower(program: Name, work: Work, mesh: Mesh) -> jax.stages.Lowered:
         if program == "decode":
             return decode_latents.lower(*given, splits=data_parallelism(mesh), as_uint8=True)
         sampler = make_sampler(work.model.sampler)
-        return denoise_program.lower(
-            *given, step=sampler.step, stochastic=sampler.stochastic, renoise=sampler.renoise
-        )
+        return denoise_program.lower(*given, step=sampler.step, renoise=sampler.renoise)
 
 
 def arguments(program: Name, work: Work, mesh: Mesh) -> tuple:
@@ -155,26 +154,24 @@ def _inputs(program: Name, work: Work, mesh: Mesh | AbstractMesh) -> tuple:
         struct(b, MAX_TOKENS),
         struct(b, dtype=jnp.int32),
     )
-    read = jax.eval_shape(
-        lambda unet, context: unet.read(context), _abstract("unet", work), context
+    cache = jax.eval_shape(
+        lambda unet, context: unet.context_cache(context), _abstract("unet", work), context
     )
-    context = jax.tree.map(lambda x: struct(*x.shape, dtype=x.dtype), read)
+    cache = jax.tree.map(lambda x: struct(*x.shape, dtype=x.dtype), cache)
     guided = program == "denoise"
     more = unet.in_channels - movq.latent_channels  # mask and masked latents of inpainting
     sampler = make_sampler(work.model.sampler)
     everywhere = NamedSharding(mesh, PartitionSpec())
+    # One step, without the inactive rows of the pipeline's loop: times are multiplied by steps.
     rows = {
         name: jax.ShapeDtypeStruct((1,), column.dtype, sharding=everywhere)
         for name, column in loop_rows(sampler).items()
     }
-    memory = latents if sampler.multistep else None
-    return (
-        context,
-        context if guided else None,
-        struct(b) if guided else None,
-        struct(b, *latent, more) if more else None,
-        (latents, memory),
-        rows,
-        struct(b, 2, dtype=jnp.uint32),
-        None,
+    conditioning = Conditioning(
+        context=cache,
+        unconditional=cache if guided else None,
+        guidance_scale=struct(b) if guided else None,
+        extra_channels=struct(b, *latent, more) if more else None,
     )
+    keys = struct(b, 2, dtype=jnp.uint32) if sampler.stochastic else None
+    return conditioning, LoopState(latents, latents), rows, keys, None

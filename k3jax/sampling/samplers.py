@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The samplers: each is a table of coefficients, one row per step, and a pure step function.
 
-    step(x, output, noise, row, memory) -> (x, memory)
+    step(x, output, noise, row, previous) -> (x, prediction)
 
 `x` is the noisy latents, `output` the U-Net's (guided) output, `noise` fresh standard noise (None
-for a deterministic sampler), `row` this step's coefficients, `memory` what a multistep sampler
-carries. All of it is float32. The tables are made in numpy, in the references' order of operations.
+for a deterministic sampler), `row` this step's coefficients, `prediction` the image latents that
+the step predicts and `previous` those of the step before (zeros at the first). All of it is
+float32. The tables are computed in numpy, in the references' order of operations.
+
+A new sampler is one function that returns a `Sampler`, and one row of `SAMPLERS`.
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,9 @@ from k3jax.sampling import schedule
 
 
 Row = Mapping[str, jax.Array]
-Step = Callable[[jax.Array, jax.Array, jax.Array | None, Row, Any], tuple[jax.Array, Any]]
+Step = Callable[
+    [jax.Array, jax.Array, jax.Array | None, Row, jax.Array], tuple[jax.Array, jax.Array]
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +41,6 @@ class Sampler:
         stochastic: whether a step uses noise.
         renoise: whether x is noised to the step's level before the U-Net sees it (Flash).
         guided: False where guidance has no meaning (Flash is distilled without it).
-        multistep: whether the previous step's prediction is carried.
-        prediction_type: what the U-Net's output is.
         first_step: which step of the whole schedule the first row is; see `last_steps`.
     """
 
@@ -47,8 +49,6 @@ class Sampler:
     stochastic: bool = True
     renoise: bool = False
     guided: bool = True
-    multistep: bool = False
-    prediction_type: PredictionType = "epsilon"
     first_step: int = 0
 
     @property
@@ -60,7 +60,7 @@ def make_sampler(config: SamplerConfig) -> Sampler:
     """The sampler a config describes.
 
     Raises:
-        ValueError: a number of steps the sampler cannot make.
+        ValueError: a number of steps or an eta that the sampler does not have.
     """
     steps = whole_number(config.num_inference_steps, "num_inference_steps")
     limit = schedule.NUM_TRAIN_TIMESTEPS
@@ -68,7 +68,7 @@ def make_sampler(config: SamplerConfig) -> Sampler:
         raise ValueError(f"num_inference_steps is {steps}; it must be between 1 and {limit}.")
     if not 0 <= check_number(config.eta, "eta") <= 1:
         raise ValueError(f"eta is {config.eta}; it must be between 0 and 1.")
-    return _MAKERS[config.name](dataclasses.replace(config, num_inference_steps=steps))
+    return SAMPLERS[config.name](dataclasses.replace(config, num_inference_steps=steps))
 
 
 def _table(**columns) -> dict[str, np.ndarray]:
@@ -134,12 +134,12 @@ def _kandinsky(config: SamplerConfig) -> Sampler:
 
 @functools.cache
 def _kandinsky_step(percentile):
-    def step(x, output, noise, row, memory):
+    def step(x, output, noise, row, previous):
         x0 = (x - row["sigma"] * output) / row["alpha"]
         x0 = dynamic_threshold(x0, percentile)
         epsilon = (x - row["alpha"] * x0) / row["sigma"]
         x = row["alpha_prev"] * x0 + row["direction"] * epsilon
-        return (x if noise is None else x + row["noise"] * noise), memory
+        return (x if noise is None else x + row["noise"] * noise), x0
 
     return step
 
@@ -172,10 +172,10 @@ def _kandinsky30(config: SamplerConfig) -> Sampler:
 
 @functools.cache
 def _kandinsky30_step(percentile):
-    def step(x, output, noise, row, memory):
+    def step(x, output, noise, row, previous):
         x0 = (x - row["sigma"] * output) / row["alpha"]
         x0 = dynamic_threshold(x0, percentile)
-        return row["from_x0"] * x0 + row["from_x"] * x + row["noise"] * noise, memory
+        return row["from_x0"] * x0 + row["from_x"] * x + row["noise"] * noise, x0
 
     return step
 
@@ -191,8 +191,9 @@ def _flash(config: SamplerConfig) -> Sampler:
     return Sampler(rows, _flash_step, renoise=True, guided=False)
 
 
-def _flash_step(x, output, noise, row, memory):
-    return (x - row["sigma"] * output) / row["alpha"], memory
+def _flash_step(x, output, noise, row, previous):
+    x0 = (x - row["sigma"] * output) / row["alpha"]
+    return x0, x0
 
 
 # --- diffusers' schedulers ----------------------------------------------------------------------
@@ -225,16 +226,16 @@ def _ddpm(config: SamplerConfig) -> Sampler:
         from_x=np.sqrt(alpha_step) * (1 - a_prev) / (1 - a),
         noise=np.where(timesteps > 0, std(), 0),
     )
-    return Sampler(rows, _ddpm_step(_shared(config)), prediction_type=config.prediction_type)
+    return Sampler(rows, _ddpm_step(_step_settings(config)))
 
 
 @functools.cache
 def _ddpm_step(config):
     limit = _diffusers_limit(config, clip=True)
 
-    def step(x, output, noise, row, memory):
+    def step(x, output, noise, row, previous):
         x0 = limit(predicted_image(config.prediction_type, x, output, row))
-        return row["from_x0"] * x0 + row["from_x"] * x + row["noise"] * noise, memory
+        return row["from_x0"] * x0 + row["from_x"] * x + row["noise"] * noise, x0
 
     return step
 
@@ -258,23 +259,19 @@ def _ddim(config: SamplerConfig) -> Sampler:
         direction=np.sqrt(np.maximum(1 - a_prev - std**2, 0)),
         noise=std,
     )
-    return Sampler(
-        rows,
-        _ddim_step(_shared(config)),
-        stochastic=config.eta > 0,
-        prediction_type=config.prediction_type,
-    )
+    return Sampler(rows, _ddim_step(_step_settings(config)), stochastic=config.eta > 0)
 
 
 @functools.cache
 def _ddim_step(config):
     limit = _diffusers_limit(config, clip=True)
 
-    def step(x, output, noise, row, memory):
+    def step(x, output, noise, row, previous):
         x0 = predicted_image(config.prediction_type, x, output, row)
         epsilon = (x - row["alpha"] * x0) / row["sigma"]  # of the unlimited image
-        x = row["alpha_prev"] * limit(x0) + row["direction"] * epsilon
-        return (x if noise is None else x + row["noise"] * noise), memory
+        x0 = limit(x0)
+        x = row["alpha_prev"] * x0 + row["direction"] * epsilon
+        return (x if noise is None else x + row["noise"] * noise), x0
 
     return step
 
@@ -302,35 +299,29 @@ def _dpm_solver(config: SamplerConfig) -> Sampler:
         gain=gain,
         second=second,
     )
-    return Sampler(
-        rows,
-        _dpm_step(_shared(config)),
-        stochastic=False,
-        multistep=True,
-        prediction_type=config.prediction_type,
-    )
+    return Sampler(rows, _dpm_step(_step_settings(config)), stochastic=False)
 
 
 @functools.cache
 def _dpm_step(config):
     limit = _diffusers_limit(config, clip=False)
 
-    def step(x, output, noise, row, memory):
+    def step(x, output, noise, row, previous):
         x0 = limit(predicted_image(config.prediction_type, x, output, row))
-        x = row["ratio"] * x + row["gain"] * x0 + row["second"] * (x0 - memory)
+        x = row["ratio"] * x + row["gain"] * x0 + row["second"] * (x0 - previous)
         return x, x0
 
     return step
 
 
-def _shared(config: SamplerConfig) -> SamplerConfig:
+def _step_settings(config: SamplerConfig) -> SamplerConfig:
     """The config without what only goes into the tables, so that equal steps are one object."""
     return dataclasses.replace(
         config, num_inference_steps=1, guidance_scale=0.0, eta=0.0, threshold_percentile=1.0
     )
 
 
-_MAKERS = {
+SAMPLERS = {
     "kandinsky": _kandinsky,
     "kandinsky30": _kandinsky30,
     "flash": _flash,
@@ -369,7 +360,7 @@ def last_steps(sampler: Sampler, count: int) -> Sampler:
     """The sampler that makes only the last `count` (1 or more) steps."""
     first = sampler.num_steps - count
     rows = {name: column[first:] for name, column in sampler.rows.items()}
-    if sampler.multistep:
+    if "second" in rows:  # multistep
         # There is no step before the first one: that is of first order, as diffusers has it.
         rows["second"] = rows["second"].copy()
         rows["second"][0] = 0

@@ -16,10 +16,11 @@ import numpy as np
 from PIL import Image
 
 from k3jax.images.decoding import load_image
-from k3jax.images.reading import read_image, read_mask, resize_image, resize_mask
-from k3jax.pipelines.base_pipeline import BasePipeline
+from k3jax.images.masks import read_mask, resize_mask
+from k3jax.images.reading import read_image, resize_image
 from k3jax.pipelines.image_to_image import Kandinsky3Img2ImgPipeline
 from k3jax.pipelines.inpaint import Kandinsky3InpaintPipeline
+from k3jax.pipelines.pipeline import BasePipeline
 from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
 from k3jax.synthesis.files import is_remote, open_binary
 from k3jax.synthesis.samples import Sample

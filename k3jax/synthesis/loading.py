@@ -15,10 +15,10 @@ from k3jax.checkpoints.format import Checkpoint, as_path
 from k3jax.checkpoints.lora_files import load_lora
 from k3jax.checkpoints.restore import leaf_shapes
 from k3jax.model.tokenizer import Tokenizer
-from k3jax.pipelines.base_pipeline import BasePipeline
 from k3jax.pipelines.compilation_cache import enable_compilation_cache
-from k3jax.pipelines.components import load_component, text_encoder_form
-from k3jax.pipelines.loaded_model import checked_batch_size
+from k3jax.pipelines.load_options import LoadOptions
+from k3jax.pipelines.loading import checked_batch_size, load_component
+from k3jax.pipelines.pipeline import BasePipeline
 from k3jax.sharding import data_parallelism, make_meshes
 from k3jax.synthesis.image_task import pipeline_class
 from k3jax.synthesis.phases import ALL, Load
@@ -103,7 +103,10 @@ def loader(weights: Weights, settings: Settings, devices: Devices) -> Load:
     )
     tokenizer = Tokenizer(checkpoint.path / "tokenizer")
 
-    form = text_encoder_form(settings.int8_text_encoder, devices.stream_text_encoder)
+    form = LoadOptions(
+        int8_text_encoder=settings.int8_text_encoder,
+        stream_text_encoder=devices.stream_text_encoder,
+    ).text_encoder_form
 
     def loaded(name: str):
         encoder = name == "text_encoder"

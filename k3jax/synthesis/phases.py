@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from k3jax.model.abstract import COMPONENTS
-from k3jax.pipelines.base_pipeline import BasePipeline
+from k3jax.pipelines.pipeline import BasePipeline
 from k3jax.sharding import data_parallelism
 from k3jax.synthesis.embeddings import Embeddings
 from k3jax.synthesis.image_task import Inputs, make_images

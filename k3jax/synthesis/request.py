@@ -9,8 +9,9 @@ from pathlib import Path
 from k3jax.arguments import check_number
 from k3jax.config import ModelConfig
 from k3jax.model.tokenizer import check_prompt
-from k3jax.pipelines import request
+from k3jax.pipelines import call_inputs
 from k3jax.pipelines.memory import check_memory
+from k3jax.pipelines.options import TextToImageOptions
 from k3jax.sampling.denoise import loop_rows, sample_keys
 from k3jax.sampling.samplers import steps_of_strength
 from k3jax.synthesis.encoding import QUALITY, ImageFormat
@@ -65,16 +66,11 @@ def settings_of(
     width, height = (made.width, made.height) if size is None else parse_size(size)
     width, height = width or model.sample_size, height or model.sample_size
     for w, h in ((width, height), *map(parse_size, wanted.buckets)):
-        request.check_size(model, h, w)
-    sampler, loop = request.chosen_sampler(
-        model.sampler,
-        name=made.sampler,
-        num_inference_steps=made.num_inference_steps,
-        eta=made.eta,
-        guidance_scale=made.guidance_scale,
-    )
+        call_inputs.check_size(model, h, w)
+    options = TextToImageOptions.from_sources(made)
+    sampler, loop = call_inputs.checked_sampler(options.sampler_config(model))
     loop_rows(loop, made.guidance_interval)
-    request.guidance_scales(sampler.guidance_scale, 1)
+    call_inputs.guidance_scales(sampler.guidance_scale, 1)
     sample_keys([made.seed])
     if made.negative_prompt is not None:
         check_prompt(made.negative_prompt, 0)

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, get_args
 
 from k3jax.config import ModelConfig, SamplerConfig, from_dict, to_dict
-from k3jax.pipelines import request
+from k3jax.pipelines import call_inputs
 from k3jax.sampling.samplers import make_sampler
 from k3jax.synthesis.encoding import ImageFormat, codec_version
 from k3jax.synthesis.layout import MANIFEST, Format, Layout
@@ -71,7 +71,7 @@ class Settings:
             self.height,
             self.sampler.guidance_scale,
             self.negative_prompt,
-            request.size_multiple(model),
+            call_inputs.size_multiple(model),
             tuple(parse_size(size) for size in self.buckets),
             make_sampler(self.sampler).num_steps,
             self.strength,

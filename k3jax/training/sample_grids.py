@@ -13,7 +13,7 @@ from k3jax.config import ModelConfig
 from k3jax.model.abstract import COMPONENTS
 from k3jax.model.context import PromptEmbeds
 from k3jax.model.tokenizer import Tokenizer
-from k3jax.pipelines.base_pipeline import BasePipeline
+from k3jax.pipelines.pipeline import BasePipeline
 from k3jax.sharding import data_parallelism
 
 

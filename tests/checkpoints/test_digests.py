@@ -16,7 +16,7 @@ from k3jax.checkpoints.manifest import read_manifest
 from k3jax.checkpoints.packaged import WEIGHTS
 from k3jax.checkpoints.restore import CheckpointError, read_checkpoint
 from k3jax.config import LoraConfig
-from k3jax.pipelines import components
+from k3jax.pipelines import loading
 
 from checkpoints import disk_arrays, write
 
@@ -105,22 +105,20 @@ def test_an_owner_written_by_another_version(tmp_path, sharer_is_older):
 def test_pipelines_share_across_versions(tmp_path, monkeypatch):
     ours, theirs = write(tmp_path / "ours"), older(write(tmp_path / "theirs"))
     changed = write(tmp_path / "changed", projection=disk_arrays("text_projection", seed=4))
-    monkeypatch.setattr(components, "COMPONENTS", ("text_encoder", "text_projection"))
-    monkeypatch.setattr(components, "_dtypes_of", lambda module: None)
-    monkeypatch.setattr(components, "_form_of", lambda module: None)
-    monkeypatch.setattr(components, "load_component", lambda checkpoint, name, *rest: "loaded")
+    monkeypatch.setattr(loading, "COMPONENTS", ("text_encoder", "text_projection"))
+    monkeypatch.setattr(loading, "_dtypes_of", lambda module: None)
+    monkeypatch.setattr(loading, "_form_of", lambda module: None)
+    monkeypatch.setattr(loading, "load_component", lambda checkpoint, name, *rest: "loaded")
 
     class Pipe:
         text_encoder, text_projection = "encoder", "projection"
-        digests = components.component_digests(read_checkpoint(theirs))
+        digests = loading.component_digests(read_checkpoint(theirs))
+        mesh = encoder_mesh = None
+        attention = "auto"
 
-        @staticmethod
-        def mesh_of(name):
-            return None
-
-    found = components.share_components(Pipe, read_checkpoint(ours), False, None)
+    found = loading.share_components(Pipe, read_checkpoint(ours), False, None)
     assert found == {"text_encoder": "encoder", "text_projection": "projection"}
-    found = components.share_components(Pipe, read_checkpoint(changed), False, None)
+    found = loading.share_components(Pipe, read_checkpoint(changed), False, None)
     assert found == {"text_encoder": "encoder", "text_projection": "loaded"}
 
 

@@ -185,7 +185,10 @@ def test_what_is_cut_off_long_prompts_is_said_once(run, demo, tmp_path):
         (["a", "--batch-size", "0"], "batch_size is 0; it must be 1 or more"),
         (["a", "--guidance-interval", "20", "30"], "of 25 steps, within (0, 24)"),
         (["a", "--sampler", "dpm++2m", "--steps", "1000"], "ask for fewer steps (998 is the most"),
-        (["a", "--height", "999936", "--width", "999936"], "not even one image fits: make smaller"),
+        (
+            ["a", "--height", "999936", "--width", "999936"],
+            "not even one image fits: choose a smaller",
+        ),
         (["a", "--distributed-timeout", "0"], "--distributed-timeout is 0.0; it must be 1 or more"),
         (["a", "--output", "{tmp}/empty.txt/out"], "cannot be written: Not a directory"),
         (["a", "--output", "gs://bucket/out"], "gs://bucket/out is not on this machine"),

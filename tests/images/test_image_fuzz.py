@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from k3jax.images.decoding import _ignore_warnings, load_image
-from k3jax.images.reading import read_image, read_mask
+from k3jax.images.masks import read_mask
+from k3jax.images.reading import read_image
 from k3jax.synthesis.image_task import Inputs, read_inputs
 from k3jax.synthesis.samples import Sample
 from k3jax.training.data.buckets import decode, fit, read_size

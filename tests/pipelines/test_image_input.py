@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from k3jax.images.reading import read_image, read_images, read_mask, read_masks
+from k3jax.images.masks import read_mask, read_masks
+from k3jax.images.reading import read_image, read_images
 
 from pictures import picture
 

@@ -10,11 +10,10 @@ import torch
 from diffusers import DDPMScheduler
 from PIL import Image
 
-from k3jax.images.compositing import extend_canvas, generated_share
-from k3jax.images.reading import read_mask, resize_mask
-from k3jax.images.sizes import work_size
+from k3jax.images.compositing import extend_canvas, generated_share, work_size
+from k3jax.images.masks import read_mask, resize_mask
+from k3jax.pipelines.image_inputs import EmptyMaskWarning
 from k3jax.pipelines.inpaint import Kandinsky3InpaintPipeline
-from k3jax.pipelines.inpaint_images import EmptyMaskWarning
 from k3jax.pipelines.programs import encode_masked
 from k3jax.sharding import make_mesh
 

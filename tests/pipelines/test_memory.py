@@ -7,8 +7,8 @@ from PIL import Image
 
 from k3jax.checkpoints.format import read_checkpoint
 from k3jax.model.abstract import abstract_module
-from k3jax.pipelines import memory as room
-from k3jax.pipelines.calls import Call
+from k3jax.pipelines import memory
+from k3jax.pipelines.call_inputs import CallInputs
 from k3jax.pipelines.image_to_image import Kandinsky3Img2ImgPipeline
 from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
 from k3jax.sharding import make_mesh
@@ -19,14 +19,14 @@ class Began(Exception):
 
 
 CONFIG = read_checkpoint("tiny").config
-OF_IMAGE = int(room.MAPS * 16 * 16 * CONFIG.unet.block_out_channels[0] * 2)  # 128x128, bfloat16
+OF_IMAGE = int(memory.MAPS * 16 * 16 * CONFIG.unet.block_out_channels[0] * 2)  # 128x128, bfloat16
 
 
 @pytest.fixture
 def free(monkeypatch):
     """Sets the bytes that each device says are free."""
-    monkeypatch.setattr(Call, "images", began)
-    return lambda size: monkeypatch.setattr(room, "free_memory", lambda device: size)
+    monkeypatch.setattr(CallInputs, "encode", began)
+    return lambda size: monkeypatch.setattr(memory, "free_memory", lambda device: size)
 
 
 def began(self, *arguments):
@@ -59,27 +59,29 @@ def test_cpus_have_the_memory_of_the_machine(free, monkeypatch, tmp_path):
     """Swap included, and all of them the same."""
     free(None)
     file = tmp_path / "meminfo"
-    monkeypatch.setattr(room, "MEMINFO", file)
+    monkeypatch.setattr(memory, "MEMINFO", file)
 
-    def memory(total):
+    def meminfo(total):
         rows = ("MemTotal", total // 1024 - 5), ("MemFree", 1), ("SwapTotal", 5)
         text = "".join(f"{name}:  {size} kB\n" for name, size in rows)
         file.write_text(text + "HugePages_Total: 0\n")
 
-    memory(8 * OF_IMAGE)
+    meminfo(8 * OF_IMAGE)
     with pytest.raises(Began):
         pipeline()("a cat")
-    memory(8 * OF_IMAGE - 1024)
-    with pytest.raises(ValueError, match=r"all that the machine has: the largest .* can fit is 3"):
+    meminfo(8 * OF_IMAGE - 1024)
+    with pytest.raises(
+        ValueError, match=r"all the memory of the machine: the largest .* can fit is 3"
+    ):
         pipeline()("a cat")
-    memory(16 * OF_IMAGE)
+    meminfo(16 * OF_IMAGE)
     with pytest.raises(Began):
         pipeline(mesh="data=2", devices=2, batch_size=8)("a cat")
-    memory(16 * OF_IMAGE - 1024)
+    meminfo(16 * OF_IMAGE - 1024)
     with pytest.raises(ValueError, match=r"machine has for each of 2: the largest .* fit is 6"):
         pipeline(mesh="data=2", devices=2, batch_size=8)("a cat")
-    memory(OF_IMAGE)
-    with pytest.raises(ValueError, match=r"one image fits: make smaller ones\.$"):
+    meminfo(OF_IMAGE)
+    with pytest.raises(ValueError, match=r"one image fits: choose a smaller size\.$"):
         pipeline()("a cat")
     file.unlink()  # no Linux
     with pytest.raises(Began):
@@ -87,7 +89,7 @@ def test_cpus_have_the_memory_of_the_machine(free, monkeypatch, tmp_path):
 
 
 def test_this_machine():
-    assert room.machine_memory() > 2**28
+    assert memory.machine_memory() > 2**28
 
 
 def test_not_even_one(free):
@@ -122,7 +124,7 @@ def test_what_a_device_says():
         def __init__(self, stats):
             self.memory_stats = lambda: stats
 
-    assert room.free_memory(Device({"bytes_limit": 10, "bytes_in_use": 4})) == 6
-    assert room.free_memory(Device({"bytes_limit": 10})) == 10
-    assert room.free_memory(Device(None)) is None
-    assert room.free_memory(jax.devices()[0]) is None  # a CPU
+    assert memory.free_memory(Device({"bytes_limit": 10, "bytes_in_use": 4})) == 6
+    assert memory.free_memory(Device({"bytes_limit": 10})) == 10
+    assert memory.free_memory(Device(None)) is None
+    assert memory.free_memory(jax.devices()[0]) is None  # a CPU

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from k3jax.config import MAX_TOKENS, SamplerConfig
+from k3jax.model.conditioning import Conditioning
 from k3jax.model.context import Context, PromptEmbeds
 from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
-from k3jax.sampling.denoise import denoise, initial_carry, loop_rows, predictor
+from k3jax.sampling.denoise import denoise, initial_state, loop_rows, predictor
 from k3jax.sampling.samplers import make_sampler
 
 import tiny
@@ -139,8 +140,9 @@ def test_sampler(case):
     null_mask[:, 0] = 1
     mask_of = {"context": mask, "null": null_mask}
 
-    def analytic_unet(x, t, context):
+    def analytic_unet(x, t, conditioning):
         """Reads the mask back from the attention bias, as it has no attention of its own."""
+        context = conditioning.context
         return cases.analytic_eps(
             jnp, x, t, context.hidden_states, (context.bias == 0), channel_axis=3
         )
@@ -148,9 +150,9 @@ def test_sampler(case):
     context = windowed(states, mask_of["context"])
     unconditional = windowed(null_states, mask_of["null"]) if sampler.guided else None
     scale = jnp.full(len(states), settings.get("guidance", 3.0), jnp.float32)
-    predict = predictor(analytic_unet, context, unconditional, scale)
+    predict = predictor(analytic_unet, Conditioning(context, unconditional, scale))
     rows = {k: jnp.asarray(v) for k, v in loop_rows(sampler).items()}
-    carry = initial_carry(sampler, jnp.asarray(last(x_T)))
+    carry = initial_state(jnp.asarray(last(x_T)))
     noise = jnp.asarray(last(noise))
 
     @jax.jit
@@ -239,13 +241,13 @@ def test_inpainting_loop():
     count = len(golden["x_T"])
     extra = np.concatenate([last(golden["mask"]), last(golden["masked_latent"])], axis=-1)
     sampler = make_sampler(SamplerConfig("kandinsky", meta["steps"], threshold_percentile=0.95))
-    predict = predictor(
-        component("unet", "unet9"),
+    conditioning = Conditioning(
         projection(tokens, "original"),
         projection.unconditional(tokens.lengths, MAX_TOKENS, "original"),
         jnp.full(count, meta["guidance"], jnp.float32),
         jnp.repeat(jnp.asarray(extra), count, 0),
     )
+    predict = predictor(component("unet", "unet9"), conditioning)
     latents, _ = jax.jit(
         lambda carry, noise: denoise(
             predict,
@@ -255,7 +257,7 @@ def test_inpainting_loop():
             key_data=None,
             step_noise=noise,
         )
-    )(initial_carry(sampler, jnp.asarray(last(golden["x_T"]))), last(golden["step_noise"]))
+    )(initial_state(jnp.asarray(last(golden["x_T"]))), last(golden["step_noise"]))
     images = jax.jit(lambda m, x: m.decode(x))(component("movq"), latents)
     images = np.clip(np.asarray(images) * 0.5 + 0.5, 0, 1)
     assert np.abs(images - last(golden["images"])).max() <= 1 / 255

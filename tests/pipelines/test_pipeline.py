@@ -18,10 +18,9 @@ from transformers import AutoTokenizer
 
 from k3jax.config import MAX_TOKENS
 from k3jax.model.tokenizer import PromptTruncatedWarning, Tokenizer
-from k3jax.pipelines.calls import Call
+from k3jax.pipelines.call_inputs import CallInputs, StepCountWarning
 from k3jax.pipelines.image_to_image import Kandinsky3Img2ImgPipeline
 from k3jax.pipelines.inpaint import Kandinsky3InpaintPipeline
-from k3jax.pipelines.request import StepCountWarning
 from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
 from k3jax.sampling.denoise import denoise_program
 from k3jax.sharding import make_mesh
@@ -403,7 +402,7 @@ def test_guidance_interval(ours):
 
 def test_float32_means_float32(ours, monkeypatch):
     """On TPUs and GPUs the default multiplies float32 in fewer bits."""
-    from k3jax.pipelines import base_pipeline, generation, streaming
+    from k3jax.pipelines import generation, pipeline, streaming
 
     seen = []
 
@@ -418,7 +417,7 @@ def test_float32_means_float32(ours, monkeypatch):
         monkeypatch.setattr(module, name, call)
 
     spy(streaming, "encode_text")
-    spy(base_pipeline, "decode_latents")
+    spy(pipeline, "decode_latents")
     for name in ("make_contexts", "denoise_program"):
         spy(generation, name)
     with jax.default_matmul_precision("default"):
@@ -550,7 +549,7 @@ class Began(Exception):
 )
 def test_other_steps_than_asked_for_are_said(ours, monkeypatch, sampler, steps, message):
     """In every pipeline, at the line that calls it."""
-    monkeypatch.setattr(Call, "images", Began.begin)
+    monkeypatch.setattr(CallInputs, "encode", Began.begin)
     image = np.zeros((SIZE, SIZE, 3), np.uint8)
     mask = np.ones((SIZE, SIZE), np.float32)
     more = {

@@ -105,17 +105,15 @@ def test_a_map_is_fitted_once_for_each_movq(img2img, tmp_path, monkeypatch):
     fitted = []
     fit = preview.fit_preview
     monkeypatch.setattr(preview, "fit_preview", lambda movq: fitted.append(1) or fit(movq))
-    monkeypatch.setattr(img2img, "digests", {"movq": "sha256:123abc"})
+    arguments = img2img.movq, "sha256:123abc"
     for expected in (1, 1, 1):
-        monkeypatch.setattr(img2img, "preview", None)
-        found = preview.preview_map(img2img)
+        found = preview.preview_map(*arguments)
         assert len(fitted) == expected and found.shape == (5, 3)
     (file,) = (tmp_path / "k3jax" / "previews").iterdir()
     assert file.name == "123abc.json"
     file.write_text("[1, 2")
-    monkeypatch.setattr(img2img, "preview", None)
-    assert np.array_equal(preview.preview_map(img2img), found) and len(fitted) == 2
-    assert preview.preview_map(img2img) is img2img.preview
+    assert np.array_equal(preview.preview_map(*arguments), found) and len(fitted) == 2
+    assert img2img.preview_map() is img2img.preview_map()
 
 
 @pytest.mark.parametrize("strength", [0.5, 1.0])

@@ -19,7 +19,7 @@ from k3jax.checkpoints.lora_files import save_lora
 from k3jax.checkpoints.restore import CheckpointWriter, save_module
 from k3jax.config import LoraConfig
 from k3jax.model.abstract import COMPONENTS, abstract_module
-from k3jax.pipelines.components import _dtypes_of
+from k3jax.pipelines.loading import _dtypes_of
 from k3jax.training.tasks.lora_finetuning import init_lora
 
 from pictures import picture
@@ -104,15 +104,15 @@ def test_of_another_checkpoint_only_what_differs_is_loaded(pipe, checkpoints):
 
 def test_components_are_swapped_without_a_second_copy(pipe, checkpoints, monkeypatch):
     """`release` frees the old U-Net before the new one is read."""
-    from k3jax.pipelines import components
+    from k3jax.pipelines import loading
 
-    most, restore = [], components.restore
+    most, restore = [], loading.restore
 
     def watched(checkpoint, name, **kwargs):
         most.append(held())
         return restore(checkpoint, name, **kwargs)
 
-    monkeypatch.setattr(components, "restore", watched)
+    monkeypatch.setattr(loading, "restore", watched)
     before, old = held(), size_of(pipe.unet) + size_of(pipe.text_projection)
     other = Kandinsky3InpaintPipeline.from_pipe(pipe, checkpoints[1], release=True)
     assert most[0] == before - old
@@ -202,8 +202,8 @@ def test_a_component_that_is_not_there_has_no_dtype(checkpoints):
         (dict(batch_size=0), "batch_size is 0; it must be 1 or more"),
         (dict(batch_size=12), "batch_size is 12, but the mesh splits a batch over 8 devices"),
         (dict(batch_size=4, mesh="tensor=-1", encoder_mesh="data=-1"), "over 8 devices"),
-        (dict(dtype="fp16"), "dtype fp16 is not one of bfloat16, float32"),
-        (dict(param_dtype="int8"), "dtype int8 is not one of bfloat16, float32"),
+        (dict(dtype="fp16"), "dtype is .fp16.; it must be bfloat16 or float32"),
+        (dict(param_dtype="int8"), "dtype is .int8.; it must be bfloat16 or float32"),
         (dict(mesh="data=3"), "takes 3 devices"),
         (dict(int8_text_encoder=True, stream_text_encoder=True), "choose one of int8_text_encoder"),
     ],
@@ -211,22 +211,22 @@ def test_a_component_that_is_not_there_has_no_dtype(checkpoints):
 def test_arguments_are_checked_before_weights_are_read(
     checkpoints, monkeypatch, arguments, message
 ):
-    from k3jax.pipelines import components
+    from k3jax.pipelines import loading
 
     def read(*args, **kwargs):
         raise AssertionError("weights are read")
 
-    monkeypatch.setattr(components, "restore", read)
+    monkeypatch.setattr(loading, "restore", read)
     with pytest.raises(ValueError, match=message):
         Kandinsky3Pipeline.from_pretrained(checkpoints[0], **arguments)
 
 
 def test_a_lora_stays_with_its_unet(pipe, checkpoints):
-    pipe._unet_without_lora = pipe.unet
+    pipe._adapters = pipe.unet
     other = Kandinsky3Img2ImgPipeline.from_pipe(pipe)
-    assert other._unet_without_lora is pipe.unet
+    assert other._adapters is pipe.unet
     inpaint = Kandinsky3InpaintPipeline.from_pipe(pipe, checkpoints[1])
-    assert inpaint._unet_without_lora is None
+    assert inpaint._adapters is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         other.unload_lora()

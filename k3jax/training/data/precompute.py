@@ -13,7 +13,7 @@ from k3jax.checkpoints.restore import restore
 from k3jax.model.context import PromptEmbeds, window_length
 from k3jax.model.movq import MoVQ
 from k3jax.model.tokenizer import Tokenizer
-from k3jax.pipelines.components import component_digests
+from k3jax.pipelines.loading import component_digests
 from k3jax.pipelines.programs import computing, encode_text
 from k3jax.sharding import batch_sharding, make_mesh
 from k3jax.training.data.buckets import BucketIndex, bucket_index

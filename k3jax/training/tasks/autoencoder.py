@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from k3jax.model.movq import MoVQ, normalize
-from k3jax.pipelines.base_pipeline import BasePipeline
+from k3jax.pipelines.pipeline import BasePipeline
 from k3jax.training.data.training_data import open_data
 from k3jax.training.sample_grids import MAX_SHOWN, grid, pipeline_of
 from k3jax.training.state import with_weights
