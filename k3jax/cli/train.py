@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         )
     config = build(values)
 
-    from k3jax.training.run import TrainingRun, train_stages
+    from k3jax.training.training_run import TrainingRun, train_stages
 
     stages = config.train.stages
     runs = {name: build(collect(name)) for name in stages} if stages else {"": config}

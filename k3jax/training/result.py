@@ -90,12 +90,12 @@ def save_lora_result(
 def merged_checkpoint(base, lora_folder, path, scale: float = 1.0, overwrite: bool = False) -> None:
     """Writes a checkpoint whose U-Net has the LoRA in its kernels, for `k3jax export`.
 
-    Every other component is shared with the base, not copied. The sum W + A B is made in float32
-    and rounded to the base's dtype on disk. Memory: one array besides what the writer holds.
+    Every other component is shared with the base, not copied. The sum W + A B is computed in float32
+    and rounded to the base's dtype on disk. It needs the memory of one array more than the writer.
 
     Args:
-        base: the checkpoint that the LoRA was trained on; of another one it is a warning.
-        scale: strength of the LoRA, 1 as it was trained.
+        base: the checkpoint that the LoRA was trained on; another one causes a warning.
+        scale: strength of the LoRA; 1: as trained.
 
     Raises:
         CheckpointError: a LoRA or checkpoint that cannot be read, a LoRA of another architecture,
@@ -124,7 +124,7 @@ def merged_checkpoint(base, lora_folder, path, scale: float = 1.0, overwrite: bo
 
 
 def _host(value: Any) -> np.ndarray:
-    """The whole array on the host, also where its shards are on other processes' devices."""
+    """The whole array on the host, also if other processes hold shards of it."""
     if isinstance(value, jax.Array) and not value.is_fully_addressable:
         from jax.experimental import multihost_utils
 
@@ -135,12 +135,12 @@ def _host(value: Any) -> np.ndarray:
 def pack(
     source: Checkpoint, path: Path, base: Checkpoint | None = None, dtype: str = "float16"
 ) -> None:
-    """Copies a checkpoint with all it shares into one small folder, in another dtype.
+    """Copies a checkpoint and the components it shares into one small folder, in another dtype.
 
-    The weights that ship inside the package are made so.
+    The weights inside the package were written by it.
 
     Args:
-        base: a packed checkpoint; components that are the same as its own are shared with it.
+        base: a packed checkpoint; equal components are shared with it.
     """
     with (
         tempfile.TemporaryDirectory() as copy,
@@ -155,7 +155,7 @@ def pack(
             for name, array in iterate_leaves(source, component):
                 writer.write(component, {name: array.astype(dtype)})
         writer.commit(source.config, source.source, dtype)
-    _forget_places(as_path(path))
+    _remove_paths(as_path(path))
 
 
 def _equal(source: Checkpoint, base: Checkpoint, component: str, dtype: str) -> bool:
@@ -165,8 +165,8 @@ def _equal(source: Checkpoint, base: Checkpoint, component: str, dtype: str) -> 
     )
 
 
-def _forget_places(path) -> None:
-    """Orbax notes in a file where it wrote; what is published should not tell that."""
+def _remove_paths(path) -> None:
+    """Removes the local paths that Orbax writes into a file, for publishing."""
     digests = read_manifest(path)["components"]
     (path / MANIFEST).unlink()
     for file in files_below(path):

@@ -5,7 +5,7 @@ import jax
 import pytest
 
 from k3jax.sharding import make_mesh
-from k3jax.training.run import TrainingRun
+from k3jax.training.training_run import TrainingRun
 from k3jax.training.train_config import (
     CheckpointConfig,
     DataConfig,
@@ -39,7 +39,7 @@ def run(base, cache, tmp_path, monkeypatch):
     What meshes do is in test_step.py; a program for 8 devices takes three times as long to compile.
     """
     one = jax.devices()[:1]
-    monkeypatch.setattr("k3jax.training.run.make_mesh", lambda spec: make_mesh("data=1", one))
+    monkeypatch.setattr("k3jax.training.training_run.make_mesh", lambda spec: make_mesh("data=1", one))
 
     def make(cached=True, data=None, optimizer=None, loss=None, **train):
         data = {

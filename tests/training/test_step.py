@@ -28,7 +28,7 @@ from k3jax.training.optimizer import decayed, learning_rate, make_optimizer, mat
 from k3jax.training.state import TrainState, new_state, state_shardings, weights_of
 from k3jax.training.step import make_step
 from k3jax.training.tasks import make_task
-from k3jax.training.tasks.reading import ReadingHeads
+from k3jax.training.tasks.caption_reading import ReadingHeads
 from k3jax.training.train_config import DataConfig, LossConfig, OptimizerConfig, TrainConfig
 
 import random_checkpoint

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """A cache of latents and text embeddings: its files, and batches read from them.
 
-    manifest.json            what the cache is of, its buckets, shard size and dtype
+    manifest.json            fingerprint, buckets, shard size and dtype
     samples.npz              bucket and caption number of each sample
     keys.json                the key of each sample
     texts.npz                length and number of tokens of each caption
     latents/000012.npy       (m, h/8, w/8, 4), m samples of one bucket
     texts/000003.npy         (rows, d_model), the rows of m captions one after the other
 
-Only different captions are kept, and of each only the rows that the model sees. Shards of a bucket
-hold its samples in the order of the source. While it is made the folder is called NAME.partial, and
-a shard is there once it is complete.
+Equal captions are stored once, each with only the rows that the model sees. The shards of a bucket
+hold its samples in the order of the source. While the cache is incomplete its folder is called
+NAME.partial; a shard appears once it is complete.
 """
 
 import contextlib
@@ -37,10 +37,10 @@ BATCHES_AHEAD = 4
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a cache is of.
+    """What a cache contains.
 
     Attributes:
-        fingerprint: of weights, source and sizes; the caller's.
+        fingerprint: of weights, source and sizes; see `cache_fingerprint`.
         dtype: of latents and embeddings: float16 or float32.
         shard_size: samples of a shard; one of texts has a quarter as many captions.
         buckets: (height, width) in pixels of each.
@@ -77,7 +77,7 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a cache, or of one that is being made; None: there is none.
+    """The manifest of a complete or incomplete cache; None: there is none.
 
     Raises:
         ValueError: it cannot be read.

@@ -39,7 +39,7 @@ def write_cache(
 ) -> None:
     """Computes the cache, or the missing part of an interrupted one; nothing if it is complete.
 
-    The shards are dealt out to the processes, which share the folder. Each calls the encoders
+    The processes share the shards and the folder. Each calls the encoders
     for its own shards only, so these must not need another process.
 
     Args:
@@ -89,7 +89,7 @@ def _begin(partial: Path, manifest: Manifest, process_index: int, barrier) -> No
 
 
 def _finish(cache: LatentCache, manifest: Manifest, bucket_of, caption_of, keys: list[str]) -> None:
-    """Writes what is small, and gives the folder its name."""
+    """Writes the small files, and renames the folder."""
     partial = cache.partial
     shards = range(len(manifest.text_shards()))
     rows = np.concatenate([np.load(files.lengths_file(partial, shard)) for shard in shards])
@@ -101,9 +101,9 @@ def _finish(cache: LatentCache, manifest: Manifest, bucket_of, caption_of, keys:
     for path in partial.rglob(".*.part"):
         path.unlink()  # of a run that was killed while it wrote
     if cache.folder.is_dir():
-        cache.folder.rmdir()  # an empty one, as was checked
+        cache.folder.rmdir()  # it is empty
     os.replace(partial, cache.folder)
-    for shard in shards:  # not before: an interruption here must not cost anything
+    for shard in shards:  # last, so that an interruption here costs nothing
         files.lengths_file(cache.folder, shard).unlink()
 
 
@@ -206,6 +206,6 @@ def _rows(prompts, captions: list[str], dtype: str):
         yield kept, tokens
 
 
-def _difference(begun: Manifest, wanted: Manifest) -> str:
-    pairs = [(name, getattr(begun, name), getattr(wanted, name)) for name in vars(begun)]
+def _difference(begun: Manifest, ours: Manifest) -> str:
+    pairs = [(name, getattr(begun, name), getattr(ours, name)) for name in vars(begun)]
     return "; ".join(f"{name} {there}, not {here}" for name, there, here in pairs if there != here)
