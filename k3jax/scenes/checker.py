@@ -133,7 +133,7 @@ def judge(scene: Scene, reading: Reading) -> Verdict:
 
 
 def summary(verdicts: Iterable[Verdict]) -> dict[str, float]:
-    """Name -> share of right verdicts among those that are not None; without names that have none."""
+    """Name -> share of right verdicts among those that are not None, if there are any."""
     shares, rows = {}, [astuple(verdict) for verdict in verdicts]
     for number, field in enumerate(fields(Verdict)):
         answers = [row[number] for row in rows if row[number] is not None]

@@ -90,8 +90,9 @@ def save_lora_result(
 def merged_checkpoint(base, lora_folder, path, scale: float = 1.0, overwrite: bool = False) -> None:
     """Writes a checkpoint whose U-Net has the LoRA in its kernels, for `k3jax export`.
 
-    Every other component is shared with the base, not copied. The sum W + A B is computed in float32
-    and rounded to the base's dtype on disk. It needs the memory of one array more than the writer.
+    Every other component is shared with the base, not copied. The sum W + A B is computed in
+    float32 and rounded to the base's dtype on disk. It needs the memory of one array more than the
+    writer.
 
     Args:
         base: the checkpoint that the LoRA was trained on; another one causes a warning.

@@ -5,7 +5,6 @@ import jax
 import pytest
 
 from k3jax.sharding import make_mesh
-from k3jax.training.training_run import TrainingRun
 from k3jax.training.train_config import (
     CheckpointConfig,
     DataConfig,
@@ -13,6 +12,7 @@ from k3jax.training.train_config import (
     OptimizerConfig,
     TrainConfig,
 )
+from k3jax.training.training_run import TrainingRun
 
 from random_checkpoint import write_random_checkpoint
 from training_models import MODEL
@@ -39,7 +39,9 @@ def run(base, cache, tmp_path, monkeypatch):
     What meshes do is in test_step.py; a program for 8 devices takes three times as long to compile.
     """
     one = jax.devices()[:1]
-    monkeypatch.setattr("k3jax.training.training_run.make_mesh", lambda spec: make_mesh("data=1", one))
+    monkeypatch.setattr(
+        "k3jax.training.training_run.make_mesh", lambda spec: make_mesh("data=1", one)
+    )
 
     def make(cached=True, data=None, optimizer=None, loss=None, **train):
         data = {

@@ -9,8 +9,8 @@ import pytest
 
 from k3jax.cli.run_config import build, collect, config_names, load_config
 from k3jax.config import LoraConfig
-from k3jax.training.training_run import TrainingRun, train
 from k3jax.training.train_config import PriorConfig, TrainConfig, checked, limits
+from k3jax.training.training_run import TrainingRun, train
 
 
 FULL = TrainConfig(lora=LoraConfig(), prior=PriorConfig("class"))

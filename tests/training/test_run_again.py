@@ -22,10 +22,10 @@ from k3jax.checkpoints.lora_files import load_lora
 from k3jax.config import LoraConfig
 from k3jax.training import training_run
 from k3jax.training.metrics import MetricWriter, read_metrics
-from k3jax.training.training_run import train
 from k3jax.training.run_folder import LOCK_FILE
 from k3jax.training.signals import Stop
 from k3jax.training.tasks.lora_finetuning import LoraDenoising
+from k3jax.training.training_run import train
 
 
 def stub_loss(task, weights, frozen, batch, key):

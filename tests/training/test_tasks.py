@@ -15,10 +15,10 @@ from k3jax.config import LoraConfig
 from k3jax.sharding import make_mesh
 from k3jax.training.data.scene_tokenizer import captions_to_learn
 from k3jax.training.data.training_data import TrainingData
-from k3jax.training.training_run import train
 from k3jax.training.tasks import TASKS, make_task
 from k3jax.training.tasks.task import Task, architecture
 from k3jax.training.train_config import TrainConfig
+from k3jax.training.training_run import train
 
 
 class Numbers:

@@ -17,9 +17,9 @@ from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
 from k3jax.scenes.caption import captioned
 from k3jax.sharding import make_mesh
 from k3jax.training.metrics import read_metrics
-from k3jax.training.training_run import TrainingRun, train
 from k3jax.training.tasks import make_task
 from k3jax.training.train_config import CheckpointConfig, MaskConfig, PriorConfig
+from k3jax.training.training_run import TrainingRun, train
 
 from random_checkpoint import write_random_checkpoint
 from training_models import WIDE

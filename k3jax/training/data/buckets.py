@@ -182,13 +182,15 @@ def read_image(source: Source, index: BucketIndex, number: int) -> dict[str, Any
 
 def _stored_sizes(source: Source, cache: Path) -> tuple[np.ndarray, str]:
     """(sizes of all images, fingerprint of the source), from a file in the folder of caches."""
-    file = cache / f"{source.stamp()}.sizes.npz"
-    if file.is_file():
-        with contextlib.suppress(Exception), np.load(file) as stored:  # a damaged one is replaced
-            if len(stored["sizes"]) == len(source):
+    stamp = source.stamp()
+    file, older = cache / f"{stamp}.sizes.npz", cache.with_name(f"{cache.name}.sizes.npz")
+    for path in (file, older):  # older versions had one file beside the cache
+        with contextlib.suppress(Exception), np.load(path) as stored:  # a damaged one is replaced
+            if stored["stamp"] == stamp and len(stored["sizes"]) == len(source):
                 return stored["sizes"], str(stored["fingerprint"])
     sizes, fingerprint = image_sizes(source), source.fingerprint()
-    write_whole(file, lambda out: np.savez(out, fingerprint=fingerprint, sizes=sizes))
+    arrays = {"stamp": stamp, "fingerprint": fingerprint, "sizes": sizes}
+    write_whole(file, lambda out: np.savez(out, **arrays))
     return sizes, fingerprint
 
 
