@@ -2,9 +2,11 @@
 """A small checkpoint to train from, and runs on drawn scenes that last seconds."""
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from k3jax.sharding import make_mesh
+from k3jax.training.tasks.denoising import Denoising
 from k3jax.training.train_config import (
     CheckpointConfig,
     DataConfig,
@@ -74,3 +76,18 @@ def run(base, cache, tmp_path, monkeypatch):
         return TrainingRun(config, checkpoint=str(base))
 
     return make
+
+
+@pytest.fixture
+def stub_loss(monkeypatch):
+    """A loss of the U-Net's tasks that compiles in a second; everything around it is real.
+
+    It depends on the weights, the batch and the key, as a loss does.
+    """
+
+    def loss(task, weights, frozen, batch, key):
+        noise = jax.random.normal(key, ())
+        total = sum(jnp.square(w - 0.1 * noise).mean() for w in weights.values())
+        return total + next(iter(batch.values())).astype(jnp.float32).mean() / 255, {}
+
+    monkeypatch.setattr(Denoising, "loss", loss)

@@ -159,6 +159,7 @@ def test_only_its_weights_get_gradients(unet, weights):
     assert all(not np.any(pair["a"]) and np.any(pair["b"]) for pair in start.values())
 
 
+@pytest.mark.slow
 def test_sharded_is_unsharded(unet, weights, applied):
     mesh = make_mesh("fsdp=2,tensor=2", jax.devices()[:4])
     placed = jax.device_put(unet, module_shardings(unet, mesh))

@@ -13,8 +13,6 @@ import subprocess
 import sys
 import textwrap
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -28,17 +26,9 @@ from k3jax.training.tasks.lora_finetuning import LoraDenoising
 from k3jax.training.training_run import train
 
 
-def stub_loss(task, weights, frozen, batch, key):
-    """Depends on the weights, the batch and the key, as a loss does."""
-    noise = jax.random.normal(key, ())
-    total = sum(jnp.square(w - 0.1 * noise).mean() for w in weights.values())
-    return total + batch["images"].mean() / 255, {}
-
-
 @pytest.fixture
-def quick(run, monkeypatch):
+def quick(run, stub_loss, monkeypatch):
     """Makes the TrainingRun of a LoRA run of 4 steps, with a checkpoint after 2 and 4."""
-    monkeypatch.setattr(LoraDenoising, "loss", stub_loss)
     monkeypatch.setattr(training_run, "_model_flops", lambda *args: None)
     monkeypatch.setattr(LoraDenoising, "frozen_modules", lambda task: {})
 
@@ -97,7 +87,7 @@ def test_more_steps_replace_the_result_by_that_of_a_longer_run(quick, tmp_path):
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("step", [1, 2])
 def test_a_stopped_run_ends_with_the_bits_of_one_that_was_not(quick, tmp_path, monkeypatch, step):
     """Stopped as a signal does it: after this step, with a checkpoint; then resumed."""
     whole = weights(train(quick(output=str(tmp_path / "whole"), ema_decay=0.9)))

@@ -65,12 +65,13 @@ def test_the_loss_falls_on_a_few_scenes_and_resumes(run, tmp_path):
     assert image.size == (64, 64)
 
 
-def test_another_run_is_not_continued(run):
-    train(run(steps=1))
+def test_another_run_is_not_continued(run, stub_loss):
+    train(run(steps=1, cached=False))
     with pytest.raises(ValueError, match=r"batch_size is 16 and was 8"):
-        train(run(steps=1, batch_size=16))
+        train(run(steps=1, cached=False, batch_size=16))
 
 
+@pytest.mark.slow
 def test_lora_trains_nothing_else(run, base):
     wanted = run(lora=LoraConfig(rank=2), steps=3, optimizer={"learning_rate": 1e-2})
     result = train(wanted)
@@ -86,10 +87,8 @@ def test_lora_trains_nothing_else(run, base):
     np.testing.assert_array_equal(pipe(**call).images, before)
 
 
-def test_inpainting_from_text_to_image(run, tmp_path, base):
-    wanted = run(
-        task="inpainting", components=("unet",), steps=2, data={"cache": str(tmp_path / "c")}
-    )
+def test_inpainting_from_text_to_image(run, base, stub_loss):
+    wanted = run(task="inpainting", components=("unet",), steps=2, cached=False)
     checkpoint = read_checkpoint(train(wanted))
     assert checkpoint.config.unet.in_channels == 9
     kernel = weights(checkpoint, "unet")["conv_in.kernel"]
@@ -98,6 +97,7 @@ def test_inpainting_from_text_to_image(run, tmp_path, base):
     assert checkpoint.component_paths["text_projection"] == shared["text_projection"]
 
 
+@pytest.mark.slow
 def test_cached_and_uncached_batches_train_alike(run, tmp_path):
     results = [
         train(run(cached=cached, steps=2, output=str(tmp_path / str(cached))))
@@ -219,6 +219,7 @@ def test_a_base_is_needed(run):
         train(TrainingRun(run().train))
 
 
+@pytest.mark.slow
 def test_pictures_of_inpainting(run, tmp_path):
     prompts = ("a red circle", "a blue square")
     shown = {"steps": 1, "sample_every": 1, "sample_prompts": prompts, "cached": False}

@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from k3jax.files import CheckpointError
 from k3jax.sharding import make_mesh
+from k3jax.training.checkpoint_faults import reason_of
 from k3jax.training.run_checkpoints import RunCheckpoints
 from k3jax.training.train_config import CheckpointConfig
 
@@ -253,6 +254,16 @@ def test_a_checkpoint_that_has_no_room_is_not_begun(tmp_path, monkeypatch):
             else:
                 checkpoints.save(step, state, {})
         assert checkpoints.steps() == [2]
+
+
+def test_the_reason_of_the_system_is_not_cut_off():
+    long = f"Error writing {'x' * 400}: No space left on device [source='{'y' * 400}']"
+    for error in (ValueError(long), RuntimeError("Orbax")):
+        try:
+            raise error from (None if isinstance(error, ValueError) else OSError(28, long))
+        except Exception as caught:
+            assert reason_of(caught) == "No space left on device"
+    assert reason_of(ValueError("a" * 200 + "b" * 200)) == f"{'a' * 150} ... {'b' * 150}"
 
 
 def test_a_full_disk_is_one_sentence_with_its_reason(tmp_path):

@@ -13,6 +13,7 @@ from k3jax.training.step_memory import lower_step, step_memory
 from k3jax.training.train_config import DataConfig, TrainConfig
 
 
+pytestmark = pytest.mark.slow  # each test compiles whole steps
 BATCH = 8
 
 
