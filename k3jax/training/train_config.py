@@ -7,9 +7,9 @@ checkpoint or on the data is checked by the code that uses it. `configs/` has on
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
 from k3jax.config import LoraConfig, from_dict, to_dict
 
@@ -257,19 +257,6 @@ class TrainConfig:
     )
 
 
-def limits(cls: type = TrainConfig, prefix: str = "") -> Iterator[tuple[str, Limit]]:
-    """(dotted name, limits) of every number in a config class and in its groups."""
-    for part, hint in zip(dataclasses.fields(cls), get_type_hints(cls).values(), strict=True):
-        check = part.metadata.get("check")
-        groups = [kind for kind in (hint, *get_args(hint)) if dataclasses.is_dataclass(kind)]
-        if isinstance(check, Limit):
-            yield f"{prefix}{part.name}", check
-        elif check is not None:  # of a group that is defined elsewhere
-            yield from ((f"{prefix}{part.name}.{name}", limit) for name, limit in check.items())
-        elif groups:
-            yield from limits(groups[0], f"{prefix}{part.name}.")
-
-
 def checked(config: TrainConfig) -> TrainConfig:
     """The config itself; every setting has its type and is within its limits.
 
@@ -277,16 +264,18 @@ def checked(config: TrainConfig) -> TrainConfig:
         ValueError: the first setting that is wrong, with its name and limits.
     """
     config = from_dict(TrainConfig, to_dict(config), "train")
-    for name, limit in limits():
-        value = _value(config, name)
-        if value is not None:
-            limit(value, f"train.{name}")
+    _check_limits(config, "train")
     if not config.output:
         raise ValueError("train.output (--output) is empty: name a folder for the run.")
     return config
 
 
-def _value(config: Any, name: str) -> Any:
-    for part in name.split("."):
-        config = None if config is None else getattr(config, part)
-    return config
+def _check_limits(group: Any, where: str, limits: Mapping[str, Limit] | None = None) -> None:
+    """Checks the numbers of a group of settings; `limits` are those of a group without metadata."""
+    for part in dataclasses.fields(group):
+        name, value = f"{where}.{part.name}", getattr(group, part.name)
+        check = part.metadata.get("check") if limits is None else limits.get(part.name)
+        if dataclasses.is_dataclass(value):
+            _check_limits(value, name, check)
+        elif value is not None and check is not None:
+            check(value, name)
