@@ -3,6 +3,7 @@
 
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 
@@ -17,6 +18,19 @@ class CheckpointError(ValueError):
 def is_local(path: os.PathLike) -> bool:
     """Whether a path is on this machine: no URL such as gs://bucket/folder."""
     return "://" not in str(path)
+
+
+def user_cache() -> Path:
+    """The user's folder for files that can be computed again.
+
+    Raises:
+        OSError: the user has no home directory.
+    """
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError as error:
+        raise OSError("this user has no home directory: set XDG_CACHE_HOME to a folder.") from error
+    return cache / "k3jax"
 
 
 def read_object(path: os.PathLike) -> dict[str, Any]:

@@ -118,4 +118,4 @@ def test_nobody_else_is_there(tmp_path):
     )
     assert run.returncode == 2
     (line,) = run.stderr.splitlines()
-    assert "--distributed auto finds nothing here that tells of other processes" in line
+    assert "--distributed auto finds no other processes" in line

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weights that come with k3jax: a small model of drawn scenes, trained by `configs/tiny.py`."""
+"""The weights that come with k3jax: a small model of drawn scenes (configs/models/tiny.py)."""
 
 from pathlib import Path
 

@@ -9,7 +9,7 @@ Writes OUT/gallery.html, which opens from disk and loads nothing from the networ
 
 import argparse
 
-from k3jax.cli.extras import require
+from k3jax.cli.environment import require
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,29 +4,29 @@
   k3jax verify pictures
   k3jax verify pictures --repair
 
-The exit code is 0 if all is well and 1 if not; what is to be made again is named, and --repair
-makes it, bit for bit. Samples that could not be made are counted, with their reasons; they are no
-damage.
+The exit code is 0 if the data set is complete and undamaged, otherwise 1. --repair generates again
+what is damaged or missing, bit for bit. Failed samples are counted, with their reasons; they do not
+count as damage.
 """
 
 import argparse
 import dataclasses
 import json
 
-from k3jax.cli.extras import require
-from k3jax.cli.regenerate import add_remaking, devices_by
+from k3jax.cli.environment import require
+from k3jax.cli.regenerate import add_sources, devices_by
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("output", metavar="OUT", help="folder or address of the data set")
-    add("--repair", action="store_true", help="make again what is damaged or missing")
+    add("--repair", action="store_true", help="generate again what is damaged or missing")
     add(
         "--retry-failed", action="store_true", help="with --repair: also shards with failed samples"
     )
     add("--quick", action="store_true", help="compare checksums, decode no images")
     add("--json", action="store_true", help="as JSON")
-    add_remaking(add)
+    add_sources(add)
 
 
 def run(args: argparse.Namespace) -> int:

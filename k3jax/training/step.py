@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from k3jax.model.layers import with_fast_cpu_gradients
 from k3jax.training.state import TrainState, Weights
 from k3jax.training.train_config import TrainConfig
 
@@ -32,7 +33,7 @@ def make_step(
     is not moved.
     """
     parts, ema_decay = config.optimizer.gradient_accumulation_steps, config.ema_decay
-    gradient = jax.value_and_grad(loss, has_aux=True)
+    gradient = jax.value_and_grad(with_fast_cpu_gradients(loss), has_aux=True)
 
     def accumulated(weights, frozen, batch, key):
         if parts == 1:

@@ -7,7 +7,7 @@ from PIL import Image
 
 from k3jax import Kandinsky3Img2ImgPipeline, Kandinsky3InpaintPipeline, extend_canvas
 from k3jax.checkpoints.format import read_checkpoint
-from k3jax.cli.generate import NOTE
+from k3jax.cli.inputs import NOTE
 from k3jax.images.pngs import read_settings
 
 from damaged_images import PICTURE, encoded

@@ -88,7 +88,7 @@ CHIPS = {"v5e_1": "v5e:1x1", "v5e_256": "v5e:16x16", "v6e_8": "v6e:2x4", "h100_8
 
 
 @pytest.mark.parametrize(
-    "name", sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "__init__")
+    "name", sorted(path.stem for path in CONFIGS.glob("*/*.py") if path.stem != "__init__")
 )
 def test_every_config_can_be_planned(asked, name):
     values = collect(name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""launch/slurm.sbatch, with an srun that notes its words, and one that starts two processes."""
+"""launch/slurm.sbatch, with an srun that records its arguments or starts two processes."""
 
 import os
 import socket
@@ -87,10 +87,10 @@ def test_the_time_limit_is_another_turn(submit, words, layout, code, again):
     "words, variables, reason",
     [
         ([], {}, "give the arguments of k3jax"),
-        (SYNTHESIZE, {"LAYOUT": "ring"}, "LAYOUT is 'ring', which is none of"),
-        (SYNTHESIZE, {"LAYOUT": "mesh"}, "LAYOUT=mesh is for train"),
-        (TRAIN, {}, "shares out synthesize, not train"),
-        (SYNTHESIZE, {"SLURM_JOB_NUM_NODES": "4"}, "takes one node a task"),
+        (SYNTHESIZE, {"LAYOUT": "ring"}, "LAYOUT is 'ring'"),
+        (SYNTHESIZE, {"LAYOUT": "mesh"}, "LAYOUT=mesh is for train, not for synthesize"),
+        (TRAIN, {}, "LAYOUT=array is for synthesize, not for train"),
+        (SYNTHESIZE, {"SLURM_JOB_NUM_NODES": "4"}, "--nodes=1, not 4"),
     ],
 )
 def test_bad_input_is_answered_in_one_sentence(submit, words, variables, reason):

@@ -7,7 +7,8 @@ from typing import get_args, get_origin, get_type_hints
 
 import pytest
 
-from k3jax.cli.run_config import build, collect, config_names, load_config
+from k3jax.cli.config_files import config_names, load_config
+from k3jax.cli.run_config import build, collect
 from k3jax.config import LoraConfig
 from k3jax.training.train_config import Limit, PriorConfig, TrainConfig, checked
 from k3jax.training.training_run import TrainingRun, train
