@@ -36,7 +36,7 @@ def make_images(
     pipe: BasePipeline, groups: Sequence[ImageGroup], options: CallOptions
 ) -> dict[int, np.ndarray]:
     """The images of groups by their numbers: uint8 for "pil", float32, or latents for "latent"."""
-    images: dict[int, np.ndarray] = {}
+    results: dict[int, np.ndarray] = {}
     size = pipe.batch_size
     total = sum(-(-len(group.index) // size) * group.sampler.num_steps for group in groups)
     decoded = options.output_type != "latent"
@@ -56,8 +56,8 @@ def make_images(
                 if decoded:
                     compiled[group.shape].result()
                     latents = pipe.decode_batch(latents, kind)
-                images |= zip(numbers.tolist(), fetch(latents), strict=False)
-    return images
+                results |= zip(numbers.tolist(), fetch(latents), strict=False)
+    return results
 
 
 def _sample(
