@@ -38,7 +38,7 @@ def test_plan_without_the_compiler(refuses, no_compiler):
         (("--topology", "v9:2x2"), "known are v4, v5e, v5p, v6e"),
         (("--topology", "v5e:5x5"), "do not make up a side of 5"),
         (("--topology", "v5e:2x2", "--height", "65"), "multiple of 32"),
-        (("--topology", "v5e:2x2", "--steps", "0"), "must be between 1 and 1000"),
+        (("--topology", "v5e:2x2", "--steps", "0"), "num_inference_steps is 0"),
         (("--topology", "v5e:2x2", "--guidance-interval", "5", "2"), "guidance_interval"),
         (("--topology", "v5e:2x2", "--price-per-chip-hour", "-1"), "--price-per-chip-hour is -1"),
         (("--topology", "v5e:2x2", "--programs", "decoder"), "choose of encode, denoise, decode"),
