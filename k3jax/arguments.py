@@ -8,7 +8,9 @@ JAX and no PyTorch is imported: arrays and tensors are known by their methods.
 import contextlib
 import math
 import operator
+import sys
 import unicodedata
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -177,6 +179,14 @@ def to_host(value: Any) -> Any:
     if getattr(array, "dtype", None) is not None and array.dtype.name == "bfloat16":
         return array.astype(np.float32)
     return array
+
+
+def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warns at the line outside of k3jax from which it was called."""
+    level, frame = 2, sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("k3jax"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
 
 
 def finite_array(values: Any, name: str) -> np.ndarray:

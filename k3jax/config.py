@@ -133,7 +133,7 @@ class SamplerConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything a checkpoint's config.json says about the model."""
+    """The architecture of a checkpoint and its sampler, as in config.json."""
 
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     text_projection: TextProjectionConfig = field(default_factory=TextProjectionConfig)
@@ -182,7 +182,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config") ->
     """Builds a config dataclass from nested mappings, refusing unknown keys and wrong types.
 
     Raises:
-        ValueError: one sentence naming the key, where it stands, and the nearest known key.
+        ValueError: one sentence naming the key, its place, and the nearest known key.
     """
     hints = get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)}

@@ -12,9 +12,10 @@ from k3jax.cli import config_files
 from k3jax.cli.config_files import config_names
 from k3jax.cli.run_config import architecture_differences, build, collect
 from k3jax.config import ModelConfig, to_dict
-from k3jax.convert.architecture import original_sampler, sampler_config
+from k3jax.convert.architecture import original_sampler
+from k3jax.convert.diffusers_json import sampler_config
 from k3jax.sharding import data_parallelism, make_meshes
-from k3jax.synthesis.loading import ROOM
+from k3jax.synthesis.weights import WEIGHTS_SHARE
 
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -93,9 +94,9 @@ def test_machines(name):
     )
     if run.synthesize.phases == "alternate":
         encoder = ENCODER / 2 if run.pipeline.int8_text_encoder else ENCODER
-        assert max(encoder, OTHERS) < ROOM * memory < weights
+        assert max(encoder, OTHERS) < WEIGHTS_SHARE * memory < weights
     else:
-        assert weights < ROOM * memory
+        assert weights < WEIGHTS_SHARE * memory
 
 
 def test_a_config_file_in_full_says_everything_about_the_architecture():

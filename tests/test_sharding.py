@@ -33,7 +33,7 @@ from k3jax.sharding import (
     placed,
     shardings,
 )
-from k3jax.training.initialise import random_weights
+from k3jax.training.random_weights import random_weights
 from k3jax.training.state import weights_of
 
 
@@ -92,6 +92,7 @@ def abstract(shape, dtype, mesh):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
 
 
+@pytest.mark.slow
 def test_full_size_denoising_lowers_without_weights():
     """50 guided steps at 1024x1024 with batch 8, on a data x tensor mesh."""
     mesh = make_mesh("data=4,tensor=2")
@@ -121,6 +122,7 @@ def test_full_size_denoising_lowers_without_weights():
     assert text.count("stablehlo.convolution") < 400
 
 
+@pytest.mark.slow
 def test_full_size_text_encoder_and_decoder_lower_without_weights():
     mesh = make_mesh("data=4,tensor=2")
     encoder = placed(abstract_module("text_encoder", FULL, "bfloat16"), mesh)
@@ -144,6 +146,7 @@ def test_full_size_text_encoder_and_decoder_lower_without_weights():
     assert "16384x16384" not in encoded.as_text()
 
 
+@pytest.mark.slow
 def test_decoder_memory_at_1024_is_bounded(monkeypatch):
     """Strips against whole maps, on the decoder as released in float32."""
     from k3jax.model import movq_blocks
@@ -161,7 +164,9 @@ def test_decoder_memory_at_1024_is_bounded(monkeypatch):
     assert strips < 0.75 * temporaries()
 
 
-@pytest.mark.parametrize("spec", ["data=2,tensor=4", "fsdp=4,tensor=2"])
+@pytest.mark.parametrize(
+    "spec", ["data=2,tensor=4", pytest.param("fsdp=4,tensor=2", marks=pytest.mark.slow)]
+)
 def test_devices_share_the_strips_of_an_image(spec):
     """MoVQ's decoder as on a TPU: rows go to the device beside; weights are gathered, and the keys
     and values of attention at the latents' size, but no map of an image's."""

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny PyTorch checkpoints on disk, in every layout that is converted."""
+"""Tiny PyTorch checkpoints on disk, in every layout that is converted.
+
+PyTorch and diffusers are imported by the functions that need them; a dtype of None is float32.
+"""
+
+from __future__ import annotations
 
 import functools
 import json
@@ -7,18 +12,20 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from diffusers import DDPMScheduler, Kandinsky3Pipeline
-from safetensors.torch import save_file
-
-from k3jax.convert import movq, text_projection, unet
+from k3jax.convert import keys
 
 import tiny
 
 
+if TYPE_CHECKING:
+    import torch
+
+
+UNET = tiny.SHALLOW_UNET  # half the tensors
 ARCHITECTURE = {
-    "unet": {"attention_head_dim": tiny.UNET.attention_head_dim, "groups": tiny.UNET.groups},
+    "unet": {"attention_head_dim": UNET.attention_head_dim, "groups": UNET.groups},
     "movq": {"norm_num_groups": tiny.MOVQ.norm_num_groups},
 }
 """What the shapes of the tiny models do not tell: the original layout has no file that says it."""
@@ -47,12 +54,14 @@ def state_dicts() -> dict[str, dict[str, torch.Tensor]]:
     encoder.pop("encoder.embed_tokens.weight", None)  # an alias of shared.weight
     return {
         "text_encoder": encoder,
-        "unet": dict(tiny.torch_unet().state_dict()),
+        "unet": dict(tiny.torch_unet(UNET).state_dict()),
         "movq": dict(tiny.torch_movq().state_dict()),
     }
 
 
-def cast(state: Mapping[str, torch.Tensor], dtype: torch.dtype, keep=()) -> dict[str, torch.Tensor]:
+def cast(
+    state: Mapping[str, torch.Tensor], dtype: torch.dtype | None, keep=()
+) -> dict[str, torch.Tensor]:
     """A state dict in another dtype; names that end in one of `keep` stay in float32."""
     return {
         name: (t if keep and name.endswith(keep) else t.to(dtype)).contiguous().clone()
@@ -95,19 +104,20 @@ def real_tokenizer() -> Path | None:
     return folder if (folder / "spiece.model").exists() else None
 
 
-def write_pipeline(folder: Path, dtype: torch.dtype = torch.float32, **kwargs) -> Path:
+def write_pipeline(folder: Path, dtype: torch.dtype | None = None, **kwargs) -> Path:
     """What diffusers' own save_pretrained writes.
 
     Args:
         kwargs: for save_pretrained, e.g. variant="fp16", safe_serialization=False.
     """
+    from diffusers import DDPMScheduler, Kandinsky3Pipeline
     from transformers import T5Tokenizer
 
     write_spiece(folder / "spiece")
     pipeline = Kandinsky3Pipeline(
         tokenizer=T5Tokenizer.from_pretrained(folder / "spiece"),
         text_encoder=tiny.torch_text_encoder().to(dtype),
-        unet=tiny.torch_unet().to(dtype),
+        unet=tiny.torch_unet(UNET).to(dtype),
         scheduler=DDPMScheduler(**SCHEDULER),
         movq=tiny.torch_movq().to(dtype),
     )
@@ -118,7 +128,7 @@ def write_pipeline(folder: Path, dtype: torch.dtype = torch.float32, **kwargs) -
 
 def write_diffusers(
     folder: Path,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     *,
     variant: str | None = None,
     shards: int = 1,
@@ -153,7 +163,7 @@ def write_diffusers(
             save(part, folder / component / f"{stem}{mark}{shard}.{end}")
     _write_json(folder / "model_index.json", {"_class_name": "Kandinsky3Pipeline"})
     configs = {
-        "unet": tiny.torch_unet().config,
+        "unet": tiny.torch_unet(UNET).config,
         "movq": tiny.torch_movq().config,
         "text_encoder": tiny.torch_text_encoder().config.to_dict(),
     }
@@ -167,16 +177,18 @@ def write_diffusers(
     return states
 
 
-def original_state_dicts(dtype=torch.float32, in_channels: int = 4):
+def original_state_dicts(dtype: torch.dtype | None = None, in_channels: int = 4):
     """Component -> state dict in the names of the original code, the projection on its own."""
+    import torch
+
     states = {c: cast(s, dtype) for c, s in state_dicts().items()}
-    projection = text_projection.table("diffusers")
+    projection = keys.table("text_projection")
     generator = torch.Generator().manual_seed(7)
     ours = {
-        "unet": (unet.table("diffusers"), unet.table("original")),
+        "unet": (keys.table("unet"), keys.table("unet", "original")),
         "movq": (
-            movq.table("diffusers"),
-            movq.table("original", len(tiny.MOVQ.block_out_channels)),
+            keys.table("movq"),
+            keys.table("movq", "original", levels=len(tiny.MOVQ.block_out_channels)),
         ),
     }
     result = {"text_encoder": states["text_encoder"]}
@@ -188,13 +200,13 @@ def original_state_dicts(dtype=torch.float32, in_channels: int = 4):
                     # The original has 1x1 convolutions where diffusers has linear layers.
                     linear = theirs.from_torch(name)[0][0].jax_shape(tuple(tensor.shape))
                     result[component][new_name] = tensor.reshape(rule.torch_shape(linear))
-    if in_channels != tiny.UNET.in_channels:
-        shape = (tiny.UNET.init_channels, in_channels, 3, 3)
+    if in_channels != UNET.in_channels:
+        shape = (UNET.init_channels, in_channels, 3, 3)
         result["unet"]["in_layer.weight"] = torch.randn(shape, generator=generator).to(dtype) * 0.1
     result["text_projection"] = {}
     for name, tensor in states["unet"].items():
         for _, jax_name in projection.from_torch(name):
-            ((_, new_name),) = text_projection.table("original").from_jax(jax_name)
+            ((_, new_name),) = keys.table("text_projection", "original").from_jax(jax_name)
             result["text_projection"][new_name] = tensor
     width = tiny.PROJECTION.cross_attention_dim
     result["null_embedding"] = torch.randn(width, generator=generator).to(dtype)
@@ -203,7 +215,7 @@ def original_state_dicts(dtype=torch.float32, in_channels: int = 4):
 
 def write_original(
     folder: Path,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     *,
     version: str = "3.1",
     variant: str = "base",
@@ -215,6 +227,8 @@ def write_original(
     Returns:
         Component -> the state dict that was written; `null_embedding` is a tensor.
     """
+    import torch
+
     states = original_state_dicts(dtype, in_channels=9 if variant == "inpainting" else 4)
     _change(states, changes)
     end = {"base": "", "flash": "_flash", "inpainting": "_inpainting"}[variant]
@@ -244,6 +258,9 @@ def write_original(
 
 def save(content, file: Path) -> None:
     """A (nested) state dict as .safetensors, or as what torch.save writes."""
+    import torch
+    from safetensors.torch import save_file
+
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix == ".safetensors":
         save_file(content, file, metadata={"format": "pt"})

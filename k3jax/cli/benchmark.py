@@ -33,9 +33,8 @@ def run(args: argparse.Namespace) -> None:
     config = run_config(args, DEFAULT_CONFIG)
 
     from k3jax.planning.measurement import measure_all, setting
-    from k3jax.planning.programs import Work
-    from k3jax.planning.question import program_names
-    from k3jax.planning.totals import evaluations
+    from k3jax.planning.throughput import evaluations
+    from k3jax.planning.workload import Work, program_names
     from k3jax.sharding import make_mesh
 
     height, width, sampler = size_and_sampler(config)

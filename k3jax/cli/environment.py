@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 EXTRAS = {
     "convert": ("torch", "safetensors", "huggingface_hub"),
-    "synth": ("pyarrow", "fsspec"),
+    "synth": ("pyarrow", "fsspec", "prometheus_client"),
     "train": ("optax", "grain", "pyarrow"),
     "gcs": ("gcsfs",),
     "tpu": ("libtpu",),

@@ -12,7 +12,7 @@ With a Flash checkpoint this refines an image: --strength 0.25 runs its last ste
 
 import argparse
 
-from k3jax.checkpoints.packaged import DEFAULT
+from k3jax.checkpoints.format import DEFAULT
 from k3jax.cli.image_edits import add_edit_arguments, read_files, run_edit
 from k3jax.pipelines.options import ImageToImageOptions
 

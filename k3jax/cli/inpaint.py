@@ -16,7 +16,7 @@ image, and a contact sheet of before and after.
 
 import argparse
 
-from k3jax.checkpoints.packaged import INPAINTING
+from k3jax.checkpoints.format import INPAINTING
 from k3jax.cli.image_edits import add_edit_arguments, read_files, run_edit
 from k3jax.pipelines.options import InpaintOptions
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from k3jax.arguments import check_text
-from k3jax.checkpoints.packaged import DEFAULT
+from k3jax.checkpoints.format import DEFAULT
 from k3jax.cli.flags import flag_values
 from k3jax.cli.run_config import RunConfig, architecture_differences, build, collect
 from k3jax.config import ModelConfig

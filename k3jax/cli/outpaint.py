@@ -8,7 +8,7 @@ Adds pixels on each side and paints them; see `k3jax inpaint`.
 
 import argparse
 
-from k3jax.checkpoints.packaged import INPAINTING
+from k3jax.checkpoints.format import INPAINTING
 from k3jax.cli.image_edits import add_edit_arguments, read_files, run_edit
 from k3jax.pipelines.options import InpaintOptions
 

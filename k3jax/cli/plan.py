@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
     from k3jax.planning.plan import make_plan
     from k3jax.planning.report import to_json, to_lines
 
-    question = _question(args, where, config)
+    options = _plan_options(args, where, config)
     check_libtpu()
 
     def say(text: str) -> None:
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
             print(f"k3jax: {text}", file=sys.stderr, flush=True)
 
     plan = make_plan(
-        question, lambda program, work: compile_in_child(program, work, where, say), say
+        options, lambda program, work: compile_in_child(program, work, where, say), say
     )
     print(json.dumps(to_json(plan)) if args.json else "\n".join(to_lines(plan)))
 
@@ -95,24 +95,16 @@ def run_config(args: argparse.Namespace, default: str) -> RunConfig:
     return build(values, None if has_model else build(collect(default)).model)
 
 
-def _question(args: argparse.Namespace, where, config: RunConfig):
-    from k3jax.planning.question import Question
+def _plan_options(args: argparse.Namespace, where, config: RunConfig):
+    from k3jax.planning.workload import PlanOptions
 
-    height, width, sampler = size_and_sampler(config)
-    pipeline = config.pipeline
-    return Question(
+    size_and_sampler(config)  # checks them
+    return PlanOptions(
         where=where,
         model=config.model,
-        sampler=sampler,
+        call=TextToImageOptions.from_sources(config.generate),
+        load=LoadOptions.from_sources(config.pipeline),
         batch=args.batch,
-        height=height,
-        width=width,
-        mesh=pipeline.mesh,
-        encoder_mesh=pipeline.encoder_mesh,
-        guidance_interval=config.generate.guidance_interval,
-        dtype=pipeline.dtype,
-        param_dtype=pipeline.param_dtype or pipeline.dtype,
-        int8_text_encoder=pipeline.int8_text_encoder,
         parts=parts(args),
         price=args.price_per_chip_hour,
     )
@@ -120,7 +112,7 @@ def _question(args: argparse.Namespace, where, config: RunConfig):
 
 def parts(args: argparse.Namespace) -> tuple[str, ...]:
     """The names in --programs."""
-    from k3jax.planning.question import PARTS
+    from k3jax.planning.workload import PARTS
 
     return PARTS if args.programs is None else tuple(args.programs.replace(" ", "").split(","))
 

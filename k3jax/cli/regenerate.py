@@ -40,7 +40,7 @@ def add_sources(add: AddArgument) -> None:
 
 def devices_by(args: argparse.Namespace) -> Callable:
     """Function: the recorded devices of a shard -> those of this host, used in the same way."""
-    from k3jax.synthesis.remake import devices_as_recorded
+    from k3jax.synthesis.regeneration import devices_as_recorded
 
     return functools.partial(
         devices_as_recorded,
@@ -52,17 +52,16 @@ def devices_by(args: argparse.Namespace) -> Callable:
 
 def run(args: argparse.Namespace) -> int:
     require("synth")
-    from k3jax.synthesis.local_store import LocalStore
-    from k3jax.synthesis.remake import Prompts, remake_images, weights_of
+    from k3jax.synthesis.regeneration import StoredSamples, regenerate, weights_of
     from k3jax.synthesis.run_manifest import read_manifest
     from k3jax.synthesis.samples import key_of
-    from k3jax.synthesis.storage import store_at, write_bytes
+    from k3jax.synthesis.store import LocalStore, store_at
 
     store = store_at(args.data_set)
     manifest = read_manifest(store)
     weights = weights_of(manifest, args.checkpoint, args.lora)
-    prompts = Prompts(store, manifest, weights.checkpoint, args.prompts)
-    places = prompts.find(args.ids)
+    stored = StoredSamples(store, manifest, weights.checkpoint, args.prompts)
+    places = stored.find(args.ids)
     found = {sample_id: places[sample_id] for sample_id in args.ids}
     target = LocalStore(args.output)
     extension = manifest.settings.encoding.extension
@@ -77,14 +76,14 @@ def run(args: argparse.Namespace) -> int:
     devices_for = devices_by(args)
     for made_on, group in _by_device(found):
         samples = [found[sample_id].sample for sample_id in group]
-        made = remake_images(manifest, weights, samples, devices_for(made_on))
+        made = regenerate(manifest, weights, samples, devices_for(made_on))
         for sample_id in group:
             encoded, row = made[sample_id], found[sample_id].row
             if encoded.fault is not None:
                 print(f"k3jax: {sample_id} failed: {encoded.fault}", file=sys.stderr)
                 code = 1
                 continue
-            write_bytes(target, names[sample_id], encoded.content)
+            target.write(names[sample_id], encoded.content)
             print(Path(args.output) / names[sample_id])
             print(f"k3jax: {sample_id}: {_judged(encoded, row)}.", file=sys.stderr)
     return code

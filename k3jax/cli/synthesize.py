@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Generate a data set of images from a file of prompts.
 
-PROMPTS is a .txt (one prompt a line), .jsonl, .csv or .parquet file, several, or quoted patterns of
-them; - for standard input; hf:NAME:SPLIT for a data set of Hugging Face; local or gs://, s3://, ...
+PROMPTS is a .txt (one prompt a line), .jsonl, .json, .csv, .tsv or .parquet file (or text with
+.gz), several, or quoted patterns of them; - for standard input; hf:NAME:SPLIT for a data set of
+Hugging Face; local or gs://, s3://, ...
 Their columns are id, prompt, negative_prompt, seed, width, height, guidance_scale, and for rows
 that start from an image: image, mask, strength. Only prompt is required. OUT is a folder or an
 address, as gs://bucket/folder.
@@ -58,8 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     require("synth")
 
-    from k3jax.synthesis.checking import finished_shards
-    from k3jax.synthesis.request import open_data_set, settings_of
+    from k3jax.synthesis.data_set import open_data_set, settings_of
+    from k3jax.synthesis.metadata import finished_shards
     from k3jax.synthesis.shares import find_share
 
     share = find_share(os.environ, args.job, args.jobs, args.host, args.hosts)
@@ -70,8 +71,8 @@ def run(args: argparse.Namespace) -> int:
     load = LoadOptions.from_sources(config.pipeline)
     check_lora(config)
 
-    from k3jax.synthesis.loading import Devices, Weights, loader, weights_fit_together
-    from k3jax.synthesis.run import Running, make_shards, samples_of
+    from k3jax.synthesis.run import RunOptions, make_shards, samples_of
+    from k3jax.synthesis.weights import Devices, Weights, loader, weights_fit_together
 
     devices = Devices.local(
         load.mesh, load.encoder_mesh, stream_text_encoder=load.stream_text_encoder
@@ -97,10 +98,10 @@ def run(args: argparse.Namespace) -> int:
     code, state = make_shards(
         opened.store,
         opened.manifest,
-        samples_of(opened.source, opened.index, opened.rules, opened.manifest),
+        samples_of(opened.index, opened.rules, opened.manifest),
         loader(weights, settings, devices),
         devices.batch_size,
-        Running(
+        RunOptions(
             share,
             options.check,
             options.shards_per_phase if alternate else None,

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     require("synth")
     from k3jax.synthesis.audit import audit
     from k3jax.synthesis.run_manifest import read_manifest
-    from k3jax.synthesis.storage import store_at
+    from k3jax.synthesis.store import store_at
 
     store = store_at(args.output)
     manifest = read_manifest(store)
@@ -56,19 +56,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _repair(args, store, manifest, shards) -> int:
-    from k3jax.synthesis.remake import Prompts, repair, weights_of
-    from k3jax.synthesis.run import Running
+    from k3jax.synthesis.regeneration import StoredSamples, repair, weights_of
+    from k3jax.synthesis.run import RunOptions
 
     weights = weights_of(manifest, args.checkpoint, args.lora)
-    prompts = Prompts(store, manifest, weights.checkpoint, args.prompts)
-    running = Running(progress=args.progress, image_folder=manifest.found_at["images"])
-    return repair(store, manifest, weights, prompts, shards, devices_by(args), running)
+    samples = StoredSamples(store, manifest, weights.checkpoint, args.prompts)
+    options = RunOptions(progress=args.progress, image_folder=manifest.found_at["images"])
+    return repair(store, manifest, weights, samples, shards, devices_by(args), options)
 
 
 def _with_accidents(store, manifest) -> list[int]:
     """Shards with samples that failed although their line was good."""
-    from k3jax.synthesis.checking import finished_shards
-    from k3jax.synthesis.sidecar import OK, read_sidecar
+    from k3jax.synthesis.metadata import OK, finished_shards, read_sidecar
 
     found = []
     for shard in sorted(finished_shards(store, manifest.layout)):

@@ -14,7 +14,7 @@ from k3jax.images.reading import read_image
 MOST_PIXELS = 2**28  # of a canvas
 
 MAX_RATIO = 16
-"""Of the sides of an image of which one must be enlarged."""
+"""Largest ratio of the sides of an image that must be enlarged."""
 
 
 def work_size(width: int, height: int, max_area: int, multiple: int) -> tuple[int, int]:
@@ -43,7 +43,7 @@ def work_size(width: int, height: int, max_area: int, multiple: int) -> tuple[in
 
 
 def default_feather(shape: tuple[int, ...], size: tuple[int, int], factor: int) -> float:
-    """The pixels of an image (h, w, ...) that one latent covers, worked on at (width, height)."""
+    """Pixels of an image (h, w, ...) that one latent covers, worked on at (width, height)."""
     return factor * max(1.0, shape[1] / size[0], shape[0] / size[1])
 
 
@@ -61,7 +61,7 @@ def generated_share(mask: np.ndarray, feather: float) -> np.ndarray:
 
 
 def paste_known(result: np.ndarray, image: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """The generated image over the given one, which stays exactly where the share is 0.
+    """The generated image over the original one, which is unchanged where the share is 0.
 
     Args:
         result: uint8, or float32 in [0, 1], (h, w, 3).
@@ -71,8 +71,8 @@ def paste_known(result: np.ndarray, image: np.ndarray, share: np.ndarray) -> np.
     if result.dtype == np.uint8:
         mixed = share * result + (1 - share) * image
         return np.rint(mixed).astype(np.uint8)
-    given = image.astype(np.float32) / np.float32(255)
-    return np.where(share > 0, share * result + (1 - share) * given, given)
+    known = image.astype(np.float32) / np.float32(255)
+    return np.where(share > 0, share * result + (1 - share) * known, known)
 
 
 def extend_canvas(

@@ -38,7 +38,7 @@ REFUSED = {  # Pillow would start Ghostscript, which may never end
     "EPS": "PostScript is a program, which is not run",
     "IPTC": "it can hold PostScript, a program, which is not run",
 }
-LONGEST_REASON = 200  # characters of what a decoder said
+LONGEST_REASON = 200  # characters of a decoder's message
 
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 HEIF_ADVICE = (
@@ -100,7 +100,7 @@ def decoding(name: str) -> Iterator[None]:
     try:
         yield
     except MemoryError:
-        raise  # this machine's fault, not the file's
+        raise  # not the file's fault
     except UnidentifiedImageError as error:
         raise ValueError(
             f"{name} is not an image in a format that can be read, or it is damaged: save it as "
@@ -222,7 +222,7 @@ def _essential_png(content: bytes) -> bytes:
 
 
 def _reason(error: Exception) -> str:
-    """What a decoder said, on one line; the same for the same file in every process."""
+    """A decoder's message on one line; the same for the same file in every process."""
     text = re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(str(error).split()))
     text = "".join(character if character.isprintable() else "?" for character in text)
     return text[:LONGEST_REASON].rstrip(".") or type(error).__name__
@@ -232,7 +232,7 @@ def _reason(error: Exception) -> str:
 def _ignore_warnings() -> None:
     """No warnings of Pillow's own about odd metadata and large images, whose pixels are used.
 
-    The filter is added once, because threads share filters, and behind all others, so that
-    those that somebody has chosen win.
+    The filter is added once, because threads share filters, and after all others, so that the
+    user's own win.
     """
     warnings.filterwarnings("ignore", module=r"PIL\.", append=True)

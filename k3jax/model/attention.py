@@ -71,6 +71,7 @@ def check_attention_form(form: AttentionForm, platform: str, dtype) -> None:
         )
 
 
+@jax.named_scope("attention")
 def attention(
     query: jax.Array,
     key: jax.Array,

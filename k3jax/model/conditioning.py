@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the U-Net is given besides noisy latents and a time, as one pytree.
+"""Conditioning: all inputs of the U-Net other than noisy latents and time, as one pytree.
 
 A new kind of conditioning (tokens of an image, residuals of a control network) is a new field of
 `Conditioning`, a line in `Conditioning.pairs`, and the layers of the U-Net that read it.
@@ -38,7 +38,7 @@ class ContextCache:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Conditioning:
-    """The U-Net's inputs besides latents and time; None for what a call does not have.
+    """The U-Net's inputs other than latents and time; None for those that a call does not have.
 
     Attributes:
         context: of the prompts. In a loop give the cache, so that it is computed once.

@@ -14,7 +14,7 @@ from k3jax.files import LFS_ADVICE, LFS_POINTER, is_local, read_object
 
 
 TOKENIZERS = ("tokenizer.json", "spiece.model")
-"""One of them holds the vocabulary; the first one that is there is read."""
+"""One of them holds the vocabulary; the first one that exists is read."""
 TOKENIZER_FILES = (
     *TOKENIZERS,
     "tokenizer_config.json",
@@ -66,7 +66,7 @@ class Tokenizer:
         """Ids and mask of each prompt.
 
         A prompt with more than MAX_TOKENS tokens loses its end (not the end-of-sequence token), and
-        a PromptTruncatedWarning says what was cut.
+        a PromptTruncatedWarning names what was cut.
 
         Args:
             names: of the prompts in messages; "prompt 0", ... by default.
@@ -89,15 +89,15 @@ class Tokenizer:
     def whole(
         self, prompts: Sequence[str], names: Sequence[str] | None = None
     ) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """All tokens of each prompt, the end-of-sequence last, and the characters they stand for.
+        """All tokens of each prompt, the end-of-sequence last, and the characters that they cover.
 
         Returns:
             (ids, (first character, end) of each) of each prompt; an end-of-sequence has none.
         """
         for name, prompt in zip(_names(prompts) if names is None else names, prompts, strict=True):
             check_text(prompt, name)
-        found = _tokens(self._tokenizer, list(prompts))
-        return list(zip(found["input_ids"], found["offset_mapping"], strict=True))
+        tokens = _tokens(self._tokenizer, list(prompts))
+        return list(zip(tokens["input_ids"], tokens["offset_mapping"], strict=True))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens."""
@@ -108,7 +108,7 @@ def tokenizer_fault(folder: epath.PathLike, vocab_size: int | None = None) -> st
     """What keeps a folder from being a tokenizer of a text encoder, or None.
 
     Args:
-        vocab_size: of the text encoder, where there is one.
+        vocab_size: of the text encoder, if any.
 
     Returns:
         A clause that begins with the file or folder.
@@ -119,7 +119,7 @@ def tokenizer_fault(folder: epath.PathLike, vocab_size: int | None = None) -> st
     except ValueError as error:
         return str(error).rstrip(".")
     if len(ids) < 2:
-        return f"{folder} makes no tokens of text"
+        return f"{folder} yields no tokens"
     if vocab_size is not None and tokenizer.vocab_size > vocab_size:
         return (
             f"{folder} has {tokenizer.vocab_size} tokens, and the text encoder only {vocab_size}: "
@@ -129,7 +129,7 @@ def tokenizer_fault(folder: epath.PathLike, vocab_size: int | None = None) -> st
 
 
 def _loaded(folder: epath.Path, shown: epath.Path):
-    """The tokenizer of transformers in a local folder; errors say that it is in `shown`."""
+    """The tokenizer of transformers in a local folder; errors name `shown` as its folder."""
     from transformers import AutoTokenizer, T5Tokenizer
 
     for file in folder.iterdir():

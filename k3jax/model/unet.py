@@ -36,17 +36,20 @@ class TimeEmbedding(nnx.Module):
 
     def __init__(self, config: UNetConfig, *, param_dtype, rngs):
         # TPUs multiply float32 in bfloat16 unless told otherwise.
-        make = functools.partial(
+        new_linear = functools.partial(
             linear,
             precision=jax.lax.Precision.HIGHEST,
             dtype=jnp.float32,
             param_dtype=param_dtype,
             rngs=rngs,
         )
-        self.linear_1 = make(config.init_channels, config.time_embedding_dim, (None, None))
-        self.linear_2 = make(config.time_embedding_dim, config.time_embedding_dim, (None, None))
+        self.linear_1 = new_linear(config.init_channels, config.time_embedding_dim, (None, None))
+        self.linear_2 = new_linear(
+            config.time_embedding_dim, config.time_embedding_dim, (None, None)
+        )
         self.channels = config.init_channels
 
+    @jax.named_scope("time_embedding")
     def __call__(self, timesteps: jax.Array) -> jax.Array:
         half = self.channels // 2
         frequencies = jnp.exp(-jnp.log(10000.0) / (half - 1) * jnp.arange(half, dtype=jnp.float32))
@@ -164,7 +167,7 @@ class UNet(nnx.Module):
             for i in range(levels)
         )
         # The references read the flags of the up levels backwards from the end of the whole tuple,
-        # which has 4 entries even where the U-Net has fewer levels; the weights are made that way.
+        # which has 4 entries even where the U-Net has fewer levels; the weights depend on it.
         cross, self_ = config.add_cross_attention[::-1], config.add_self_attention[::-1]
         self.up_blocks = nnx.List(
             Level(
@@ -203,6 +206,7 @@ class UNet(nnx.Module):
             up=[level.keys_values(context) for level in self.up_blocks],
         )
 
+    @jax.named_scope("unet")
     def __call__(
         self,
         sample: jax.Array,

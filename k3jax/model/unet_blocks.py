@@ -113,6 +113,7 @@ class ResNetBlock(nnx.Module):
         )
         self.shortcut_downsample = _downsample(channels_out, **kwargs) if downsample else None
 
+    @jax.named_scope("resnet")
     def __call__(self, x: jax.Array, temb: jax.Array) -> jax.Array:
         out = x
         for block in self.blocks:
@@ -138,7 +139,7 @@ class Attention(AttentionLayer):
     ):
         if channels_out % head_dim:
             raise ValueError(f"{channels_out} channels do not split into heads of {head_dim}.")
-        make = functools.partial(
+        new_linear = functools.partial(
             linear,
             heads=channels_out // head_dim,
             use_bias=False,
@@ -146,10 +147,10 @@ class Attention(AttentionLayer):
             param_dtype=param_dtype,
             rngs=rngs,
         )
-        self.to_q = make(query_dim, channels_out, ("embed", "heads"))
-        self.to_k = make(context_dim, channels_out, ("embed", "heads"))
-        self.to_v = make(context_dim, channels_out, ("embed", "heads"))
-        self.to_out = make(channels_out, channels_out, ("heads", "embed"))
+        self.to_q = new_linear(query_dim, channels_out, ("embed", "heads"))
+        self.to_k = new_linear(context_dim, channels_out, ("embed", "heads"))
+        self.to_v = new_linear(context_dim, channels_out, ("embed", "heads"))
+        self.to_out = new_linear(channels_out, channels_out, ("heads", "embed"))
         self.head_dim, self.heads = head_dim, channels_out // head_dim
 
     def keys_values(self, states: jax.Array) -> KeysValues:
@@ -193,6 +194,7 @@ class AttentionBlock(nnx.Module):
         self.feed_forward_in = linear(channels, hidden, ("embed", "mlp"), use_bias=False, **kwargs)
         self.feed_forward_out = linear(hidden, channels, ("mlp", "embed"), use_bias=False, **kwargs)
 
+    @jax.named_scope("attention_block")
     def __call__(
         self,
         x: jax.Array,
@@ -227,6 +229,7 @@ class ContextPooling(nnx.Module):
             rngs=rngs,
         )
 
+    @jax.named_scope("context_pooling")
     def __call__(self, context: Context) -> jax.Array:
         rows = context.hidden_states.shape[1]
         inside = jnp.arange(rows) < context.lengths[:, None]

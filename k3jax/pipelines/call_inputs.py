@@ -4,19 +4,17 @@
 Single values are checked before, in k3jax/pipelines/options.py.
 """
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from k3jax.arguments import finite_array
+from k3jax.arguments import finite_array, warn_user
 from k3jax.config import MAX_TOKENS, ModelConfig, SamplerConfig
 from k3jax.model.context import PromptEmbeds
 from k3jax.pipelines.options import CallOptions
-from k3jax.pipelines.prompts import plain_prompts
 from k3jax.pipelines.rows import ImageRows, image_rows
-from k3jax.sampling.denoise import loop_rows, sample_keys
+from k3jax.sampling.denoise import sample_keys
 from k3jax.sampling.samplers import Sampler, make_sampler
 
 
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
     from k3jax.pipelines.pipeline import BasePipeline
 
 
-MOST_IMAGES = 10_000  # of a call, which holds them all in memory
+MOST_IMAGES = 1_000_000  # of a call, which holds them all in memory
 
 
 class StepCountWarning(UserWarning):
@@ -54,8 +52,8 @@ class CallInputs:
         self.options, counts = options, dict(counts or {})
         if isinstance(strength := getattr(options, "strength", None), list):
             counts["strengths"] = len(strength)
-        settings, self.sampler = checked_sampler(options.sampler_config(config), stacklevel=5)
-        loop_rows(self.sampler, options.guidance_interval)
+        settings, self.sampler = checked_sampler(options.sampler_config(config))
+        options.check_interval(self.sampler.num_steps)
         self._check_texts(config)
         embeds = options.prompt_embeds
         self._prompts = [] if embeds is not None else _each(options.prompt)
@@ -106,10 +104,7 @@ class CallInputs:
         return negative
 
     def image_of(self, count: int) -> np.ndarray:
-        """Which of `count` (1, or one per input) each image of the call is made from.
-
-        Those of one input come one after the other.
-        """
+        """Which of `count` (1, or one per input) each image comes from, input by input."""
         rows = np.arange(self.num_inputs) if count == self.num_inputs else [0] * self.num_inputs
         return np.repeat(np.asarray(rows, np.int64), self.options.num_images_per_prompt)
 
@@ -142,8 +137,7 @@ class CallInputs:
         ).items():
             names.setdefault(text, name)
         if names:
-            policy, shown_as = pipe.long_prompts, list(names.values())
-            windows = plain_prompts(pipe.tokenizer, list(names), policy, False, shown_as)
+            windows = pipe.cut_texts(list(names), list(names.values()))
             encoded = pipe.encode_windows(windows)
         place = {text: row for row, text in enumerate(names)}
         if prompt_embeds is None:
@@ -156,7 +150,7 @@ class CallInputs:
         return prompt_embeds, negative_embeds, has_negative
 
 
-def checked_sampler(settings: SamplerConfig, stacklevel: int = 2) -> tuple[SamplerConfig, Sampler]:
+def checked_sampler(settings: SamplerConfig) -> tuple[SamplerConfig, Sampler]:
     """(settings, the sampler that they describe).
 
     Warns where that runs another number of steps than was asked for (Flash always runs four, and
@@ -165,18 +159,16 @@ def checked_sampler(settings: SamplerConfig, stacklevel: int = 2) -> tuple[Sampl
     """
     sampler = make_sampler(settings)
     if sampler.num_steps != settings.num_inference_steps:
-        warnings.warn(
+        warn_user(
             f"the sampler {settings.name} makes {sampler.num_steps} steps where "
             f"{settings.num_inference_steps} were asked for.",
             StepCountWarning,
-            stacklevel=stacklevel,
         )
     if sampler.rows["timestep"][0] <= 1:
-        warnings.warn(
+        warn_user(
             f"the only step of the sampler {settings.name} is at time "
             f"{sampler.rows['timestep'][0]:g} of 1000 and removes no noise: ask for more steps.",
             StepCountWarning,
-            stacklevel=stacklevel,
         )
     return settings, sampler
 
@@ -232,12 +224,13 @@ def guidance_scales(guidance_scale: float | Sequence[float], count: int) -> np.n
 def check_latents(latents: np.ndarray, config: ModelConfig, name: str) -> np.ndarray:
     """Latents (b, h/8, w/8, 4) of images as a host array in float32."""
     factor, channels = config.movq.scale_factor, config.movq.latent_channels
-    shape = np.shape(latents)
+    latents = finite_array(latents, name)
+    shape = latents.shape
     if len(shape) != 4 or shape[-1] != channels or 0 in shape:
         raise ValueError(
             f"{name} has shape {shape}; it must be (b, h/{factor}, w/{factor}, {channels})."
         )
-    return finite_array(latents, name)
+    return latents
 
 
 def check_embeds(embeds: PromptEmbeds, config: ModelConfig, name: str) -> None:

@@ -36,7 +36,7 @@ def make_images(
     pipe: BasePipeline, groups: Sequence[ImageGroup], options: CallOptions
 ) -> dict[int, np.ndarray]:
     """The images of groups by their numbers: uint8 for "pil", float32, or latents for "latent"."""
-    made: dict[int, np.ndarray] = {}
+    results: dict[int, np.ndarray] = {}
     size = pipe.batch_size
     total = sum(-(-len(group.index) // size) * group.sampler.num_steps for group in groups)
     decoded = options.output_type != "latent"
@@ -56,8 +56,8 @@ def make_images(
                 if decoded:
                     compiled[group.shape].result()
                     latents = pipe.decode_batch(latents, kind)
-                made |= zip(numbers.tolist(), fetch(latents), strict=False)
-    return made
+                results |= zip(numbers.tolist(), fetch(latents), strict=False)
+    return results
 
 
 def _sample(
@@ -123,7 +123,7 @@ def _sample(
 
 
 def _conditioning(pipe: BasePipeline, batch: ImageRows, sampler: Sampler) -> Conditioning:
-    """What the U-Net is given besides latents and time, on the devices."""
+    """All inputs of the U-Net other than latents and time, on the devices."""
     guided = sampler.guided and bool((batch.guidance_scale > 0).any())
     with pipe.computing(pipe.text_projection):
         context, unconditional = make_contexts(

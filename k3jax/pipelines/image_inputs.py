@@ -3,18 +3,19 @@
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from k3jax.arguments import warn_user
 from k3jax.config import ModelConfig
 from k3jax.images.compositing import work_size
 from k3jax.images.masks import resize_mask
 from k3jax.images.reading import resize_image
 from k3jax.pipelines.call_inputs import CallInputs, size_multiple
+from k3jax.pipelines.options import EditOptions
 from k3jax.pipelines.pipeline import BasePipeline
 from k3jax.pipelines.programs import encode_masked
 from k3jax.pipelines.rows import ImageRows
@@ -43,53 +44,54 @@ def work_sizes(
     return [work_size(image.shape[1], image.shape[0], area, multiple) for image in images]
 
 
-def step_counts(inputs: CallInputs) -> list[int]:
-    """Steps of each input, by its strength; see `steps_of_strength`.
+class ImageInputs(CallInputs):
+    """The inputs of a call that starts from images.
 
-    Warns where a guidance interval ends before the steps that are left begin.
+    Attributes:
+        sizes: (width, height) at which each input is worked on.
+        steps: of each input, by its strength.
+        input_of: the input of each image.
     """
-    total, interval = inputs.sampler.num_steps, inputs.options.guidance_interval
-    counts = []
-    for value in inputs.strengths:
-        count = steps_of_strength(value, total)
-        if count and inputs.guided and interval is not None and interval[1] < total - count:
-            warnings.warn(
-                f"guidance_interval {interval} guides none of the steps {total - count} to "
-                f"{total - 1} that strength {value:g} leaves: it counts the steps of the whole "
-                "schedule.",
-                stacklevel=4,
+
+    def __init__(
+        self, options: EditOptions, config: ModelConfig, sizes: Sequence[Size], **counts: int
+    ):
+        """
+        Args:
+            sizes: one for all inputs, or one each.
+            counts: see `CallInputs`.
+
+        Raises:
+            ValueError: one sentence on the argument that is wrong.
+        """
+        super().__init__(options, config, counts)
+        self.sizes = list(sizes) * (self.num_inputs if len(sizes) == 1 else 1)
+        self.steps = step_counts(self)
+        self.input_of = self.image_of(self.num_inputs)
+        if options.latents is None and options.step_noise is None:
+            return
+        if len(set(self.sizes)) > 1 or len(set(self.steps)) > 1:
+            raise ValueError(
+                "latents and step_noise are for images of one size and strength; these differ."
             )
-        counts.append(count)
+        self.check_noise(latent_shape(config, self.sizes[0]), self.steps[0])
+
+    def groups(self) -> Iterable[tuple[Size, Sampler | None, np.ndarray]]:
+        """(size, sampler or None for no steps, numbers of the images) of each size and strength."""
+        keys = [(self.sizes[i], self.steps[i]) for i in self.input_of]
+        for size, count in dict.fromkeys(keys):
+            index = np.array([n for n, key in enumerate(keys) if key == (size, count)])
+            yield size, last_steps(self.sampler, count) if count else None, index
+
+
+def step_counts(inputs: CallInputs) -> list[int]:
+    """Steps of each input, by its strength; see `steps_of_strength`."""
+    counts, total = [], inputs.sampler.num_steps
+    for strength in inputs.strengths:
+        counts.append(steps_of_strength(strength, total))
+        if inputs.guided:
+            inputs.options.warn_of_no_guidance(total, counts[-1], strength)
     return counts
-
-
-def groups(
-    inputs: CallInputs, sizes: Sequence[Size], steps: Sequence[int]
-) -> Iterable[tuple[Size, Sampler | None, np.ndarray]]:
-    """(size, sampler or None for no steps, which images of the call) that can be made together.
-
-    Args:
-        sizes, steps: of each input.
-    """
-    of_image = np.repeat(np.arange(inputs.num_inputs), inputs.options.num_images_per_prompt)
-    keys = [(sizes[i], steps[i]) for i in of_image]
-    for size, count in dict.fromkeys(keys):
-        index = np.array([n for n, key in enumerate(keys) if key == (size, count)])
-        yield size, last_steps(inputs.sampler, count) if count else None, index
-
-
-def check_given_noise(
-    inputs: CallInputs, sizes: Sequence[Size], steps: Sequence[int], config: ModelConfig
-) -> None:
-    """Noise that a caller brings fits only images of one size that take the same steps."""
-    options = inputs.options
-    if options.latents is None and options.step_noise is None:
-        return
-    if len(set(sizes)) > 1 or len(set(steps)) > 1:
-        raise ValueError(
-            "latents and step_noise are for images of one size and strength; these differ."
-        )
-    inputs.check_noise(latent_shape(config, sizes[0]), steps[0])
 
 
 def latent_shape(config: ModelConfig, size: Size) -> tuple[int, int, int]:
@@ -103,18 +105,18 @@ def to_work_size(image: np.ndarray, size: Size) -> np.ndarray:
     return resize_image(image, *size, Image.Resampling.BICUBIC)
 
 
-def to_own_size(made: np.ndarray, image: np.ndarray) -> np.ndarray:
-    """A result in the size of the image that was given; in floats, so that every kind is alike."""
+def to_own_size(result: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """A result in the size of its image. It is resized as floats, whatever its dtype."""
     height, width = image.shape[:2]
-    if made.shape[:2] == (height, width):
-        return made
-    floats = made / np.float32(255) if made.dtype == np.uint8 else made
+    if result.shape[:2] == (height, width):
+        return result
+    floats = result / np.float32(255) if result.dtype == np.uint8 else result
     resized = resize_image(floats, width, height, Image.Resampling.LANCZOS)
-    return np.rint(resized * 255).astype(np.uint8) if made.dtype == np.uint8 else resized
+    return np.rint(resized * 255).astype(np.uint8) if result.dtype == np.uint8 else resized
 
 
 class EmptyMaskWarning(UserWarning):
-    """A mask under which nothing is to be repainted."""
+    """A mask that is all black: nothing is repainted."""
 
 
 class Pair(NamedTuple):
@@ -125,13 +127,13 @@ class Pair(NamedTuple):
 
 
 def pairs(images: Sequence[np.ndarray], masks: Sequence[np.ndarray], count: int) -> list[Pair]:
-    """`count` pairs of images and masks; where there is one, it goes with all.
+    """`count` pairs of images and masks; a single image or mask is paired with all.
 
     Raises:
         ValueError: a mask of another size than its image.
     """
     images, masks = (x if len(x) == count else list(x) * count for x in (images, masks))
-    made = []
+    found = []
     for number, pair in enumerate(map(Pair, images, masks)):
         which = f" {number}" if count > 1 else ""
         if pair.image.shape[:2] != pair.mask.shape:
@@ -141,16 +143,15 @@ def pairs(images: Sequence[np.ndarray], masks: Sequence[np.ndarray], count: int)
                 f"{width} x {height}: they must be of one size."
             )
         if not pair.mask.any():
-            warnings.warn(
+            warn_user(
                 f"mask_image{which} is empty (all black): nothing is repainted.",
                 EmptyMaskWarning,
-                stacklevel=3,
             )
-        made.append(pair)
-    return made
+        found.append(pair)
+    return found
 
 
-def prepare(
+def inpainting_rows(
     pipe: BasePipeline,
     rows: ImageRows,
     inputs: Sequence[Pair],
@@ -158,10 +159,10 @@ def prepare(
     size: Size,
     from_image: bool,
 ) -> ImageRows:
-    """The rows of a group, with what the pipeline's method of inpainting takes besides.
+    """The rows of a group with the inputs of the pipeline's method of inpainting.
 
     Args:
-        input_of: of which input each row is made.
+        input_of: the input of each row.
         size: (width, height) at which they are worked on.
         from_image: whether sampling starts from the image.
     """
@@ -182,7 +183,7 @@ def prepare(
 def known_latents(repaint: np.ndarray, factor: int) -> np.ndarray:
     """Masks (b, h, w), 1 repainted -> float32 (b, h/8, w/8, 1), 1 where a latent is known whole.
 
-    A latent is as much to be repainted as the pixel that is most so of those it stands for.
+    A latent has the largest mask value of the pixels that it covers.
     """
     b, height, width = repaint.shape
     cells = repaint.reshape(b, height // factor, factor, width // factor, factor)

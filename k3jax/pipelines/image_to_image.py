@@ -9,13 +9,11 @@ import numpy as np
 
 from k3jax.config import ModelConfig
 from k3jax.images.reading import read_images
-from k3jax.pipelines.call_inputs import CallInputs, check_latents, check_size, check_text_to_image
+from k3jax.pipelines.call_inputs import check_latents, check_size, check_text_to_image
 from k3jax.pipelines.generation import make_images
 from k3jax.pipelines.image_inputs import (
-    check_given_noise,
-    groups,
+    ImageInputs,
     latent_shape,
-    step_counts,
     to_own_size,
     to_work_size,
     work_sizes,
@@ -51,26 +49,23 @@ class Kandinsky3Img2ImgPipeline(BasePipeline):
         """
         if (options.image is None) == (options.image_latents is None):
             raise ValueError("give image, or image_latents instead of it.")
-        images = given = None
+        images = image_latents = None
         if options.image is not None:
             images = read_images(options.image)
             sizes = work_sizes(self.config, images, options.max_area)
         else:
-            given = check_latents(options.image_latents, self.config, "image_latents")
-            sizes = self._sizes_of_latents(given)
-        number = len(sizes)
-        inputs = CallInputs(options, self.config, {"images": number})
-        image_of = inputs.image_of(number)
-        sizes = [sizes[0]] * inputs.num_inputs if number == 1 else sizes
-        steps = step_counts(inputs)
-        check_given_noise(inputs, sizes, steps, self.config)
-        check_fits(self, [s for s, n in zip(sizes, steps, strict=True) if n], inputs.guided)
+            image_latents = check_latents(options.image_latents, self.config, "image_latents")
+            sizes = self._sizes_of_latents(image_latents)
+        inputs = ImageInputs(options, self.config, sizes, images=len(sizes))
+        image_of = inputs.image_of(len(sizes))
+        fitting = [size for size, n in zip(inputs.sizes, inputs.steps, strict=True) if n]
+        check_fits(self, fitting, inputs.guided)
 
         # Everything is checked; from here on it takes time.
-        everything = inputs.encode(self) if any(steps) else None
+        everything = inputs.encode(self) if any(inputs.steps) else None
         parts, results = [], {}
-        for size, part, index in groups(inputs, sizes, steps):
-            start = self._start(images, given, image_of[index], size)
+        for size, part, index in inputs.groups():
+            start = self._start(images, image_latents, image_of[index], size)
             if part is None:
                 finished = self._finished(start, options.output_type)
                 results |= zip(index.tolist(), finished, strict=True)
@@ -84,11 +79,11 @@ class Kandinsky3Img2ImgPipeline(BasePipeline):
             results = [to_own_size(x, images[i]) for x, i in zip(results, image_of, strict=True)]
         return output(results, options.output_type)
 
-    def _start(self, images, given, image_of: np.ndarray, size) -> np.ndarray:
+    def _start(self, images, image_latents, image_of: np.ndarray, size) -> np.ndarray:
         """Latents of the images of a group; each distinct image is encoded once."""
         distinct, place = np.unique(image_of, return_inverse=True)
         if images is None:
-            return given[image_of]
+            return image_latents[image_of]
         arrays = np.stack([to_work_size(images[i], size) for i in distinct])
         return self.encode_arrays(arrays)[place]
 

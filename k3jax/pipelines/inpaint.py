@@ -6,7 +6,7 @@ Two methods, by what the checkpoint is:
 - "model": a U-Net with 9 input channels, trained for it, sees the mask and the latents of the image
   with a grey hole (k3jax/model/inpainting_inputs.py).
 - "blend": any other U-Net. Before every step the latents of the known part are put back, noised to
-  that step's level; the U-Net is never told that there is a hole. Source of the idea: diffusers,
+  that step's level; the U-Net does not know the mask. Source of the idea: diffusers,
   pipeline_stable_diffusion_inpaint.py.
 
 Outpainting is inpainting of a larger canvas: `pipe(prompt, *extend_canvas(image, right=256))`.
@@ -20,16 +20,13 @@ from k3jax.config import ModelConfig
 from k3jax.images.compositing import default_feather, generated_share, paste_known
 from k3jax.images.masks import read_masks
 from k3jax.images.reading import read_images
-from k3jax.pipelines.call_inputs import CallInputs
 from k3jax.pipelines.generation import make_images
 from k3jax.pipelines.image_inputs import (
+    ImageInputs,
     Pair,
-    check_given_noise,
-    groups,
+    inpainting_rows,
     latent_shape,
     pairs,
-    prepare,
-    step_counts,
     to_own_size,
     work_sizes,
 )
@@ -84,40 +81,38 @@ class Kandinsky3InpaintPipeline(BasePipeline):
                 raise ValueError(f"give {name}.")
         images, masks = read_images(options.image), read_masks(options.mask_image)
         sizes = work_sizes(self.config, images, options.max_area)
-        inputs = CallInputs(options, self.config, {"images": len(images), "masks": len(masks)})
+        counts = {"images": len(images), "masks": len(masks)}
+        inputs = ImageInputs(options, self.config, sizes, **counts)
         both = pairs(images, masks, inputs.num_inputs)
-        sizes = [sizes[0]] * inputs.num_inputs if len(sizes) == 1 else sizes
-        steps = step_counts(inputs)
-        if 0 in steps:
+        if 0 in inputs.steps:
             raise ValueError("strength is 0, which repaints nothing: give more.")
-        check_given_noise(inputs, sizes, steps, self.config)
-        check_fits(self, sizes, inputs.guided)
+        check_fits(self, inputs.sizes, inputs.guided)
 
         # Everything is checked; from here on it takes time.
         everything = inputs.encode(self)
-        input_of = inputs.image_of(inputs.num_inputs)
         parts = []
-        for size, part, index in groups(inputs, sizes, steps):
+        for size, part, index in inputs.groups():
             whole = part.num_steps == inputs.sampler.num_steps
-            rows = prepare(self, everything.rows(index), both, input_of[index], size, not whole)
+            rows, input_of = everything.rows(index), inputs.input_of[index]
+            rows = inpainting_rows(self, rows, both, input_of, size, from_image=not whole)
             parts.append(ImageGroup(index, rows, part, latent_shape(self.config, size)))
         results = make_images(self, parts, options)
         results = [results[n] for n in range(inputs.count)]
         if options.output_type != "latent":
             results = [
-                self._result(result, both[i], sizes[i], options)
-                for result, i in zip(results, input_of, strict=True)
+                self._result(result, both[i], inputs.sizes[i], options)
+                for result, i in zip(results, inputs.input_of, strict=True)
             ]
         return output(results, options.output_type)
 
     def _result(
-        self, result: np.ndarray, given: Pair, size: tuple[int, int], options: InpaintOptions
+        self, result: np.ndarray, pair: Pair, size: tuple[int, int], options: InpaintOptions
     ) -> np.ndarray:
         """A result in the size of its image, the known pixels put back."""
-        result = to_own_size(result, given.image)
+        result = to_own_size(result, pair.image)
         if not options.paste_back:
             return result
         feather = options.feather
         if feather is None:
-            feather = default_feather(given.image.shape, size, self.config.movq.scale_factor)
-        return paste_known(result, given.image, generated_share(given.mask, feather))
+            feather = default_feather(pair.image.shape, size, self.config.movq.scale_factor)
+        return paste_known(result, pair.image, generated_share(pair.mask, feather))

@@ -76,8 +76,8 @@ def load_checkpoint(checkpoint: Checkpoint, options: LoadOptions) -> dict[str, A
         encoder_mesh = make_mesh(encoder_mesh, mesh.devices.flat)
     encoder_mesh = mesh if encoder_mesh is None else encoder_mesh
     batch_size = checked_batch_size(options.batch_size, mesh, encoder_mesh)
-    tokenizer = Tokenizer(checkpoint.path / "tokenizer")
     names = COMPONENTS if options.components is None else options.components
+    tokenizer = Tokenizer(checkpoint.path / "tokenizer") if "text_encoder" in names else None
     components: dict[str, Component | None] = dict.fromkeys(COMPONENTS)
     for name in (name for name in COMPONENTS if name in names):
         encoder = name == "text_encoder"
@@ -127,11 +127,7 @@ def share_components(
     """
     digests = component_digests(checkpoint)
     modules = {name: getattr(pipe, name) for name in COMPONENTS}
-    new = [
-        name
-        for name in COMPONENTS
-        if not same_weights(pipe.digests.get(name), digests[name], checkpoint.component_path(name))
-    ]
+    new = [name for name in COMPONENTS if not same_weights(pipe.digests.get(name), digests[name])]
     dtypes = {name: _dtypes_of(modules[name]) for name in new}
     forms = {name: _form_of(modules[name]) for name in new}
     for name in new:

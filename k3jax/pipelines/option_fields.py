@@ -13,11 +13,12 @@ import inspect
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, get_args, get_origin
+from typing import Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
 
 from k3jax.arguments import check_bool, check_choice, shown, whole_number
 
 
+R = TypeVar("R")
 Check = Callable[[Any, str], Any]
 """check(value, name) returns the value in its plain form, or raises ValueError with the name."""
 
@@ -215,7 +216,7 @@ def parameters(cls: type[Options]) -> dict[str, inspect.Parameter]:
     }
 
 
-def takes(options: type[Options]) -> Callable[[Callable], Callable[..., Any]]:
+def takes(options: type[Options]) -> Callable[[Callable[..., R]], Callable[..., R]]:
     """Decorates a method whose last parameter is an `options` object.
 
     Callers pass its fields, by name or in the order of `options.order`; or first an object, and by
@@ -223,12 +224,12 @@ def takes(options: type[Options]) -> Callable[[Callable], Callable[..., Any]]:
     line OPTIONS.
     """
 
-    def decorate(method: Callable) -> Callable[..., Any]:
+    def decorate(method: Callable[..., R]) -> Callable[..., R]:
         own = list(inspect.signature(method).parameters.values())[:-1]
         names = [parameter.name for parameter in own[1:]]
 
         @functools.wraps(method)
-        def call(self, *args, **kwargs):
+        def call(self, *args, **kwargs) -> R:
             args = [*args, *(kwargs.pop(name) for name in names[len(args) :] if name in kwargs)]
             first, rest = args[: len(names)], args[len(names) :]
             return method(self, *first, options.from_call(rest, kwargs))

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from k3jax.arguments import (
+    check_interval,
     check_number,
     check_texts,
     check_texts_or_none,
     finite_array,
     one_or_each,
     shown,
+    warn_user,
     whole_number,
 )
 from k3jax.config import ModelConfig, SamplerConfig, SamplerName
@@ -83,7 +85,7 @@ NO_SCHEDULE = "give num_inference_steps and sampler, which computes its own time
 ADVICE = {
     "generator": "give seed, a whole number, or one for each image",
     "callback_on_step_end": "give callback, a function of a StepPreview (k3jax.pipelines.preview)",
-    "callback_on_step_end_tensor_inputs": "callback gets a StepPreview with all that there is",
+    "callback_on_step_end_tensor_inputs": "callback gets a StepPreview, which holds the latents",
     "timesteps": NO_SCHEDULE,
     "sigmas": NO_SCHEDULE,
     "attention_mask": "it is part of prompt_embeds",
@@ -171,14 +173,29 @@ class CallOptions(Options):
     def sampler_config(self, config: ModelConfig) -> SamplerConfig:
         """The checkpoint's sampler with what differs in this call."""
         scale = self.guidance_scale
-        given = {
+        changes = {
             "name": self.sampler,
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": None if isinstance(scale, list) else scale,
             "eta": self.eta,
         }
-        given = {name: value for name, value in given.items() if value is not None}
-        return dataclasses.replace(config.sampler, **given)
+        changes = {name: value for name, value in changes.items() if value is not None}
+        return dataclasses.replace(config.sampler, **changes)
+
+    def check_interval(self, num_steps: int) -> None:
+        """Refuses a guidance interval outside of a sampler's steps."""
+        if self.guidance_interval is not None:
+            check_interval(self.guidance_interval, "guidance_interval", num_steps)
+
+    def warn_of_no_guidance(self, num_steps: int, count: int, strength: float) -> None:
+        """Warns where the guidance interval ends before the last `count` steps begin."""
+        interval, first = self.guidance_interval, num_steps - count
+        if count and interval is not None and interval[1] < first:
+            warn_user(
+                f"guidance_interval {interval} guides none of the steps {first} to "
+                f"{num_steps - 1} that strength {strength:g} leaves: it counts the steps of the "
+                "whole schedule."
+            )
 
 
 PIXELS = "in pixels, a multiple of 64. The checkpoint's own (1024) by default"
@@ -279,5 +296,5 @@ class InpaintOptions(EditOptions):
     paste_back: bool = option(
         True,
         "whether the pixels outside of mask and feather are put back as they were. False returns "
-        "what the model made of them",
+        "the model's own pixels",
     )

@@ -41,6 +41,12 @@ from k3jax.pipelines.streaming import encode_batches
 from k3jax.sharding import batch_sharding, fetch, place
 
 
+LACKS = (
+    "this pipeline lacks a component that this takes: it was loaded without it, or released it to "
+    "another pipeline (from_pipe with release=True)."
+)
+
+
 @dataclass(frozen=True)
 class Output:
     """The images of a call.
@@ -192,10 +198,7 @@ class BasePipeline(AdaptedUNet):
             ValueError: the pipeline does not have it.
         """
         if module is None:
-            raise ValueError(
-                "this pipeline lacks a component that this takes: it was made without it, or "
-                "released it to another pipeline (from_pipe with release=True)."
-            )
+            raise ValueError(LACKS)
         encoder = module is self.text_encoder
         return computing(self.encoder_mesh if encoder else self.mesh, module.dtype)
 
@@ -221,11 +224,21 @@ class BasePipeline(AdaptedUNet):
         """
         prompts = check_texts(prompts, "prompt")
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        policy = self.long_prompts if long_prompts is None else long_prompts
         names = [f"prompt {number}" for number in range(len(prompts))]
-        return self.encode_windows(
-            plain_prompts(self.tokenizer, prompts, policy, word_weights, names)
-        )
+        return self.encode_windows(self.cut_texts(prompts, names, long_prompts, word_weights))
+
+    def cut_texts(
+        self,
+        texts: Sequence[str],
+        names: Sequence[str],
+        policy: LongPrompts | None = None,
+        word_weights: bool = False,
+    ) -> Windows:
+        """Texts as windows of tokens; see `plain_prompts`."""
+        if self.tokenizer is None:
+            raise ValueError(LACKS)
+        policy = self.long_prompts if policy is None else policy
+        return plain_prompts(self.tokenizer, texts, policy, word_weights, names)
 
     def encode_windows(self, windows: Windows) -> PromptEmbeds:
         """Embeddings of prompts that are cut into windows of tokens."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled programs of the pipeline besides the denoising loop.
+"""The compiled programs of the pipeline, except the denoising loop.
 
 All take the modules as arguments (a module is a pytree), so each compiles once per shape, and all
-keep the batch split as it comes in.
+keep the split of the batch.
 """
 
 import contextlib
@@ -53,13 +53,13 @@ def make_contexts(
     rows = prompt.embeds.shape[1]
     if negative is None:
         return context, projection.unconditional(prompt.lengths, rows, conditioning)
-    given = projection(negative, conditioning)
-    default = projection.unconditional(negative.lengths, rows, conditioning)
+    of_text = projection(negative, conditioning)
+    of_nothing = projection.unconditional(negative.lengths, rows, conditioning)
 
-    def choose(given, default):
-        return jnp.where(has_negative.reshape(-1, *(1,) * (given.ndim - 1)), given, default)
+    def choose(one, other):
+        return jnp.where(has_negative.reshape(-1, *(1,) * (one.ndim - 1)), one, other)
 
-    return context, jax.tree.map(choose, given, default)
+    return context, jax.tree.map(choose, of_text, of_nothing)
 
 
 @jax.jit
@@ -95,7 +95,7 @@ def encode_images(movq: MoVQ, images: jax.Array, *, splits: int) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="splits")
 def encode_masked(movq: MoVQ, images: jax.Array, masks: jax.Array, *, splits: int) -> jax.Array:
-    """The channels besides the latents that an inpainting U-Net sees, float32 (b, h/8, w/8, 5).
+    """The extra channels of an inpainting U-Net, float32 (b, h/8, w/8, 5).
 
     Args:
         images: uint8 (b, h, w, 3).

@@ -2,8 +2,8 @@
 """Prompts that are more than one plain text: mixed, with weighted words, or longer than 128 tokens.
 
 A weight multiplies the attention that the U-Net pays to a token, against that to the others: 0
-hides it, 1 leaves it as it is. That is done behind the text projection, because the LayerNorm there
-takes the length of an embedding away, so that a longer one would do nothing.
+hides it, 1 leaves it as it is. It applies after the text projection, whose LayerNorm would undo a
+scaled embedding.
 """
 
 import re
@@ -45,7 +45,7 @@ class Windows:
 def mix_prompts(embeds: PromptEmbeds, weights: Sequence[float] | np.ndarray) -> PromptEmbeds:
     """Mixtures of prompts: the weighted mean of their embeddings at each position.
 
-    A token at a position that only some of the prompts reach is seen with the share of these.
+    A token at a position that only some of the prompts reach has the share of these.
     `[1, 0]` is the first prompt itself, `[[1, 0], [0.5, 0.5], [0, 1]]` goes to the second in steps.
 
     Args:
@@ -76,7 +76,7 @@ def plain_prompts(
     word_weights: bool,
     names: Sequence[str],
 ) -> Windows:
-    """The windows that stand for prompts.
+    """The windows of tokens of prompts.
 
     Args:
         policy: for prompts of more than MAX_TOKENS; see `BasePipeline.long_prompts`.

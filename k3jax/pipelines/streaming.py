@@ -6,7 +6,7 @@ But a prompt needs one layer at a time (0.54 GB). So all prompts go through the 
 through the second, and a layer is read while the one before it computes. The embeddings are those
 of the whole encoder, to the rounding of the compiler. It costs one reading of the weights for each
 call, however many prompts that has: encode all of them together. (int8 weights, the other way to
-make room, are quicker and change the embeddings: `k3jax.model.int8`.)
+save memory, are quicker and change the embeddings: `k3jax.model.int8`.)
 """
 
 from collections.abc import Iterator, Sequence
@@ -87,7 +87,7 @@ class StreamedTextEncoder:
                 if number + 1 < count:
                     following = reader.submit(self._read, range(number + 1, number + 2))
                 states = [_through(layers, *state) for state in states]
-                jax.block_until_ready(states)  # at most two layers are there at once
+                jax.block_until_ready(states)  # at most two layers are in memory
         return [fetch(_finish(self._around, x)) for x, _ in states]
 
     def _read(self, layers: range) -> TextEncoder:
@@ -117,7 +117,7 @@ class StreamedTextEncoder:
 def encode_batches(
     encoder: TextEncoder | StreamedTextEncoder, batches: Sequence[Batch], mesh: Mesh
 ) -> Iterator[np.ndarray]:
-    """Embeddings (b, n, d_model) of each batch; an encoder that is held lies on `mesh`."""
+    """Embeddings (b, n, d_model) of each batch; an encoder in memory is on `mesh`."""
     if isinstance(encoder, StreamedTextEncoder):
         yield from encoder.encode(batches)
         return

@@ -20,7 +20,8 @@ import numpy as np
 from k3jax.arguments import check_interval, whole_number
 from k3jax.model.conditioning import Conditioning, interleave
 from k3jax.model.unet import UNet
-from k3jax.sampling.samplers import Sampler, Step
+from k3jax.sampling.samplers import Sampler
+from k3jax.sampling.steps import Step
 from k3jax.sharding import constrain
 
 
@@ -62,7 +63,7 @@ class PreservedRegion(NamedTuple):
 
 
 def sample_keys(seeds: Sequence[int]) -> np.ndarray:
-    """Random keys (threefry) made of the seeds alone, as key data: uint32 (b, 2)."""
+    """Random keys (threefry) from the seeds alone, as key data: uint32 (b, 2)."""
     seeds = [whole_number(seed, "seed") for seed in seeds]
     for seed in seeds:
         if not 0 <= seed <= MAX_SEED:
@@ -92,7 +93,7 @@ def predictor(unet: UNet, conditioning: Conditioning) -> Predict:
 
     Returns:
         predict(x, timestep, guide), x (b, h, w, 4), timestep a scalar, guide a scalar bool (None:
-        always guide) that says whether this step pays for the unconditional half.
+        always guide) that is true where this step runs the unconditional half.
     """
 
     def conditional(x, timestep):

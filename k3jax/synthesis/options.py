@@ -39,7 +39,7 @@ class SynthesizeConfig(Options):
     columns: tuple[str, ...] = option(
         (), "a column's name in the files", check_texts, "--column NAME=THEIRS", repeated=True
     )
-    prompts_format: Literal["txt", "jsonl", "csv", "parquet"] | None = option(
+    prompts_format: Literal["txt", "jsonl", "json", "csv", "tsv", "parquet"] | None = option(
         None, "format of the prompts (by the file's ending)", flag="--prompts-format"
     )
     skip_bad: bool = option(False, "bad lines become failed samples", flag="--skip-bad")

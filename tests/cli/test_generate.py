@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from k3jax import Kandinsky3Pipeline
+from k3jax.checkpoints.format import read_checkpoint
 from k3jax.checkpoints.lora_files import load_lora, save_lora
-from k3jax.checkpoints.restore import read_checkpoint
 from k3jax.cli import inputs
 from k3jax.cli.inputs import NOTE
 from k3jax.config import LoraConfig, to_dict
@@ -20,7 +20,7 @@ from k3jax.images.pngs import read_settings
 from k3jax.model.abstract import abstract_module
 from k3jax.pipelines.option_fields import option_fields
 from k3jax.pipelines.options import TextToImageOptions
-from k3jax.training.lora import init_lora
+from k3jax.training.tasks.lora_finetuning import init_lora
 
 from random_checkpoint import MODEL
 

@@ -11,7 +11,7 @@ from k3jax.cli.run_config import build, collect
 from k3jax.config import ModelConfig
 from k3jax.planning import compiler
 from k3jax.planning import measurement as benchmark
-from k3jax.planning.programs import weight_bytes
+from k3jax.planning.workload import weight_bytes
 
 
 CONFIGS = Path(__file__).parents[2] / "configs"

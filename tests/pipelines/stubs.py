@@ -2,6 +2,7 @@
 """Pipelines without weights: everything is checked, nothing is compiled, images are black."""
 
 import contextlib
+import functools
 
 import jax
 import numpy as np
@@ -26,10 +27,14 @@ KINDS = {
 }
 
 
+@functools.cache
+def unet():
+    return abstract_module("unet", CONFIG, "bfloat16", "bfloat16")
+
+
 def pipeline(kind, mesh="data=1", devices=1, batch_size=4, tokenizer=None):
     """A pipeline whose only component is a U-Net without weights."""
-    unet = abstract_module("unet", CONFIG, "bfloat16", "bfloat16")
-    components = dict.fromkeys(("text_encoder", "text_projection", "movq")) | {"unet": unet}
+    components = dict.fromkeys(("text_encoder", "text_projection", "movq")) | {"unet": unet()}
     return kind(CONFIG, tokenizer, components, make_mesh(mesh, jax.devices()[:devices]), batch_size)
 
 

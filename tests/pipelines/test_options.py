@@ -6,6 +6,7 @@ import io
 import pathlib
 import re
 import traceback
+import warnings
 
 import hypothesis
 import hypothesis.extra.numpy
@@ -15,7 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from k3jax import Kandinsky3Pipeline
+from k3jax.model.tokenizer import PromptTruncatedWarning
 from k3jax.pipelines import loading
+from k3jax.pipelines.call_inputs import StepCountWarning
 from k3jax.pipelines.load_options import LoadOptions, LoraOptions
 from k3jax.pipelines.option_fields import config_fields, option_fields
 from k3jax.pipelines.options import (
@@ -154,6 +157,14 @@ def test_what_is_plain_is_converted(pipes, argument, value, plain):
     assert pipes["text_to_image"](**call).images
 
 
+@pytest.mark.parametrize("kind", ["image_to_image", "inpaint"])
+def test_a_1_x_1_image(pipes, kind):
+    small = {"image": IMAGE[:1, :1], "mask_image": MASK[:1, :1]}
+    call = {name: small.get(name, value) for name, value in GOOD[kind].items()}
+    (result,) = pipes[kind](**call).images
+    assert result.size == (1, 1)
+
+
 def test_dtypes_have_many_names():
     class bfloat16:  # as jax.numpy has it
         pass
@@ -200,7 +211,7 @@ REFUSED = {
         (dict(num_inference_steps="25"), f"num_inference_steps is '25'; {NOT_WHOLE}"),
         (dict(num_images_per_prompt=0), "num_images_per_prompt is 0"),
         (dict(num_images_per_prompt=1.5), f"num_images_per_prompt is 1.5; {NOT_WHOLE}"),
-        (dict(num_images_per_prompt=10**6), "num_images_per_prompt is 1000000"),
+        (dict(num_images_per_prompt=10**7), "num_images_per_prompt is 10000000"),
         (dict(sampler="euler"), "sampler is 'euler'; it must be one of"),
         (dict(output_type="pt"), "output_type is 'pt'; it must be one of"),
         (dict(eta=float("nan")), "eta is nan; it must be a finite number"),
@@ -269,6 +280,56 @@ def test_refusals(pipes, kind, change, words):
         pipes[kind](**{**GOOD[kind], **SAMPLING, **change})
 
 
+@pytest.mark.parametrize("kind", OPTIONS)
+@pytest.mark.parametrize(
+    "sampler, steps, message",
+    [
+        ("kandinsky", 501, "the sampler kandinsky makes 500 steps where 501 were asked for"),
+        ("flash", 8, "the sampler flash makes 4 steps where 8 were asked for"),
+        ("ddpm", 1, "the only step of the sampler ddpm is at time 1 of 1000"),
+    ],
+)
+def test_other_steps_than_asked_for_are_a_warning(pipes, kind, sampler, steps, message):
+    """At the line of the call."""
+    call = {**GOOD[kind], "strength": 1, "sampler": sampler}
+    call = {name: value for name, value in call.items() if name in option_fields(OPTIONS[kind])}
+    with pytest.warns(StepCountWarning, match=message) as found:
+        pipes[kind](**call, num_inference_steps=steps)
+    assert len(found) == 1 and found[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipes[kind](**call, num_inference_steps=4)
+
+
+def test_a_truncated_prompt_is_named(pipes):
+    long = "word " * 2000
+    with pytest.warns(PromptTruncatedWarning) as found:
+        pipes["text_to_image"](["a", "a", long], ["b", long + "x", "c"], height=64, width=64)
+    starts = [str(warning.message).partition(" has ")[0] for warning in found]
+    assert starts == ["prompt 2", "negative_prompt 1"]
+
+
+@pytest.mark.parametrize(
+    "latents, output_type, words",
+    [
+        (
+            np.zeros((1, 4, 8, 8)),
+            "pil",
+            "(1, 4, 8, 8); it must be (b, h/8, w/8, 4)",
+        ),
+        (np.zeros((8, 8, 4)), "pil", "latents has shape (8, 8, 4)"),
+        (np.zeros((0, 8, 8, 4)), "pil", "latents has shape (0, 8, 8, 4)"),
+        (LATENTS + np.float32(np.inf), "np", "latents holds 256 values that are not finite"),
+        (np.full((1, 8, 8, 4), 1e39), "np", "latents holds 256 values that are not finite"),
+        (LATENTS, "latent", "output_type is 'latent'; it must be one of pil, np"),
+        ("x", "pil", "latents is 'x'; it must be an array of numbers"),
+    ],
+)
+def test_what_cannot_be_decoded(pipes, latents, output_type, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        pipes["text_to_image"].decode(latents, output_type)
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -307,7 +368,8 @@ SCALARS = st.one_of(
     st.booleans(),
     st.integers(),
     st.integers(-2, 70),
-    st.sampled_from([64, 128, 10**20, -(10**5000), 2**64, "pil", "ddpm", "image.png", "~\0"]),
+    st.sampled_from([64, 128, 10**20, 2**64, "pil", "ddpm", "image.png", "~\0"]),
+    st.just(5000).map(lambda digits: -(10**digits)),
     st.floats(),
     st.complex_numbers(),
     st.text(max_size=8),

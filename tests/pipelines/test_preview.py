@@ -4,7 +4,8 @@
 import numpy as np
 import pytest
 
-from k3jax.checkpoints.restore import read_checkpoint, restore
+from k3jax.checkpoints.format import read_checkpoint
+from k3jax.checkpoints.restore import restore
 from k3jax.pipelines import preview
 from k3jax.pipelines.preview import fit_preview, flat_images, latents_to_rgb
 from k3jax.sampling.denoise import denoise_program
@@ -12,6 +13,8 @@ from k3jax.scenes.caption import captioned
 
 from pictures import picture
 
+
+pytestmark = pytest.mark.xdist_group("shallow")  # its files share compiled programs
 
 CALL = dict(height=64, width=64, sampler="ddpm", output_type="np", progress_bar=False)
 

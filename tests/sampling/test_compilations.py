@@ -3,12 +3,14 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from k3jax import Kandinsky3Img2ImgPipeline, Kandinsky3Pipeline
 from k3jax.sampling.denoise import denoise_program
+from k3jax.sharding import make_mesh
 
 from random_checkpoint import MODEL, write_random_checkpoint
 
@@ -17,8 +19,8 @@ STEPS, STRENGTHS = (1, 3, 5, 6, 12), (0.3, 0.5, 0.8, 1.0)
 CALL = dict(output_type="latent", progress_bar=False, seed=1, num_inference_steps=12)
 UNET = dataclasses.replace(
     MODEL.unet,
-    init_channels=16,
-    block_out_channels=(16,),
+    init_channels=32,
+    block_out_channels=(32,),
     add_cross_attention=(True,),
     add_self_attention=(False,),
 )
@@ -28,7 +30,8 @@ UNET = dataclasses.replace(
 def edit(tmp_path_factory):
     folder = tmp_path_factory.mktemp("random") / "checkpoint"
     write_random_checkpoint(folder, dataclasses.replace(MODEL, unet=UNET))
-    return Kandinsky3Img2ImgPipeline.from_pretrained(folder, mesh="data=1", dtype="float32")
+    mesh = make_mesh("data=1", jax.devices()[:1])
+    return Kandinsky3Img2ImgPipeline.from_pretrained(folder, mesh=mesh, dtype="float32")
 
 
 def latents(edit, **kwargs):
@@ -44,7 +47,7 @@ def latents(edit, **kwargs):
 
 
 @pytest.mark.filterwarnings("ignore:guidance_interval")  # guides none of the last steps
-def test_one_compilation(one_device, edit):
+def test_one_compilation(edit):
     """Also of a multistep sampler with a callback; with an interval it is another program."""
     denoise_program.clear_cache()
     previews = []

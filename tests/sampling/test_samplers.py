@@ -169,22 +169,23 @@ def test_windows_are_the_whole_loop(name):
     rows, state = loop_rows(sampler), initial_state(jnp.asarray(latents))
     noise = noise if sampler.stochastic else None
 
+    evaluated = []
+
+    def predict(x, timestep, guide):
+        jax.debug.callback(evaluated.append, timestep)
+        return epsilon(x, timestep, jnp.cos)
+
     @jax.jit
     def run_window(state, rows, step_noise):
-        return denoise(
-            lambda x, timestep, guide: epsilon(x, timestep, jnp.cos),
-            sampler.step,
-            rows,
-            state,
-            key_data=None,
-            step_noise=step_noise,
-            renoise=sampler.renoise,
-        )
+        settings = dict(key_data=None, step_noise=step_noise, renoise=sampler.renoise)
+        return denoise(predict, sampler.step, rows, state, **settings)
 
     for first in range(0, sampler.num_steps, 3):
         count = min(3, sampler.num_steps - first)
         state = run_window(state, *window(rows, noise, first, count))
+    jax.effects_barrier()  # inactive rows evaluate nothing
     assert run_window._cache_size() == 1
+    assert sorted(evaluated, reverse=True) == rows["timestep"].tolist()
     np.testing.assert_allclose(state.latents, run(sampler, latents, noise), rtol=1e-5, atol=1e-6)
 
 
