@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every argument of loading a checkpoint, once; see k3jax/pipelines/options.py."""
 
+import dataclasses
 import functools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from k3jax.arguments import Dtype, check_dtype, check_number, shown, whole_number
-from k3jax.config import AttentionForm
+from k3jax.config import AttentionForm, ModelConfig
 from k3jax.pipelines.option_fields import Options, option
 
 
@@ -52,6 +53,12 @@ def check_dtypes(value: Any, name: str) -> str | dict[str, str]:
         check_component(key, name): check_dtype(one, f"{name}[{key!r}]")
         for key, one in value.items()
     }
+
+
+def check_config(value: Any, name: str) -> ModelConfig:
+    if isinstance(value, ModelConfig):
+        return value
+    raise ValueError(f"{name} is {shown(value)}; it must be a k3jax.config.ModelConfig.")
 
 
 def check_folder(value: Any, name: str) -> str:
@@ -135,6 +142,11 @@ class LoadOptions(Options):
         "the others",
         check_components,
     )
+    config: ModelConfig | None = option(
+        None,
+        "a model config with another sampler or size than the checkpoint's own",
+        check_config,
+    )
     attention: AttentionForm = pipeline(
         "auto",
         "attention by XLA or by the TPU kernel; auto takes the kernel on TPUs",
@@ -155,6 +167,22 @@ class LoadOptions(Options):
         if self.int8_text_encoder:
             return "int8"
         return "streamed" if self.stream_text_encoder else "whole"
+
+    def model_config(self, own: ModelConfig) -> ModelConfig:
+        """The checkpoint's own config, or `config`.
+
+        Raises:
+            ValueError: that is of another architecture.
+        """
+        if self.config is None:
+            return own
+        free = {"sampler": self.config.sampler, "sample_size": self.config.sample_size}
+        if dataclasses.replace(own, **free) != self.config:
+            raise ValueError(
+                "config is of another architecture than the checkpoint: only its sampler and "
+                "sample_size may differ."
+            )
+        return self.config
 
     def dtypes_of(self, component: str) -> tuple[str, str]:
         """(of the computation, of the weights) of a component."""
