@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure how well a model of drawn scenes does what it is told.
+"""Measure how well the images of a model of drawn scenes match their captions.
 
   k3jax evaluate
   k3jax evaluate --checkpoint train/tiny/unet/checkpoint --guidance-scale 0
 
-Makes an image of each of 500 captions that were kept out of training, reads the pixels, and prints
-the share of images that show what the caption says, and beside it the share that is left of drawn
-scenes when the autoencoder alone has rebuilt them. With --output, the images are kept as a
-contact sheet, and the numbers as JSON. Only for models trained on `k3jax.scenes`, such as the one
-that comes with k3jax.
+Generates an image for each of 500 captions that were held out from training, and reads its pixels.
+Prints the share of images that match the caption, and the same share for drawn scenes that only the
+autoencoder has reconstructed. --output writes the images as a contact sheet, and the numbers as
+JSON. Only for models trained on `k3jax.scenes`, such as the one that comes with k3jax.
 """
 
 import argparse
@@ -35,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, metavar="N", help="passes of the U-Net (the checkpoint's own)")
     add("--sampler", metavar="NAME", help="the checkpoint's own by default")
     add("--guidance-scale", type=float, metavar="W", help="the checkpoint's own by default")
-    add("--without-text", action="store_true", help="empty prompts: what chance would give")
+    add("--without-text", action="store_true", help="empty prompts: the result of chance")
     add("--batch-size", type=int, default=32, metavar="N", help="images at a time (32)")
     add("-o", "--output", metavar="DIR", help="folder for a contact sheet and the numbers")
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Say what a checkpoint is, and whether its files are whole.
+"""Print the contents of a checkpoint, and check its files.
 
   k3jax info weights/kandinsky3 --verify
   k3jax info weights/flash --config flash
 
-With --config, the architecture is compared with that of the config. Without DIR, the config's own
-checkpoint is meant, or, where that does not exist, the sizes of a model as the config has it.
+With --config, the architecture is compared with that of the config. Without DIR, this prints the
+config's own checkpoint; if that does not exist, the sizes of a model with the config.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="check all files (1 s per 3 GB); the exit code is 1 if one is missing or changed",
     )
-    parser.add_argument("--json", action="store_true", help="as JSON, with the whole config")
+    parser.add_argument("--json", action="store_true", help="print JSON, with the whole config")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,12 +60,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _of_checkpoint(checkpoint, values: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint is; a ValueError where it is not what the config says."""
+    """The contents of a checkpoint; a ValueError if the config has another architecture."""
     from k3jax.checkpoints.manifest import component_files, read_manifest
     from k3jax.checkpoints.restore import leaf_shapes
 
-    wanted = build(values, checkpoint.config).model
-    differences = architecture_differences(checkpoint.config, wanted)
+    model = build(values, checkpoint.config).model
+    differences = architecture_differences(checkpoint.config, model)
     if differences:
         raise ValueError(
             f"{checkpoint.path} is of another architecture than the config: {differences}."
@@ -96,7 +96,7 @@ def _of_checkpoint(checkpoint, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_config(config: ModelConfig) -> dict[str, Any]:
-    """What a checkpoint of this architecture would be; nothing is made at full size."""
+    """The contents that a checkpoint of this architecture would have; allocates nothing."""
     import jax
 
     from k3jax.model.abstract import COMPONENTS, abstract_module
