@@ -134,9 +134,8 @@ class BasePipeline(AdaptedUNet):
         """
         enable_compilation_cache()
         checkpoint = path if isinstance(path, Checkpoint) else read_checkpoint(path)
-        config = options.model_config(checkpoint.config)
-        cls.check_config(config)
-        return cls(config, **load_checkpoint(checkpoint, options))
+        cls.check_config(checkpoint.config)
+        return cls(checkpoint.config, **load_checkpoint(checkpoint, options))
 
     @classmethod
     def from_pipe(
