@@ -1,22 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """8 simulated devices, float32 matmuls of full precision, and a compilation cache for all runs.
 
-Programs are compiled with LLVM's -O1, which takes two thirds of the time; the environment's
-XLA_FLAGS win (.ci/run compares the same pixels as users compile them, too).
+Programs are compiled without LLVM's optimisations, in one part, and where XLA still can without its
+MLIR emitters: that takes a third of the CPU time. XLA_FLAGS of the environment replace these flags
+(.ci/run compares the same pixels as users compile them, too).
 """
 
+import importlib.metadata
 import os
 
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = " ".join(
-    (
-        "--xla_backend_optimization_level=1",
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
-    )
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+    + " --xla_cpu_use_fusion_emitters=false"  # newer ones have no other
+    * importlib.metadata.version("jaxlib").startswith("0.10."),
 )
+os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads would wait for each other
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import gc
@@ -43,20 +46,27 @@ MAPS = pathlib.Path("/proc/self/maps")
 MOST_MAPS = 20_000  # one file of tests adds up to 30,000
 
 
-LONGEST = (
-    "training/test_resume.py",
-    "training/test_train.py",
-    "pipelines/test_pipeline.py",
-    "test_readme_commands.py",
-)
+# One worker runs all files of these folders, because they use the same models and programs; any
+# other file is a group of its own. What takes longest comes first, so that two workers end at about
+# the same time (pyproject.toml: --dist loadgroup --no-loadscope-reorder).
+FOLDERS = ("training", "pipelines", "model")
+LONGEST = (*FOLDERS, "test_readme_commands", "test_end_to_end")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """What takes longest comes first, so that no worker is left alone with it at the end.
-
-    xdist would put the files with most tests first, but for --no-loadscope-reorder.
-    """
-    items.sort(key=lambda item: not item.nodeid.split("::")[0].endswith(LONGEST))
+    """Sorts the tests and groups them for xdist, where they have no group of their own."""
+    groups = {}
+    for item in items:
+        mark = item.get_closest_marker("xdist_group")
+        if mark is None:
+            file = item.path.relative_to(pathlib.Path(__file__).parent).with_suffix("")
+            mark = pytest.mark.xdist_group(
+                file.parts[0] if file.parts[0] in FOLDERS else file.as_posix()
+            )
+            item.add_marker(mark)
+        groups[item] = (*mark.args, *mark.kwargs.values())[0]
+    items.sort(key=lambda item: (*LONGEST, groups[item]).index(groups[item]))
 
 
 @pytest.fixture(autouse=True, scope="module")

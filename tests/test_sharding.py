@@ -33,7 +33,7 @@ from k3jax.sharding import (
     placed,
     shardings,
 )
-from k3jax.training.initialise import random_weights
+from k3jax.training.random_weights import random_weights
 from k3jax.training.state import weights_of
 
 

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny PyTorch models with random weights, and the k3jax configs that describe them."""
+"""Tiny PyTorch models with random weights, and the k3jax configs that describe them.
+
+PyTorch and diffusers are imported by the functions that need them: it takes 7 CPU seconds.
+"""
+
+from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from diffusers import Kandinsky3UNet, VQModel
 from flax import nnx
-from transformers import T5Config, T5EncoderModel
 
 from k3jax.config import (
     ModelConfig,
@@ -20,6 +23,12 @@ from k3jax.convert import keys
 from k3jax.convert.modules import state_dict_to_module
 from k3jax.model.abstract import abstract_module
 from k3jax.sharding import RULES, shardings
+
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import Kandinsky3UNet, VQModel
+    from transformers import T5EncoderModel
 
 
 VOCAB = 259  # of the byte tokenizer
@@ -54,6 +63,8 @@ def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
 
     Scaled so that activations keep their size; otherwise parity would prove little.
     """
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in module.state_dict().items():
@@ -73,6 +84,8 @@ def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
 
 
 def torch_text_encoder(config: TextEncoderConfig = TEXT_ENCODER, seed: int = 1) -> T5EncoderModel:
+    from transformers import T5Config, T5EncoderModel
+
     fields = dataclasses.asdict(config)
     model = T5EncoderModel(
         T5Config(**fields, feed_forward_proj="gated-silu", dropout_rate=0.0, is_decoder=False)
@@ -82,6 +95,8 @@ def torch_text_encoder(config: TextEncoderConfig = TEXT_ENCODER, seed: int = 1) 
 
 def torch_unet(config: UNetConfig = UNET, seed: int = 2) -> Kandinsky3UNet:
     """diffusers' U-Net, with the text projection inside it."""
+    from diffusers import Kandinsky3UNet
+
     model = Kandinsky3UNet(
         in_channels=config.in_channels,
         time_embedding_dim=config.time_embedding_dim,
@@ -96,6 +111,8 @@ def torch_unet(config: UNetConfig = UNET, seed: int = 2) -> Kandinsky3UNet:
 
 
 def torch_movq(config: MoVQConfig = MOVQ, seed: int = 3) -> VQModel:
+    from diffusers import VQModel
+
     levels = len(config.block_out_channels)
     model = VQModel(
         down_block_types=["DownEncoderBlock2D"] * (levels - 1) + ["AttnDownEncoderBlock2D"],
@@ -124,6 +141,8 @@ def nhwc(tensor) -> np.ndarray:
 
 def nchw(array) -> torch.Tensor:
     """Our b h w c -> PyTorch's b c h w."""
+    import torch
+
     return torch.from_numpy(np.ascontiguousarray(np.moveaxis(np.asarray(array), -1, 1)))
 
 

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny PyTorch checkpoints on disk, in every layout that is converted."""
+"""Tiny PyTorch checkpoints on disk, in every layout that is converted.
+
+PyTorch and diffusers are imported by the functions that need them; a dtype of None is float32.
+"""
+
+from __future__ import annotations
 
 import functools
 import json
@@ -7,14 +12,15 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-
-import torch
-from diffusers import DDPMScheduler, Kandinsky3Pipeline
-from safetensors.torch import save_file
+from typing import TYPE_CHECKING
 
 from k3jax.convert import keys
 
 import tiny
+
+
+if TYPE_CHECKING:
+    import torch
 
 
 UNET = tiny.SHALLOW_UNET  # half the tensors
@@ -53,7 +59,9 @@ def state_dicts() -> dict[str, dict[str, torch.Tensor]]:
     }
 
 
-def cast(state: Mapping[str, torch.Tensor], dtype: torch.dtype, keep=()) -> dict[str, torch.Tensor]:
+def cast(
+    state: Mapping[str, torch.Tensor], dtype: torch.dtype | None, keep=()
+) -> dict[str, torch.Tensor]:
     """A state dict in another dtype; names that end in one of `keep` stay in float32."""
     return {
         name: (t if keep and name.endswith(keep) else t.to(dtype)).contiguous().clone()
@@ -96,12 +104,13 @@ def real_tokenizer() -> Path | None:
     return folder if (folder / "spiece.model").exists() else None
 
 
-def write_pipeline(folder: Path, dtype: torch.dtype = torch.float32, **kwargs) -> Path:
+def write_pipeline(folder: Path, dtype: torch.dtype | None = None, **kwargs) -> Path:
     """What diffusers' own save_pretrained writes.
 
     Args:
         kwargs: for save_pretrained, e.g. variant="fp16", safe_serialization=False.
     """
+    from diffusers import DDPMScheduler, Kandinsky3Pipeline
     from transformers import T5Tokenizer
 
     write_spiece(folder / "spiece")
@@ -119,7 +128,7 @@ def write_pipeline(folder: Path, dtype: torch.dtype = torch.float32, **kwargs) -
 
 def write_diffusers(
     folder: Path,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     *,
     variant: str | None = None,
     shards: int = 1,
@@ -168,8 +177,10 @@ def write_diffusers(
     return states
 
 
-def original_state_dicts(dtype=torch.float32, in_channels: int = 4):
+def original_state_dicts(dtype: torch.dtype | None = None, in_channels: int = 4):
     """Component -> state dict in the names of the original code, the projection on its own."""
+    import torch
+
     states = {c: cast(s, dtype) for c, s in state_dicts().items()}
     projection = keys.table("text_projection")
     generator = torch.Generator().manual_seed(7)
@@ -204,7 +215,7 @@ def original_state_dicts(dtype=torch.float32, in_channels: int = 4):
 
 def write_original(
     folder: Path,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     *,
     version: str = "3.1",
     variant: str = "base",
@@ -216,6 +227,8 @@ def write_original(
     Returns:
         Component -> the state dict that was written; `null_embedding` is a tensor.
     """
+    import torch
+
     states = original_state_dicts(dtype, in_channels=9 if variant == "inpainting" else 4)
     _change(states, changes)
     end = {"base": "", "flash": "_flash", "inpainting": "_inpainting"}[variant]
@@ -245,6 +258,9 @@ def write_original(
 
 def save(content, file: Path) -> None:
     """A (nested) state dict as .safetensors, or as what torch.save writes."""
+    import torch
+    from safetensors.torch import save_file
+
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix == ".safetensors":
         save_file(content, file, metadata={"format": "pt"})

@@ -32,7 +32,7 @@ def get_config():
     train.validation_batches = 4
 
     train.data = ConfigDict()
-    train.data.kind = "folder"
+    train.data.kind = "auto"
     train.data.path = "pictures"
     train.data.resolution = 1024
     train.data.cache = "runs/finetune-cache"

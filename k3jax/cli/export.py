@@ -49,7 +49,7 @@ def _merged(args: argparse.Namespace, config: RunConfig) -> Iterator[str | Path]
     if lora is None:
         yield args.checkpoint
         return
-    from k3jax.training.lora import merged_checkpoint
+    from k3jax.training.result import merged_checkpoint
 
     parent = Path(args.destination).absolute().parent
     parent.mkdir(parents=True, exist_ok=True)

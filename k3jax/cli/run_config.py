@@ -20,7 +20,7 @@ from k3jax.pipelines.load_options import LoadOptions, LoraOptions
 from k3jax.pipelines.option_fields import config_fields
 from k3jax.pipelines.options import ImageToImageOptions, InpaintOptions, TextToImageOptions
 from k3jax.synthesis.options import SynthesizeConfig
-from k3jax.training.config import TrainConfig
+from k3jax.training.train_config import TrainConfig
 
 
 PipelineConfig = dataclasses.make_dataclass(

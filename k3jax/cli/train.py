@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     config = build(values)
     stages = {name: build(collect(name)) for name in config.train.stages} or {"": config}
 
-    from k3jax.training.run import TrainingRun, train_stages
+    from k3jax.training.training_run import TrainingRun, train_stages
 
     runs = {
         name: TrainingRun(stage.train, stage.checkpoint, stage.model, stage.pipeline.mesh)

@@ -21,8 +21,9 @@ CONVOLVED = ("batch", None, None, "conv_out")
 """Logical axes of what a convolution returns."""
 
 NO_INIT = nnx.initializers.zeros_init()
-"""Weights are loaded, or drawn leaf by leaf (k3jax/training/initialise.py). Of random initialisers
-nothing would remain but the time to trace them, nearly half of what making the modules took."""
+"""Weights are loaded, or drawn leaf by leaf (k3jax/training/random_weights.py). Of random
+initialisers nothing would remain but the time to trace them, nearly half of what making the
+modules took."""
 
 
 _FAST_CPU_GRADIENTS = contextvars.ContextVar("fast_cpu_gradients", default=False)

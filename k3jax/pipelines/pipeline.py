@@ -73,7 +73,7 @@ class BasePipeline(AdaptedUNet):
     def __init__(
         self,
         config: ModelConfig,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         components: dict[str, Any],
         mesh: jax.sharding.Mesh,
         batch_size: int | None = None,
@@ -85,6 +85,7 @@ class BasePipeline(AdaptedUNet):
     ):
         """
         Args:
+            tokenizer: None for a pipeline without a text encoder.
             components: the modules by the names in `k3jax.model.abstract.COMPONENTS`, on `mesh`;
                 None for those that this pipeline is to do without.
             batch_size: images per compiled batch over the whole mesh; one per device by default. A

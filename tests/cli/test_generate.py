@@ -20,7 +20,7 @@ from k3jax.images.pngs import read_settings
 from k3jax.model.abstract import abstract_module
 from k3jax.pipelines.option_fields import option_fields
 from k3jax.pipelines.options import TextToImageOptions
-from k3jax.training.lora import init_lora
+from k3jax.training.tasks.lora_finetuning import init_lora
 
 from random_checkpoint import MODEL
 

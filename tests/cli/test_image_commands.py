@@ -85,7 +85,7 @@ def test_inpaint(run, files, tmp_path):
 def test_outpaint_extends_the_canvas(run, planned, files, tmp_path):
     """Without a checkpoint, with the packaged inpainting model."""
     args = ["outpaint", "a red star", "--image", files / "a.png", "--right", "64"]
-    code, paths, err = run(*args, "-o", tmp_path / "out", *SMALL)
+    code, paths, _ = run(*args, "-o", tmp_path / "out", *SMALL)
     assert code == 0 and paths == [str(tmp_path / "out" / "contact_sheet.png")]
     ((image_run, images, arrays, names, sizes, settings),) = planned
     assert image_run.checkpoint.fingerprint == read_checkpoint("tiny-inpainting").fingerprint

@@ -15,7 +15,7 @@ from k3jax.images.masks import read_mask
 from k3jax.images.reading import read_image
 from k3jax.synthesis.input_images import InputImages, read_inputs
 from k3jax.synthesis.samples import Sample
-from k3jax.training.data.decode import decode, fit, read_size
+from k3jax.training.data.buckets import decode, fit, read_size
 
 from damaged_images import (
     NOT_DECODED,

@@ -126,17 +126,18 @@ STUB = """
     import jax
     from jax.experimental import multihost_utils
     from k3jax.cli.main import main
-    from k3jax.training import run
+    from k3jax.training import training_run
 
-    def train(config, progress):
+    def train_stages(runs, progress):
+        (config,) = runs.values()
         counts = jax.process_count(), jax.device_count(), jax.local_device_count()
         multihost_utils.sync_global_devices("all are here")
         name = f"said by {jax.process_index()}"
-        said = f"{counts} {config.pipeline.mesh} {config.train.task}"
+        said = f"{counts} {config.mesh} {config.train.task}"
         (pathlib.Path(os.environ["TEST"]) / name).write_text(said)
         return "done"
 
-    run.train = train
+    training_run.train_stages = train_stages
     sys.exit(main(sys.argv[1:]))
 """
 

@@ -13,7 +13,7 @@ from k3jax.model.adapters import merge, update_factor
 from k3jax.model.context import Context
 from k3jax.pipelines.adapters import AdaptedUNet
 from k3jax.sharding import make_mesh
-from k3jax.training.lora import init_lora
+from k3jax.training.tasks.lora_finetuning import init_lora
 
 import tiny
 from random_checkpoint import MODEL, random_module

@@ -17,7 +17,7 @@ from k3jax.checkpoints.restore import restore
 from k3jax.cli.main import main
 from k3jax.model.int8 import LARGEST, is_int8, quantize
 from k3jax.sharding import make_mesh
-from k3jax.training.evaluate import unseen_captions
+from k3jax.training.scene_evaluation import unseen_captions
 
 
 CAPTIONS = [caption for _, caption in unseen_captions(2)]

@@ -15,7 +15,7 @@ from k3jax.checkpoints.restore import verify
 from k3jax.cli.run_config import architecture_differences, build, collect
 from k3jax.convert.to_torch import export
 from k3jax.sharding import make_mesh
-from k3jax.training.evaluate import judge, reconstruction, shares, unseen_captions
+from k3jax.training.scene_evaluation import judge, reconstruction, shares, unseen_captions
 
 import tiny
 

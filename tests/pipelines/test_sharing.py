@@ -22,7 +22,7 @@ from k3jax.config import LoraConfig
 from k3jax.model.abstract import COMPONENTS, abstract_module
 from k3jax.pipelines.loading import _dtypes_of
 from k3jax.sharding import make_mesh
-from k3jax.training.lora import init_lora
+from k3jax.training.tasks.lora_finetuning import init_lora
 
 from pictures import picture
 from random_checkpoint import (

@@ -86,6 +86,7 @@ def stopped_at_step(config, output, step, number):
     return process.wait()
 
 
+@pytest.mark.slow
 def test_the_same_bits(config, tmp_path):
     """One run, killed and then asked to stop, beside one that nobody disturbed."""
     output = tmp_path / "run"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How well a model of drawn scenes does what it is told, on captions that it never saw."""
+"""How well a model of drawn scenes follows captions that it was not trained on."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from k3jax.scenes.caption import captioned
 from k3jax.scenes.checker import Verdict, check, summary
 from k3jax.scenes.render import render
 from k3jax.scenes.scene import Scene
-from k3jax.training.movq import psnr
+from k3jax.training.tasks.autoencoder import psnr
 
 
 SEED = 20  # of the scenes; training has its own
@@ -20,7 +20,7 @@ SEED = 20  # of the scenes; training has its own
 
 @dataclass(frozen=True)
 class Judged:
-    """A picture with what was asked for, and what the checker says of it."""
+    """A picture with its caption and the verdict of the checker."""
 
     scene: Scene
     caption: str
@@ -30,8 +30,8 @@ class Judged:
 
 def unseen_captions(count: int) -> list[tuple[Scene, str]]:
     """Scenes of the test split: each has a look or a combination that no training scene has."""
-    made = (captioned(SEED, index, "test") for index in range(count))
-    return [(scene, caption) for _, caption, scene in made]
+    examples = (captioned(SEED, index, "test") for index in range(count))
+    return [(scene, caption) for _, caption, scene in examples]
 
 
 def judge(
@@ -42,35 +42,35 @@ def judge(
     progress: bool = False,
     **call,
 ) -> Iterator[Judged]:
-    """Makes and checks one image of each of `count` captions; image k has the seed k.
+    """Samples and checks one image of each of `count` captions; image k has the seed k.
 
     Args:
-        without_text: give the model empty prompts instead, and judge by the captions all the same.
+        without_text: use empty prompts, and still judge by the captions.
         call: arguments of the pipeline, such as guidance_scale and num_inference_steps.
     """
-    wanted = unseen_captions(count)
+    captions = unseen_captions(count)
     with tqdm(total=count, unit="image", disable=not progress) as bar:
         for first in range(0, count, pipe.batch_size):
-            part = wanted[first : first + pipe.batch_size]
+            part = captions[first : first + pipe.batch_size]
             prompts = ["" if without_text else caption for _, caption in part]
-            made = pipe(prompts, seed=first, progress_bar=False, output_type="pil", **call)
-            for (scene, caption), image in zip(part, made.images, strict=True):
+            output = pipe(prompts, seed=first, progress_bar=False, output_type="pil", **call)
+            for (scene, caption), image in zip(part, output.images, strict=True):
                 pixels = np.asarray(image)
                 yield Judged(scene, caption, pixels, check(scene, pixels))
                 bar.update()
 
 
 def shares(judged: list[Judged]) -> dict[str, float]:
-    """Share of right answers by question, over the pictures whose captions ask it."""
+    """Share of right answers by question, over the pictures whose captions mention it."""
     return summary([one.verdict for one in judged])
 
 
 def reconstruction(pipe: Kandinsky3Pipeline, count: int = 64) -> tuple[float, dict[str, float]]:
-    """What MoVQ alone makes of pictures of the test split.
+    """How well MoVQ alone reconstructs pictures of the test split.
 
     Returns:
-        The PSNR in dB over all pixels, and the share of right answers by question. No U-Net on its
-        latents can be expected to do better.
+        The PSNR in dB over all pixels, and the share of right answers by question: an upper bound
+        for every U-Net on its latents.
     """
     scenes = unseen_captions(count)
     images = np.stack([render(scene) for scene, _ in scenes])
@@ -79,6 +79,6 @@ def reconstruction(pipe: Kandinsky3Pipeline, count: int = 64) -> tuple[float, di
         part = images[first : first + 8]
         decoded = pipe.decode(pipe.encode_arrays(part), "np").images
         errors.append(np.square(2 * (decoded - part / 255)).mean())
-        made = zip(scenes[first : first + 8], decoded, strict=True)
-        verdicts += [check(scene, image) for (scene, _), image in made]
+        pairs = zip(scenes[first : first + 8], decoded, strict=True)
+        verdicts += [check(scene, image) for (scene, _), image in pairs]
     return psnr(float(np.mean(errors))), summary(verdicts)

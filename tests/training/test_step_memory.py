@@ -9,10 +9,11 @@ from k3jax.checkpoints.format import read_checkpoint
 from k3jax.config import LoraConfig
 from k3jax.model.abstract import abstract_module, parameter_count
 from k3jax.sharding import make_mesh
-from k3jax.training.ahead import lower_step, step_memory
-from k3jax.training.config import DataConfig, TrainConfig
+from k3jax.training.step_memory import lower_step, step_memory
+from k3jax.training.train_config import DataConfig, TrainConfig
 
 
+pytestmark = pytest.mark.slow  # each test compiles whole steps
 BATCH = 8
 
 

@@ -3,7 +3,7 @@
 
 `<run>/checkpoints/<step>/` holds `state` (every array in its dtype, under its dotted path in the
 pytree), `position` (JSON) and `metrics`. Orbax writes into a folder with another name and renames
-it (in a bucket: marks it as whole at the end), so a checkpoint is there whole or not at all.
+it (in a bucket: marks it as complete at the end), so there are no half-written checkpoints.
 """
 
 import json
@@ -32,44 +32,33 @@ from k3jax.training.checkpoint_faults import (
     set_aside_unreadable_losses,
     silence_orbax,
 )
-from k3jax.training.config import CheckpointConfig
 from k3jax.training.signals import agree
+from k3jax.training.train_config import CheckpointConfig
 
 
 FOLDER = "checkpoints"
 STATE, POSITION = "state", "position"
-CLOCK_EVERY = 10  # steps; processes ask each other whether it is time, which waits for the devices
+CLOCK_EVERY = 10  # steps; comparing the clocks of all processes waits for the devices
 
 
 class RunCheckpoints:
     """The checkpoints in a run's folder: the newest `keep_last` and the `keep_best` of lowest loss.
 
-    A checkpoint stays while it is one of either. All processes of a job must make one, and call its
-    methods at the same steps. Opening one removes what a process that was killed left half-written.
+    All processes of a job must create this object and call its methods at the same steps. Opening a
+    folder removes what a killed process left half-written.
     """
 
     def __init__(self, folder: epath.PathLike, config: CheckpointConfig):
         """
         Args:
-            folder: the run's; its `checkpoints` is made if it is not there.
+            folder: of the run; its `checkpoints` is created if necessary.
 
         Raises:
-            ValueError: settings that would never save, or keep nothing to resume from.
-            CheckpointError: none of the checkpoints that are there can be read.
+            CheckpointError: no checkpoint of the folder can be read.
 
         Warns:
-            UserWarning: a checkpoint cannot be read, and was moved out of the way.
+            UserWarning: a checkpoint cannot be read, and was moved away.
         """
-        if config.keep_last < 1 or config.keep_best < 0:
-            raise ValueError(
-                f"checkpoint.keep_last is {config.keep_last} and keep_best {config.keep_best}: "
-                "keep the last 1 at least, to resume from, and the best 0 or more."
-            )
-        if config.every < 1 or (config.every_minutes is not None and config.every_minutes <= 0):
-            raise ValueError(
-                f"checkpoint.every is {config.every} and every_minutes {config.every_minutes}: "
-                "save every 1 steps or more, and every_minutes above 0 or None."
-            )
         self.folder = as_path(folder) / FOLDER
         self._config = config
         best = BestN(get_metric_fn=loss_of, reverse=True, n=config.keep_best)
@@ -89,7 +78,7 @@ class RunCheckpoints:
         self._due: tuple[int, bool] | None = None
 
     def due(self, step: int) -> bool:
-        """Whether the settings want a checkpoint at this step; asked again, it says the same."""
+        """Whether this step needs a checkpoint by the settings; the same at every call."""
         if self._due is None or self._due[0] != step:
             due = step % self._config.every == 0
             minutes = self._config.every_minutes
@@ -106,25 +95,24 @@ class RunCheckpoints:
         metric: float | None = None,
         force: bool = False,
     ) -> bool:
-        """Starts writing a checkpoint, and returns when `state` may be changed or donated.
+        """Starts writing a checkpoint; returns once the arrays are copied to the host.
 
-        That is when its arrays have been copied to the host. What is left of the last checkpoint is
-        waited for first.
+        From then on `state` may be changed or donated. Waits first for the last checkpoint.
 
         Args:
             step: not below that of the newest checkpoint.
             state: a pytree of arrays.
-            position: where the data are, and anything else that JSON can hold; the same on all
-                processes, for the first one's is written.
+            position: the position in the data, and anything else for JSON; the same on all
+                processes: only the first one writes it.
             metric: the lower, the better; None or not finite: never among the best.
-            force: save although it is not due. A step that is saved already is not written again.
+            force: save although it is not due. A saved step is not written again.
 
         Returns:
-            Whether there was anything to write.
+            Whether a checkpoint is being written.
 
         Raises:
-            CheckpointError: this checkpoint, or the last one, could not be written.
-            ValueError: a position that JSON cannot hold, or an earlier step.
+            CheckpointError: this checkpoint or the last one could not be written.
+            ValueError: a position that is not JSON, or an earlier step.
         """
         latest = self.latest_step()
         if not (force or self.due(step)) or step == latest:
@@ -132,7 +120,7 @@ class RunCheckpoints:
         if latest is not None and step < latest:
             raise ValueError(
                 f"{self.folder} has a checkpoint of step {latest}, so step {step} cannot be saved "
-                "after it: resume from the newest, or take another output folder."
+                "after it: resume from the newest, or use another output folder."
             )
         try:
             position = json.loads(json.dumps(position))
@@ -162,7 +150,7 @@ class RunCheckpoints:
         return True
 
     def steps(self) -> list[int]:
-        """Steps of all checkpoints, the one being written included, in order."""
+        """Steps of all checkpoints in order, with the one being written."""
         return sorted(self._manager.all_steps())
 
     def latest_step(self) -> int | None:
@@ -170,7 +158,7 @@ class RunCheckpoints:
 
     def best_step(self) -> int | None:
         """Step of the lowest loss among the checkpoints that are kept; None without any loss."""
-        # Of equal ones the newest, which is also the one that BestN keeps.
+        # Of equal ones the newest, which BestN keeps.
         steps = [step for step in self.steps() if self._losses[step] < math.inf]
         return min(steps, key=lambda step: (self._losses[step], -step), default=None)
 
@@ -186,8 +174,7 @@ class RunCheckpoints:
             (state, position)
 
         Raises:
-            CheckpointError: there is no such checkpoint, or its arrays are not those of
-                `abstract_state`.
+            CheckpointError: there is no such checkpoint, or it has other arrays.
             DamagedCheckpoint: it cannot be read.
         """
         self.wait()
@@ -225,13 +212,13 @@ class RunCheckpoints:
         ]
 
     def restore_newest(self, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-        """Reads the newest checkpoint that is whole, as `restore` does.
+        """Reads the newest complete checkpoint, as `restore` does.
 
         Raises:
-            CheckpointError: as `restore`; a damaged checkpoint only where there is no other.
+            CheckpointError: as `restore`; a damaged checkpoint only if there is no other.
 
         Warns:
-            UserWarning: newer ones are damaged, and were moved out of the way.
+            UserWarning: newer ones are damaged, and were moved away.
         """
         while True:
             step, damaged = self.latest_step(), None
@@ -246,7 +233,7 @@ class RunCheckpoints:
             self._manager.reload()
 
     def wait(self) -> None:
-        """Returns when the checkpoint being written is on disk and old ones are gone.
+        """Waits until the checkpoint is on disk and old ones are removed.
 
         Raises:
             CheckpointError: it could not be written.
@@ -272,10 +259,10 @@ class RunCheckpoints:
         self.close()
 
     def _not_written(self, error: Exception) -> CheckpointError:
-        self._end_silence = lambda: None  # Orbax's threads go on failing for a while
+        self._end_silence = lambda: None  # Orbax's threads keep failing for a while
         return CheckpointError(
-            f"A checkpoint in {self.folder} could not be written ({reason_of(error)}); the ones "
-            "before it are whole, and the same command goes on from the newest."
+            f"A checkpoint in {self.folder} could not be written ({reason_of(error)}). Earlier "
+            "ones are complete, and the same command resumes from the newest."
         )
 
 
@@ -292,7 +279,7 @@ def _handlers() -> ocp.handlers.DefaultCheckpointHandlerRegistry:
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    """Leaves by their dotted path: names that any kind of container can be read back into."""
+    """Leaves by their dotted path, which is the same for any kind of container."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
     if len(named) != len(leaves):

@@ -2,8 +2,9 @@
 """The loss of a denoising U-Net: mean squared error of what it predicts (arXiv:2006.11239).
 
 Noise schedule and kind of prediction are those of the checkpoint's sampler; the original's are the
-cosine schedule of 1000 steps and the noise. Uniform timesteps, captions dropped to the checkpoint's
-own unconditional input, as the reference's samplers imply (its training code was never released).
+cosine schedule of 1000 steps and the noise. Timesteps are uniform; a share of the captions is
+replaced by the checkpoint's own unconditional input. The original's training code is not published;
+its samplers imply this.
 """
 
 import jax
@@ -14,7 +15,7 @@ from k3jax.config import ConditioningFamily, PredictionType, SamplerConfig
 from k3jax.model.context import Context, PromptEmbeds, TextProjection
 from k3jax.model.unet import UNet
 from k3jax.sampling import schedule
-from k3jax.training.config import LossConfig
+from k3jax.training.train_config import LossConfig
 
 
 def training_context(
@@ -24,9 +25,9 @@ def training_context(
     key: jax.Array,
     caption_dropout: float,
 ) -> Context:
-    """The context of captions, of which a share is replaced by the unconditional input.
+    """The context of captions; a share of them is replaced by the unconditional input.
 
-    A dropped sample keeps its window, as the unconditional half of a guided batch does.
+    A dropped sample keeps its window, like the unconditional half of a guided batch.
     """
     context = projection(prompt, conditioning)
     if caption_dropout <= 0:
@@ -35,14 +36,14 @@ def training_context(
     unconditional = projection.unconditional(prompt.lengths, rows, conditioning)
     dropped = jax.random.uniform(key, prompt.lengths.shape) < caption_dropout
 
-    def choose(given, empty):
-        return jnp.where(dropped.reshape(-1, *(1,) * (given.ndim - 1)), empty, given)
+    def choose(caption, empty):
+        return jnp.where(dropped.reshape(-1, *(1,) * (caption.ndim - 1)), empty, caption)
 
     return jax.tree.map(choose, context, unconditional)
 
 
 def noise_schedule(sampler: SamplerConfig) -> tuple[np.ndarray, PredictionType]:
-    """(alphas_cumprod of every timestep, what the U-Net predicts) of a checkpoint's sampler.
+    """(alphas_cumprod of every timestep, kind of prediction) of a checkpoint's sampler.
 
     Only diffusers' samplers read the scheduler's settings; Kandinsky's own have one schedule.
 
@@ -90,21 +91,21 @@ def min_snr_weight(alphas_cumprod: jax.Array, gamma: float) -> jax.Array:
 
 
 def layout_weight(alphas_cumprod: jax.Array, most: float) -> jax.Array:
-    """max(1, min(1 / SNR, most)): a noise-prediction error as an error of the image, where SNR < 1.
+    """max(1, min(1 / SNR, most)): turns a noise error into an error of the image, where SNR < 1.
 
-    What lies where is decided at high noise, where the error of the noise is that of the image
-    times the SNR: next to nothing. (Truncated SNR of arXiv:2202.00512, with a bound.)
+    The layout is decided at high noise, where the error of the noise is that of the image times the
+    SNR: almost zero. (Truncated SNR of arXiv:2202.00512, with an upper bound.)
     """
     snr = alphas_cumprod / (1 - alphas_cumprod)
     return jnp.clip(1 / snr, 1, most)
 
 
 def as_noise_error(alphas_cumprod: jax.Array, kind: PredictionType) -> jax.Array:
-    """What a squared error of a prediction is multiplied by to be that of the noise it implies.
+    """The factor from the squared error of a prediction to that of the noise that it implies.
 
-    1, or the SNR for `sample`, or alpha^2 for v = alpha noise - sigma image. Times `min_snr_weight`
-    these are the published min-SNR weights of each kind: min(SNR, gamma) for `sample` and
-    min(SNR, gamma) / (SNR + 1) for `v_prediction`.
+    1; the SNR for `sample`; alpha^2 for v = alpha noise - sigma image. Times `min_snr_weight` these
+    are the published min-SNR weights: min(SNR, gamma) for `sample`, and min(SNR, gamma) / (SNR + 1)
+    for `v_prediction`.
     """
     if kind == "sample":
         return alphas_cumprod / (1 - alphas_cumprod)
@@ -124,13 +125,13 @@ def denoising_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of a batch at timesteps and with noise drawn from `key`.
 
-    Without weights it is the mean squared error of what the U-Net predicts. The weights of `config`
-    are those of the noise error, so they mean the same whatever is predicted.
+    Without weights it is the mean squared error of the prediction. The weights of `config` apply to
+    the noise error, so they mean the same for every kind of prediction.
 
     Args:
         latents: clean, (b, h, w, 4).
         sampler: of the checkpoint.
-        extra_channels: (b, h, w, c) behind the latents' (inpainting: mask and masked latents).
+        extra_channels: (b, h, w, c), follow the latents (inpainting: mask and masked latents).
         weight: float32 (b,), of each sample.
 
     Returns:

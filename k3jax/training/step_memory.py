@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training step compiled ahead of time for devices that are not there.
+"""The memory of a training step, from compiling it for devices that need not exist.
 
-XLA:TPU runs on any machine with `libtpu` installed; it refuses what does not fit, and tells how
-much memory what fits takes.
+XLA:TPU runs on any machine with `libtpu` installed. It refuses a program that does not fit, and
+reports the memory of one that fits.
 """
 
 from dataclasses import dataclass
@@ -16,20 +16,20 @@ from k3jax.config import ModelConfig
 from k3jax.model.abstract import abstract_module
 from k3jax.pipelines.programs import computing
 from k3jax.sharding import batch_sharding, placed
-from k3jax.training.config import TrainConfig
 from k3jax.training.optimizer import make_optimizer
-from k3jax.training.setup import prepare
 from k3jax.training.state import abstract_state, state_shardings
 from k3jax.training.step import make_step
+from k3jax.training.tasks import make_task
+from k3jax.training.train_config import TrainConfig
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes on each device.
+    """Bytes of a training step on each device.
 
     Attributes:
-        state: weights, average, moments and the batch, as they lie between steps.
-        temporaries: what the step needs besides, gradients and activations included.
+        state: weights, average, moments and the batch, between steps.
+        temporaries: the additional memory during a step, for gradients and activations.
     """
 
     state: int
@@ -49,19 +49,13 @@ def lower_step(
         size: side of the images in pixels.
         tokens: rows of the text embeddings.
     """
-    start = prepare(config, model, None, mesh)
-    optimizer = make_optimizer(config.optimizer, config.steps, start.task.fixed)
+    task = make_task(config, model, None, mesh)
+    optimizer = make_optimizer(config.optimizer, config.steps, task.fixed)
     where = state_shardings(
-        start.shapes, start.placed, optimizer, mesh, config.ema_decay is not None
+        task.shapes, task.shardings, optimizer, mesh, config.ema_decay is not None
     )
-    step = make_step(
-        start.task.loss,
-        optimizer,
-        seed=config.seed,
-        ema_decay=config.ema_decay,
-        gradient_accumulation_steps=config.optimizer.gradient_accumulation_steps,
-    )
-    frozen = {name: _placed_module(name, config, model, mesh) for name in start.task.frozen}
+    step = make_step(task.loss, optimizer, config)
+    frozen = {name: _placed_module(name, config, model, mesh) for name in task.frozen}
     b, side, split = config.batch_size, size // model.movq.scale_factor, batch_sharding(mesh)
     shapes = {
         "latents": ((b, side, side, model.movq.latent_channels), jnp.float16),
@@ -72,16 +66,16 @@ def lower_step(
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=split)
         for name, (shape, dtype) in shapes.items()
     }
-    state = abstract_state(start.shapes, optimizer, where)
+    state = abstract_state(task.shapes, optimizer, where)
     compiled = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
     with computing(mesh, config.dtype):
         return compiled.lower(state, frozen, batch)
 
 
 def step_memory(compiled: jax.stages.Compiled) -> StepMemory:
-    """What the compiler says of a compiled step."""
+    """The compiler's report on a compiled step."""
     analysis = compiled.memory_analysis()
-    # The new state takes the place of the old one, which is donated.
+    # The new state reuses the memory of the old one, which is donated.
     return StepMemory(
         analysis.argument_size_in_bytes,
         analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
@@ -89,7 +83,7 @@ def step_memory(compiled: jax.stages.Compiled) -> StepMemory:
 
 
 def _placed_module(name: str, config: TrainConfig, model: ModelConfig, mesh: Mesh) -> nnx.Module:
-    """A frozen component as structs that know where they lie."""
+    """A frozen component of ShapeDtypeStructs with shardings."""
     module = abstract_module(name, model, config.frozen_dtype, config.dtype)
     if name == "unet":
         module.remat = config.remat

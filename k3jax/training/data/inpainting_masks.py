@@ -2,25 +2,26 @@
 """Masks to train inpainting with: boxes, brush strokes, the whole image, or an object's box.
 
 A mask is float32 (h, w) in pixels with the polarity of the model's mask channel: **1 where the
-image is known and kept, 0 where it is to be painted anew**. (The masks that people give to the
-original's inpainting pipeline are the other way round; it takes 1 - mask first.) How the original
-was trained is not published beyond "random masks".
+image is known, 0 where it is painted**. (The original's inpainting pipeline takes the inverse.)
+The original's training is published only as "random masks".
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from k3jax.training.config import DataConfig, MaskConfig
+from k3jax.scenes.checker import find_objects
+from k3jax.training.train_config import DataConfig, MaskConfig
 
 
 Box = tuple[float, float, float, float]
-"""Left, top, right, bottom in pixels; the last two lie within."""
+"""Left, top, right, bottom in pixels, all of them inside the box."""
 
 MIN_SHARE = 0.05
-"""Least share of the pixels that is repainted."""
+"""Smallest share of the pixels that is painted."""
 
 BOXES = (1, 4)  # how many, both included
 BOX_SIDE = (0.15, 0.7)  # share of the image's side
@@ -36,13 +37,13 @@ def check_masks(config: MaskConfig, data: DataConfig) -> None:
     """Checks the shares of the kinds, before any mask is drawn.
 
     Raises:
-        ValueError: shares that are negative or all zero, or objects that no one can find.
+        ValueError: shares that are all zero, or objects in data other than scenes.
     """
     _shares(config)
     if config.objects and data.kind != "scenes":
         raise ValueError(
-            f"train.masks.objects is {config.objects}, but only in pictures of kind 'scenes' is it "
-            f"known where objects are, and data.kind is {data.kind!r}: set it to 0."
+            f"train.masks.objects is {config.objects}, but the objects are known only in data of "
+            f"kind 'scenes', and data.kind is {data.kind!r}: set it to 0."
         )
 
 
@@ -51,15 +52,15 @@ def draw_mask(
     height: int,
     width: int,
     config: MaskConfig | None = None,
-    find_objects: Callable[[], Sequence[Box]] = tuple,
+    object_boxes: Callable[[], Sequence[Box]] = tuple,
 ) -> np.ndarray:
-    """One mask, float32 (height, width): 1 known, 0 to be painted. A function of the generator.
+    """One mask, float32 (height, width): 1 known, 0 painted.
 
-    Between MIN_SHARE and all of the pixels are to be painted.
+    Between MIN_SHARE and all of the pixels are painted.
 
     Args:
-        find_objects: gives the boxes of an image's objects; called only where one is wanted. Where
-            there is none, the mask is one of boxes.
+        object_boxes: returns the boxes of an image's objects; called only for a mask of that kind.
+            Without objects the mask is of boxes.
 
     Raises:
         ValueError: shares of the kinds that are negative or all zero.
@@ -69,7 +70,7 @@ def draw_mask(
     if kind == "whole":
         return np.zeros((height, width), np.float32)
     if kind == "objects":
-        found = find_objects()
+        found = object_boxes()
         if found:
             return _around(rng, found[rng.integers(len(found))], height, width)
         kind = "boxes"
@@ -80,6 +81,16 @@ def draw_mask(
     while (mask := np.asarray(image, np.float32)).mean() > 1 - MIN_SHARE:
         once(rng, draw, height, width)
     return mask
+
+
+def draw_masks(
+    images: np.ndarray, rng: np.random.Generator, config: MaskConfig | None = None
+) -> np.ndarray:
+    """Masks for images uint8 (b, h, w, 3): float32 (b, h, w), 1 known, 0 painted."""
+    size = images.shape[1:3]
+    return np.stack(
+        [draw_mask(rng, *size, config, partial(_object_boxes, image)) for image in images]
+    )
 
 
 def _shares(config: MaskConfig) -> tuple[list[str], np.ndarray]:
@@ -93,8 +104,16 @@ def _shares(config: MaskConfig) -> tuple[list[str], np.ndarray]:
     return list(shares), values / values.sum()
 
 
+def _object_boxes(image: np.ndarray) -> list[Box]:
+    """Boxes of the objects of a scene that its checker finds."""
+    return [
+        (*np.subtract(found.center, found.extents), *np.add(found.center, found.extents))
+        for found in find_objects(image)
+    ]
+
+
 def _around(rng, box: Box, height: int, width: int) -> np.ndarray:
-    """The box of an object with a margin of its own on each side."""
+    """A mask of an object's box with another margin on each side."""
     margins = rng.uniform(*OBJECT_MARGIN, 4) * min(height, width)
     grown = np.array(box) + margins * (-1, -1, 1, 1)
     while True:
@@ -107,14 +126,14 @@ def _around(rng, box: Box, height: int, width: int) -> np.ndarray:
 
 
 def _box(rng, draw, height, width):
-    """Its middle is anywhere, so that borders and corners are covered as often as the rest."""
+    """A box with its centre anywhere: borders and corners are covered as often as the rest."""
     size = np.maximum(rng.uniform(*BOX_SIDE, 2) * (width, height), 1)
     corner = rng.uniform(0, 1, 2) * (width, height) - size / 2
     draw.rectangle([*np.rint(corner), *np.rint(corner + size - 1)], fill=0)
 
 
 def _stroke(rng, draw, height, width):
-    """A random walk with a round brush, turned back at the image's border."""
+    """A random walk with a round brush, which turns back at the border."""
     short = min(height, width)
     brush = max(1, round(rng.uniform(*STROKE_WIDTH) * short))
     point, angle = rng.uniform(0, 1, 2) * (width, height), rng.uniform(0, 2 * np.pi)

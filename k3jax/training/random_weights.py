@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random weights to train from, drawn in numpy leaf by leaf.
+"""Random first weights, drawn in numpy leaf by leaf.
 
-The distributions are those that the PyTorch implementations start from, with three differences that
-make small models learn faster: the U-Net's last convolution starts at zero, its modulations do (as
-the original's), and the scale of MoVQ's spatial norms starts at one.
+The distributions are those of the PyTorch implementations, with three differences that make small
+models learn faster: the U-Net's last convolution starts at zero, its modulations do too (as in the
+original), and the scale of MoVQ's spatial norms starts at one.
 """
 
 import math
@@ -20,8 +20,8 @@ from k3jax.model.abstract import COMPONENTS, abstract_module
 def random_weights(component: str, config: ModelConfig, seed: int) -> nnx.Module:
     """A component with fresh float32 weights, on this process's first device.
 
-    The same weights for the same seed on any machine: nothing is drawn on the device. (Compiling an
-    initialiser of a thousand layers would also take minutes.)
+    The same seed gives the same weights on any machine, since nothing is drawn on the device.
+    (Compiling an initialiser of a thousand layers would also take minutes.)
     """
     rng = np.random.default_rng([seed, list(COMPONENTS).index(component)])
     module = abstract_module(component, config)
@@ -54,7 +54,7 @@ def _draw(component, config, path, shape, rng) -> np.ndarray:
 
 
 def _t5_std(config, path) -> float:
-    """Mesh TensorFlow's initialisation, which makes up for the unscaled attention scores."""
+    """Mesh TensorFlow's initialisation, which compensates the unscaled attention scores."""
     if "embed_tokens" in path:
         return 1.0
     inner = config.num_heads * config.d_kv

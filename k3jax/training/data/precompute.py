@@ -1,52 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Latents and text embeddings of a whole data set, computed once by the frozen components."""
+"""Computes the cache of latents and text embeddings with the frozen components."""
 
-import zlib
+from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from tqdm import tqdm
 
 from k3jax.checkpoints.format import Checkpoint
 from k3jax.checkpoints.restore import restore
 from k3jax.model.context import PromptEmbeds, window_length
-from k3jax.model.inpainting_inputs import inpainting_inputs
 from k3jax.model.movq import MoVQ
 from k3jax.model.tokenizer import Tokenizer
 from k3jax.pipelines.loading import component_digests
 from k3jax.pipelines.programs import computing, encode_text
 from k3jax.sharding import batch_sharding, make_mesh
-from k3jax.training.batches import trimmed
-from k3jax.training.config import DataConfig, TrainConfig
-from k3jax.training.data.cache import LatentCache, cache_fingerprint
-from k3jax.training.data.index import BucketIndex, bucket_index
+from k3jax.training.data.buckets import BucketIndex, bucket_index
+from k3jax.training.data.latent_cache import LatentCache, cache_folder, trimmed
+from k3jax.training.data.latent_cache_writer import cache_fingerprint, write_cache
 from k3jax.training.data.source import Source
-from k3jax.training.files import only_run
-from k3jax.training.inpainting import draw_masks
-from k3jax.training.tasks import encode_images
+from k3jax.training.run_files import exclusive_lock
+from k3jax.training.train_config import DataConfig, TrainConfig
 
 
 IMAGES_PER_DEVICE = 8
 
+EncodeImages = Callable[[MoVQ, np.ndarray, NamedSharding], jax.Array]
+"""(autoencoder, uint8 (b, h, w, 3), sharding of inputs) -> what the cache holds of images."""
+
 
 def open_cache(
     config: TrainConfig,
+    task: str,
     checkpoint: Checkpoint,
     source: Source,
     index: BucketIndex,
     tokenizer: Tokenizer,
+    encode_images: EncodeImages,
     progress: bool,
 ) -> LatentCache:
-    """The cache at `config.data.cache`, computed now if it is not there.
+    """The cache of a data set in `config.data.cache`; computes it if it does not exist.
 
-    For inpainting the mask and the latents of the masked image lie behind the clean latents, 9
-    channels in all: each image has one mask, drawn from a hash of its pixels.
+    Args:
+        task: its name; tasks with other latents have caches of their own.
     """
-    digests = component_digests(checkpoint)  # whatever U-Net stands beside them
-    used = (digests["movq"], digests["text_encoder"])
-    weights = ",".join((*used, config.frozen_dtype, config.task, str(config.masks)))
-    cache = LatentCache(config.data.cache, cache_fingerprint(source, index, weights))
+    digests = component_digests(checkpoint)  # the U-Net does not matter
+    parts = (digests["movq"], digests["text_encoder"], config.frozen_dtype, task, str(config.masks))
+    fingerprint = cache_fingerprint(source, index, ",".join(parts))
+    cache = LatentCache(cache_folder(config.data.cache, fingerprint), fingerprint)
     if cache.complete:
         return cache
     lock = cache.folder.with_name(f".{cache.folder.name}.lock")
@@ -54,13 +56,13 @@ def open_cache(
         f"another process is computing {cache.folder} now: wait for it to end, or set "
         "train.data.cache to another folder."
     )
-    with only_run(lock, busy):
-        _compute(cache, config, checkpoint, source, index, tokenizer, progress)
+    with exclusive_lock(lock, busy):
+        _compute(cache, config, checkpoint, source, index, tokenizer, encode_images, progress)
     return cache
 
 
 def index_of(source: Source, config: DataConfig) -> BucketIndex:
-    """`bucket_index` on every process; what is kept beside a cache is read by the first alone."""
+    """`bucket_index` on every process; only the first one reads the file that is kept of it."""
     first = jax.process_index() == 0 or config.cache is None
     if not first:
         _barrier()
@@ -77,9 +79,10 @@ def _compute(
     source: Source,
     index: BucketIndex,
     tokenizer: Tokenizer,
+    encode_images: EncodeImages,
     progress: bool,
 ) -> None:
-    """Makes the cache, or what is left of it."""
+    """Fills the cache, or what is missing of it."""
     mesh = make_mesh("data=-1", jax.local_devices())
     kwargs = dict(mesh=mesh, param_dtype=config.frozen_dtype, dtype=config.frozen_dtype)
     movq = restore(checkpoint, "movq", **kwargs)
@@ -87,17 +90,8 @@ def _compute(
     split = batch_sharding(mesh)
 
     def images(batch: np.ndarray) -> np.ndarray:
-        if config.task != "inpainting":
-            with computing(mesh, movq.dtype):
-                return np.asarray(_latents(movq, jax.device_put(batch, split)))
-        rngs = (np.random.default_rng(zlib.crc32(image.tobytes())) for image in batch)
-        masks = [
-            draw_masks(image[None], rng, config.masks)
-            for image, rng in zip(batch, rngs, strict=True)
-        ]
-        given = jax.device_put((batch, np.concatenate(masks)), split)
         with computing(mesh, movq.dtype):
-            return np.asarray(_inpainting_latents(movq, *given))
+            return np.asarray(encode_images(movq, batch, split))
 
     def texts(captions: list[str]) -> PromptEmbeds:
         ids, mask = trimmed(*tokenizer(captions))
@@ -112,7 +106,8 @@ def _compute(
             bar.total = total
             bar.update(done - bar.n)
 
-        cache.precompute(
+        write_cache(
+            cache,
             source,
             index,
             images,
@@ -124,17 +119,6 @@ def _compute(
             barrier=_barrier,
             progress=show,
         )
-
-
-@jax.jit
-def _latents(movq: MoVQ, images: jax.Array) -> jax.Array:
-    return encode_images(movq, images)
-
-
-@jax.jit
-def _inpainting_latents(movq: MoVQ, images: jax.Array, masks: jax.Array) -> jax.Array:
-    mask, masked = inpainting_inputs(images, masks, movq.encode)
-    return jnp.concatenate([encode_images(movq, images), mask, masked], axis=-1)
 
 
 def _barrier() -> None:

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A text encoder and tokenizer from scratch, for the captions of `k3jax.scenes`.
+"""The task text_encoder: a text encoder from scratch, for the captions of `k3jax.scenes`.
 
-The large models borrow an encoder that has read the web. A small one learns to read here, before
-the U-Net is trained: from the embedding of each noun a linear layer must tell everything the
-caption says of that object (its colour, texture, size, place, count, and how it stands to the other
-one), so that cross-attention finds what belongs together in one place.
+The large models use an encoder trained on text of the web. A small one is trained here, before the
+U-Net: from the embedding of each noun a linear layer must predict everything that the caption says
+of that object (colour, texture, size, position, count, relation to the other one), so that
+cross-attention finds all of it in one place.
 """
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from k3jax.model.text_encoder import TextEncoder
+from k3jax.model.tokenizer import Tokenizer
 from k3jax.scenes.caption import PLURALS, caption
 from k3jax.scenes.scene import (
     BACKGROUNDS,
@@ -28,14 +29,19 @@ from k3jax.scenes.scene import (
     Scene,
     scene_at,
 )
+from k3jax.training.data.latent_cache import trimmed
+from k3jax.training.data.loader import ENDLESS, import_grain
+from k3jax.training.data.scene_tokenizer import train_tokenizer
+from k3jax.training.data.training_data import Arrays, TrainingData
+from k3jax.training.state import with_weights
+from k3jax.training.tasks.task import Task
+from k3jax.training.train_config import TrainConfig
 
 
-SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
 MAX_NOUNS = 2
 SIZE_NAMES = ("small", None, "large")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
-# What is asked of each noun: name -> the answers.
 QUESTIONS = {
     "shape": tuple(SHAPES),
     "color": tuple(COLORS),
@@ -46,60 +52,48 @@ QUESTIONS = {
     "relation": (None, "and", *RELATIONS),
     "count": (1, 2, 3, 4),
 }
+"""Question about a noun -> the possible answers."""
 
 
-def write_tokenizer(folder: str | Path, captions: Iterable[str], vocab_size: int = 512) -> None:
-    """Trains a byte-level BPE tokenizer (lower-casing) and writes its folder.
+class Reading(Task):
+    """Trains the text encoder, and the heads that predict the answers from its embeddings."""
 
-    Every word of the captions becomes one token; other words fall into pieces or bytes.
-    """
-    from tokenizers import (
-        Tokenizer,
-        decoders,
-        models,
-        normalizers,
-        pre_tokenizers,
-        processors,
-        trainers,
-    )
+    name = "text_encoder"
 
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(captions, trainer)
-    end = tokenizer.token_to_id("</s>")
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", end)]
-    )
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(Path(folder) / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "pad_token": "<pad>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "model_max_length": 128,
-    }
-    (Path(folder) / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+    def __init__(self, config, model, base, mesh):
+        super().__init__(config, model, base, mesh)
+        self.trained["reading_heads"] = ReadingHeads(model.text_encoder.d_model, seed=0)
+
+    @classmethod
+    def components(cls, config: TrainConfig) -> tuple[str, ...]:
+        super().components(config)
+        return ("text_encoder",)
+
+    def first_module(self, name: str) -> nnx.Module:
+        if name == "reading_heads":
+            return ReadingHeads(self.model.text_encoder.d_model, self.config.seed)
+        return super().first_module(name)
+
+    def tokenizer(self, folder: Path, new: bool) -> Path:
+        return train_tokenizer(folder, self.config.seed, new)
+
+    def open_data(self, tokenizer: Path, progress: bool) -> TrainingData:
+        args = (Tokenizer(tokenizer), self.config.batch_size, self.config.seed)
+        held_out = CaptionBatches(*args, "test")
+        validation = [held_out.batch(n) for n in range(self.config.validation_batches)]
+        return TrainingData(CaptionBatches(*args), validation)
+
+    def loss(self, weights, frozen, batch, key):
+        modules = {name: with_weights(m, name, weights) for name, m in self.trained.items()}
+        labels = {name: batch[name] for name in QUESTIONS}
+        inputs = (batch[name] for name in ("input_ids", "attention_mask", "nouns"))
+        return reading_loss(modules["text_encoder"], modules["reading_heads"], *inputs, labels)
 
 
-def captions_to_learn(seed: int, count: int = 20_000) -> Iterable[str]:
-    """What the tokenizer is trained on."""
-    for index in range(count):
-        yield caption(scene_at(seed, index), np.random.default_rng([seed, index, 8]))
+def with_noise(text: str, rng: np.random.Generator) -> str:
+    """A caption as people might write it: sometimes with an opening, sometimes with a random word.
 
-
-def disturbed(text: str, rng: np.random.Generator) -> str:
-    """A caption as people might write it: sometimes with an opening, sometimes with a strange word.
-
-    Tokens that no caption holds would otherwise keep random embeddings.
+    Tokens that occur in no caption would otherwise keep random embeddings.
     """
     if rng.random() < 0.2:
         opening = ("a picture of", "a photo of", "a drawing of", "an image of", "draw", "show")
@@ -208,3 +202,44 @@ def find_nouns(input_ids: np.ndarray, ids_of_nouns: np.ndarray) -> np.ndarray:
         where = np.flatnonzero(found)[:MAX_NOUNS]
         places[row, : len(where)] = where
     return places
+
+
+class CaptionBatches:
+    """Endless batches of captions of scenes with their labels, drawn when they are needed."""
+
+    def __init__(self, tokenizer: Tokenizer, batch_size: int, seed: int, split: str = "train"):
+        self._tokenizer, self._batch_size = tokenizer, batch_size // jax.process_count()
+        self._seed, self._split, self._number = seed, split, 0
+        self._nouns, self._iterator = noun_ids(tokenizer), None
+
+    def batch(self, number: int) -> Arrays:
+        first = (number * jax.process_count() + jax.process_index()) * self._batch_size
+        indices = range(first, first + self._batch_size)
+        scenes = [scene_at(self._seed, index, self._split) for index in indices]
+        texts = []
+        for index, scene in zip(indices, scenes, strict=True):
+            rng = np.random.default_rng([self._seed, index, 9])
+            texts.append(with_noise(caption(scene, rng), rng))
+        ids, mask = trimmed(*self._tokenizer(texts))
+        nouns = find_nouns(ids, self._nouns)
+        labels = reading_labels(scenes)
+        return {"input_ids": ids, "attention_mask": mask, "nouns": nouns, **labels}
+
+    def __next__(self) -> Arrays:
+        if self._iterator is None:
+            numbers = import_grain().MapDataset.range(self._number, ENDLESS)
+            self._iterator = iter(numbers.map(self.batch).to_iter_dataset())
+        self._number += 1
+        return next(self._iterator)
+
+    def state(self) -> dict[str, Any]:
+        return {"batch": self._number}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.close()
+        self._number = int(state["batch"])
+
+    def close(self) -> None:
+        if self._iterator is not None:
+            self._iterator.close()
+        self._iterator = None

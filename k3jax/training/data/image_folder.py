@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder of images with captions, in the ways people keep them."""
+"""A folder of images with captions in metadata files, text files or the PNGs."""
 
 import csv
 import json
@@ -18,34 +18,34 @@ CONTACT_SHEET = "contact_sheet"
 
 
 class FolderSource(Source):
-    """Images below a folder, sorted by path, each with a caption from the first of these:
+    """Images in a folder and its subfolders, sorted by path. A caption comes from the first of:
 
     1. metadata.jsonl or metadata.csv in its folder or one above, with a `file_name` relative to
        that file and a column of captions (the imagefolder convention of Hugging Face datasets);
-    2. a text file beside it with the same stem;
+    2. a text file with the same stem in the same folder;
     3. a PNG's text chunk `prompt`, which `k3jax generate` writes.
     """
 
     def __init__(self, folder: str | Path, caption_column: str = "caption"):
         """
         Raises:
-            ValueError: there is no such folder or no image in it, an image has no caption, or a
-                metadata file is wrong.
+            ValueError: no such folder, no image in it, an image without caption, or a wrong
+                metadata file.
         """
         self._folder = Path(folder)
         if not self._folder.is_dir():
             raise ValueError(f"{folder} is not a folder of images: there is no such folder.")
         images, metadata = _walk(self._folder)
         captions: dict[str, str] = {}
-        for path in metadata:  # folders before their subfolders, so that the nearest file wins
+        for path in metadata:  # subfolders come last: the nearest file wins
             captions.update(_read_metadata(path, self._folder, caption_column))
         for name in captions.keys() - set(images):
             if not (self._folder / name).is_file():
                 raise ValueError(
-                    f"{folder}: a metadata file names {name}, which is not there: add the image or "
-                    "take its line out."
+                    f"{folder}: a metadata file names {name}, which does not exist: add the image "
+                    "or remove its line."
                 )
-            images.append(name)  # whatever its suffix
+            images.append(name)  # with any suffix
         self._names: list[str] = []
         self._captions: list[str] = []
         for name in sorted(images):
@@ -53,7 +53,7 @@ class FolderSource(Source):
             if caption is None:
                 caption = _caption_beside(self._folder / name)
             if caption is None and Path(name).name.startswith(CONTACT_SHEET):
-                continue  # `k3jax generate` puts one beside its images
+                continue  # `k3jax generate` writes one with its images
             if not caption:
                 raise ValueError(
                     f"{self._folder / name} has no caption: write it into "
@@ -89,7 +89,7 @@ def _walk(folder: Path) -> tuple[list[str], list[Path]]:
     """Images, relative to `folder` with forward slashes, and metadata files; no hidden ones."""
     images, metadata, walked = [], [], set()
     for at, folders, files in os.walk(folder, followlinks=True):
-        if os.path.realpath(at) in walked:  # links can go round in circles
+        if os.path.realpath(at) in walked:  # links can form a cycle
             folders.clear()
             continue
         walked.add(os.path.realpath(at))
@@ -109,6 +109,8 @@ def _read_metadata(path: Path, folder: Path, column: str) -> Iterator[tuple[str,
     """(image relative to `folder`, caption) of each line."""
     rows = _json_lines(path) if path.suffix == ".jsonl" else _csv_rows(path)
     for line, row in rows:
+        if column == "caption" not in row and "prompt" in row:  # of data sets that k3jax wrote
+            column = "prompt"
         for name in ("file_name", column):
             if name not in row:
                 raise ValueError(
@@ -118,7 +120,7 @@ def _read_metadata(path: Path, folder: Path, column: str) -> Iterator[tuple[str,
         caption = row[column]
         if not isinstance(caption, str) or not caption.strip():
             raise ValueError(f"{path}, line {line}: {column!r} must be a text, not {caption!r}.")
-        check_utf8(caption, f"{path}, line {line}: {column!r}")  # JSON can escape half a character
+        check_utf8(caption, f"{path}, line {line}: {column!r}")
         image = os.path.normpath(path.parent / str(row["file_name"]))
         yield Path(os.path.relpath(image, folder)).as_posix(), caption.strip()
 
@@ -153,14 +155,14 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict]]:
                 if None in row:
                     raise ValueError(
                         f"{path}, line {reader.line_num}: there are {len(columns)} columns, but "
-                        f"{len(columns) + len(row[None])} values: put a text that has commas in it "
+                        f"{len(columns) + len(row[None])} values: put a text with commas "
                         "into double quotes."
                     )
                 yield reader.line_num, row
         except csv.Error as error:
             raise ValueError(
-                f"{path}, line {reader.line_num + 1} is not CSV ({error}): put a text that has "
-                "quotes in it into double quotes, and double the quotes inside."
+                f"{path}, line {reader.line_num + 1} is not CSV ({error}): put a text with "
+                "quotes into double quotes, and double the quotes inside."
             ) from None
 
 
@@ -176,9 +178,6 @@ def _caption_beside(image: Path) -> str | None:
     try:
         with open(image, "rb") as file, opened(file, str(image)) as png:
             text = png.info.get("prompt")
-    except (
-        OSError,
-        ValueError,
-    ):
-        return None  # whether it can be decoded is checked later, of every image
+    except (OSError, ValueError):
+        return None  # all images are checked later
     return text.strip() if isinstance(text, str) else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of a run: written whole or not at all, errors that name them, and one process at a time."""
+"""Atomic writes, errors that name the file, and locks between processes."""
 
 import contextlib
 import os
@@ -14,14 +14,14 @@ from k3jax.training.signals import agree
 
 
 def write_whole(path: Path, content: Callable[[BinaryIO], Any]) -> None:
-    """Has `content(file)` write a file, which appears, or is replaced, when all of it is on disk.
+    """Writes a file atomically: it appears, or is replaced, once all of `content(file)` is on disk.
 
     Raises:
         OSError: it cannot be written; names `path`.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with naming(path):
+        with name_in_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(part, "wb") as file:
                 content(file)
@@ -29,13 +29,13 @@ def write_whole(path: Path, content: Callable[[BinaryIO], Any]) -> None:
                 os.fsync(file.fileno())
             os.replace(part, path)
     finally:
-        with contextlib.suppress(OSError):  # a full disk gets its space back
+        with contextlib.suppress(OSError):  # frees the space on a full disk
             part.unlink()
 
 
 @contextlib.contextmanager
-def naming(path: str | os.PathLike) -> Iterator[None]:
-    """Puts `path` into errors of the system that name no file, as writing to a full disk raises."""
+def name_in_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Adds `path` to errors of the system without a file name, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -45,12 +45,12 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def only_run(lock: Path, busy: str) -> Iterator[None]:
-    """Keeps other runs away while the body of the `with` runs; process 0 locks for its whole job.
+def exclusive_lock(lock: Path, busy: str) -> Iterator[None]:
+    """Holds a lock during the `with`; process 0 holds it for its whole job.
 
     Args:
-        lock: an empty file, made if it is not there.
-        busy: the sentence of the error.
+        lock: an empty file, created if necessary.
+        busy: message of the error.
 
     Raises:
         ValueError: another run holds the lock; on every process of this job.

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from k3jax.images.pngs import write_png
-from k3jax.training.files import naming
 from k3jax.training.metrics import read_metrics
+from k3jax.training.run_files import name_in_errors
 
 
 WIDTH, HEIGHT = 960, 540
@@ -58,7 +58,7 @@ def plot_losses(
         x, y = plane.pixel(step, value)
         draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill=VALIDATION)
     _draw_legend(draw, font, train, smooth, validation)
-    with naming(png_path):
+    with name_in_errors(png_path):
         write_png(image, Path(png_path))
 
 
