@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The architecture of PyTorch checkpoints, from config.json or from the tensors' shapes."""
+"""The architecture of checkpoints without config.json: from k3jax.json, or from tensors' shapes.
 
-import warnings
+An export writes k3jax.json beside the weights, with the settings for which PyTorch's layouts have
+no place; other programs ignore it. A conversion reads it, so that a model comes back with its image
+size and sampler, and needs no --config.
+"""
+
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,145 +20,61 @@ from k3jax.config import (
     UNetConfig,
     from_dict,
     suggestion,
+    to_dict,
 )
 from k3jax.convert.rules import ConversionError, Shape, Table
 from k3jax.sampling.samplers import make_sampler
 
 
-Json = Mapping[str, Any]
+SAMPLER_ALONE = ("name", "num_inference_steps", "guidance_scale", "eta", "threshold_percentile")
+"""Settings of a sampler that diffusers' scheduler_config.json does not have."""
+_PARTS = ("sampler", "unet", "movq")
 
 
-def text_encoder_config(values: Json, where: str) -> TextEncoderConfig:
-    """From transformers' config.json of a T5; what an encoder does not use is passed over."""
-    feed_forward = values.get("feed_forward_proj", "relu")
-    if feed_forward != "gated-silu":
-        raise ConversionError(
-            f"{where}: feed_forward_proj is {feed_forward!r}; only the encoder of Flan-UL2 "
-            "('gated-silu') is supported."
-        )
-    known = TextEncoderConfig.__dataclass_fields__
-    return _from_dict(TextEncoderConfig, {k: v for k, v in values.items() if k in known}, where)
+def settings_file(layout: str, end: str) -> str:
+    """Name of the file; `end` is what the original files of a variant append to their names."""
+    return "k3jax.json" if layout == "diffusers" else f"k3jax{end}.json"
 
 
-_UNET_DEFAULTS = {
-    "in_channels": 4,
-    "time_embedding_dim": 1536,
-    "groups": 32,
-    "attention_head_dim": 64,
-    "layers_per_block": 3,
-    "block_out_channels": (384, 768, 1536, 3072),
-    "cross_attention_dim": 4096,
-    "encoder_hid_dim": 4096,
-}
+def own_settings(config: ModelConfig, layout: str) -> dict[str, Any]:
+    """The content of the file.
 
-
-def unet_config(values: Json, where: str) -> tuple[UNetConfig, TextProjectionConfig]:
-    """From diffusers' config.json of a Kandinsky3UNet, which holds the text projection as well.
-
-    diffusers has as many output channels as input channels, half as many channels before the first
-    level as in it, and fixed attention flags.
+    In the original layout no other file describes the U-Net and the MoVQ (which has no codebook).
     """
-    values = {k: v for k, v in values.items() if not k.startswith("_")}
-    for key in values.keys() - _UNET_DEFAULTS.keys():
-        near = suggestion(key, set(_UNET_DEFAULTS))
-        raise ConversionError(f"{where}: {key!r} is no setting of a Kandinsky3UNet{near}.")
-    values = {**_UNET_DEFAULTS, **values}
-    projection = {
-        "d_model": values.pop("encoder_hid_dim"),
-        "cross_attention_dim": values["cross_attention_dim"],
-        "null_embedding": False,
+    values = to_dict(config)
+    if layout == "diffusers":
+        sampler = {name: values["sampler"][name] for name in SAMPLER_ALONE}
+        return {"sample_size": config.sample_size, "sampler": sampler}
+    movq = {**values["movq"], "num_vq_embeddings": 0}
+    return {
+        "sample_size": config.sample_size,
+        "sampler": values["sampler"],
+        "unet": values["unet"],
+        "movq": movq,
     }
-    projection = _from_dict(TextProjectionConfig, projection, where)
-    (first, *_) = _widths(values, where)
-    values["out_channels"] = values["in_channels"]
-    values["init_channels"] = first // 2
-    return _from_dict(UNetConfig, values, where), projection
 
 
-_MOVQ_FIELDS = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "latent_channels": 3,
-    "block_out_channels": (64,),
-    "layers_per_block": 1,
-    "norm_num_groups": 32,
-    "num_vq_embeddings": 256,
-    "vq_embed_dim": None,
-}
-_MOVQ_WITHOUT_EFFECT = {"sample_size", "scaling_factor", "force_upcast", "lookup_from_codebook"}
+def with_own_settings(
+    parts: Mapping[str, Any], values: Mapping[str, Any], where: str
+) -> dict[str, Any]:
+    """The parts of a ModelConfig, with the values of the file.
 
-
-def movq_config(values: Json, where: str) -> MoVQConfig:
-    """From diffusers' config.json of a VQModel."""
-    values = {k: v for k, v in values.items() if not k.startswith("_")}
-    values = {"block_out_channels": (64,), **values}
-    plain = len(_widths(values, where)) - 1
-    wanted = {
-        "norm_type": ("spatial", "group"),
-        "act_fn": ("silu", "silu"),
-        "mid_block_add_attention": (True, True),
-        "down_block_types": (
-            ["DownEncoderBlock2D"] * plain + ["AttnDownEncoderBlock2D"],
-            ["DownEncoderBlock2D"],
-        ),
-        "up_block_types": (
-            ["AttnUpDecoderBlock2D"] + ["UpDecoderBlock2D"] * plain,
-            ["UpDecoderBlock2D"],
-        ),
-    }
-    for key, (needed, default) in wanted.items():
-        value = values.pop(key, default)
-        if (list(value) if isinstance(value, tuple) else value) != needed:
-            raise ConversionError(
-                f"{where}: {key} is {value!r}; a MoVQ of Kandinsky has {needed!r}."
-            )
-    for key in values.keys() - _MOVQ_FIELDS.keys() - _MOVQ_WITHOUT_EFFECT:
-        near = suggestion(key, set(_MOVQ_FIELDS))
-        raise ConversionError(f"{where}: {key!r} is no setting of a VQModel{near}.")
-    values = {k: values.get(k, default) for k, default in _MOVQ_FIELDS.items()}
-    if values["vq_embed_dim"] is None:
-        values["vq_embed_dim"] = values["latent_channels"]
-    return _from_dict(MoVQConfig, values, where)
-
-
-_SCHEDULERS = {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim"}
-_SCHEDULER_DEFAULTS = {
-    "beta_schedule": "linear",
-    "beta_start": 0.0001,
-    "beta_end": 0.02,
-    "steps_offset": 0,
-}
-"""Where diffusers' defaults differ from ours, which are those of the shipped file."""
-_SCHEDULER_UNSUPPORTED = {"trained_betas": None, "rescale_betas_zero_snr": False}
-
-
-def sampler_config(values: Json, where: str) -> SamplerConfig:
-    """From diffusers' scheduler_config.json; 25 steps and w = 3 are its pipeline's defaults."""
-    kind = values.get("_class_name", "DDPMScheduler")
-    if not isinstance(kind, str) or kind not in _SCHEDULERS:
-        raise ConversionError(
-            f"{where}: the scheduler {kind} is not supported; known are {', '.join(_SCHEDULERS)}."
-        )
-    for key, only in _SCHEDULER_UNSUPPORTED.items():
-        if values.get(key, only) != only:
-            raise ConversionError(f"{where}: {key} = {values[key]!r} is not supported.")
-    values = {k: v for k, v in values.items() if not k.startswith("_")}
-    known = set(SamplerConfig.__dataclass_fields__) - {"name", "num_inference_steps", "eta"}
-    unknown = sorted(values.keys() - known - _SCHEDULER_UNSUPPORTED.keys())
-    if unknown:
-        warnings.warn(f"{where}: {', '.join(unknown)} are settings without effect.", stacklevel=2)
-    settings = {k: v for k, v in values.items() if k in known}
-    return _from_dict(
-        SamplerConfig,
-        {
-            **_SCHEDULER_DEFAULTS,
-            **settings,
-            "name": _SCHEDULERS[kind],
-            "num_inference_steps": 25,
-            "guidance_scale": 3.0,
-        },
-        where,
-    )
+    Raises:
+        ConversionError: an unknown setting, or one of a wrong type.
+    """
+    parts = dict(parts)
+    for key, value in values.items():
+        if key == "sample_size":
+            if type(value) is not int:
+                raise ConversionError(f"{where}: sample_size is {value!r}, not an integer.")
+            parts[key] = value
+        elif key not in _PARTS or not isinstance(value, Mapping):
+            near = suggestion(key, {"sample_size", *_PARTS})
+            raise ConversionError(f"{where} has no group of settings {key!r}{near}.")
+        else:
+            part = parts[key]
+            parts[key] = config_from_dict(type(part), {**to_dict(part), **value}, f"{where}: {key}")
+    return parts
 
 
 def original_sampler(layout: str, variant: str) -> SamplerConfig:
@@ -168,7 +88,7 @@ def original_sampler(layout: str, variant: str) -> SamplerConfig:
 
 
 class Shapes:
-    """Our names and shapes of a PyTorch state dict, asked for the architecture that they show."""
+    """Our names and shapes of a PyTorch state dict, from which the architecture is inferred."""
 
     def __init__(self, table: Table, torch_shapes: Mapping[str, Shape]):
         self._component = table.component
@@ -184,17 +104,17 @@ class Shapes:
         if name not in self.shapes:
             theirs = " or ".join(torch for _, torch in self._table.from_jax(name))
             raise ConversionError(
-                f"{self._component}: the architecture cannot be told, since {theirs} is missing or "
+                f"{self._component}: the architecture is unknown, since {theirs} is missing or "
                 "has the wrong number of axes."
             )
         if 0 in self.shapes[name]:
             raise ConversionError(
-                f"{self._component}: the architecture cannot be told, since our {name} is empty."
+                f"{self._component}: the architecture is unknown, since our {name} is empty."
             )
         return self.shapes[name]
 
     def count(self, prefix: str) -> int:
-        """How many members the list `prefix` has; 0 when there is none."""
+        """The number of members of the list `prefix`; 0 without the list."""
         members = {
             n[len(prefix) + 1 :].split(".")[0] for n in self.shapes if n.startswith(prefix + ".")
         }
@@ -221,7 +141,7 @@ def inferred_projection(shapes: Shapes) -> TextProjectionConfig:
 
 
 def inferred_unet(shapes: Shapes) -> UNetConfig:
-    """Head dim 64 and 32 groups, which leave no trace in the shapes, are taken for granted."""
+    """Assumes head dim 64 and 32 groups, which the shapes do not show."""
     levels = shapes.count("down_blocks")
     *_, in_channels, init_channels = shapes["conv_in.kernel"]
     widths = [
@@ -247,7 +167,7 @@ def inferred_unet(shapes: Shapes) -> UNetConfig:
 
 
 def _flags(shapes: Shapes, levels: int, name: str) -> tuple[bool, ...]:
-    """The flags behind the levels: one per level, or the references' 4 where these show.
+    """The attention flags of the levels: one per level, or the references' 4 if the shapes show 4.
 
     The up path reads the flags backwards from their end, so with 4 flags and fewer levels the two
     paths see different ones.
@@ -261,7 +181,7 @@ def _flags(shapes: Shapes, levels: int, name: str) -> tuple[bool, ...]:
 
 
 def inferred_movq(shapes: Shapes) -> MoVQConfig:
-    """32 groups in the encoder's norms are taken for granted."""
+    """Assumes 32 groups in the encoder's norms, which the shapes do not show."""
     levels = shapes.count("encoder.down_blocks")
     blocks = [f"encoder.down_blocks.{level}.resnets" for level in range(levels)]
     *_, latent_channels, vq_embed_dim = shapes["quant_conv.kernel"]
@@ -289,21 +209,8 @@ def model_config(where: str, **parts) -> ModelConfig:
         raise ConversionError(f"{where}: {error}") from None
 
 
-def _widths(values: Json, where: str) -> list[int]:
-    """block_out_channels, of which other settings follow."""
-    widths = values["block_out_channels"]
-    if (
-        not isinstance(widths, list | tuple)
-        or not widths
-        or not all(type(w) is int for w in widths)
-    ):
-        raise ConversionError(
-            f"{where}: block_out_channels is {widths!r}, where a list of integers is expected."
-        )
-    return list(widths)
-
-
-def _from_dict(cls, values, where):
+def config_from_dict(cls, values: Mapping[str, Any], where: str):
+    """A part of a ModelConfig; a ConversionError that names the file where a value is wrong."""
     try:
         return from_dict(cls, values, where)
     except ValueError as error:

@@ -11,15 +11,29 @@ import torch
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
+SAFETENSORS_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": BFLOAT16,
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+"""The safetensors format's names of dtypes, those that are read and written here."""
+
 _BITS = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}
 
 
 def as_numpy(value: Any) -> np.ndarray:
-    """A numpy view of a tensor or array; no copy where the tensor lies in host memory."""
+    """A numpy view of a tensor or array; no copy of tensors in host memory."""
     if not isinstance(value, torch.Tensor):
         return np.asarray(value)
     value = value.detach().cpu()
-    if value.dtype == torch.bfloat16:  # numpy has none of its own
+    if value.dtype == torch.bfloat16:  # numpy has no such dtype
         return value.contiguous().view(torch.int16).numpy().view(BFLOAT16)
     return value.numpy()
 
@@ -47,7 +61,8 @@ def permuted(array: np.ndarray, order: tuple[int, ...]) -> np.ndarray:
     result may be read-only.
     """
     moved = array.transpose(order)
-    if moved.flags.c_contiguous or array.itemsize > 4:  # JAX would narrow 64 bits to 32
+    small = array.size < 1 << 16  # a call of JAX takes a millisecond
+    if small or moved.flags.c_contiguous or array.itemsize > 4:  # JAX would narrow 64 bits to 32
         return np.ascontiguousarray(moved)
     return np.asarray(jax.device_put(moved, jax.local_devices(backend="cpu")[0]))
 

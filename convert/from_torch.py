@@ -7,20 +7,21 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from k3jax.checkpoints.digests import array_digest, combined_digest
-from k3jax.checkpoints.format import TOKENIZER
-from k3jax.checkpoints.restore import Checkpoint, CheckpointWriter, read_checkpoint
-from k3jax.config import ModelConfig
+from k3jax.checkpoints.format import TOKENIZER, Checkpoint, read_checkpoint
+from k3jax.checkpoints.writer import CheckpointWriter
 from k3jax.convert.arrays import bits_of, is_finite
 from k3jax.convert.modules import layer_shapes, module_shapes
-from k3jax.convert.rules import ConversionError, Plan, Shape, raise_faults, to_jax_array
+from k3jax.convert.rules import ConversionError, ConversionPlan, Shape, raise_faults, to_jax_array
 from k3jax.convert.sources import Source, open_source
 from k3jax.convert.tensors import Tensors, shapes
-from k3jax.convert.tokenizer import prepare_tokenizer
+from k3jax.convert.tokenizer_files import prepare_tokenizer
 from k3jax.model.abstract import abstract_module
 from k3jax.model.tokenizer import tokenizer_fault
 
@@ -42,7 +43,7 @@ def convert(
 ) -> None:
     """Converts a PyTorch checkpoint of any known layout.
 
-    Everything that names and shapes tell is checked before anything is written. Memory: about one
+    Names, shapes and dtypes are checked before anything is written. Memory: about one
     gigabyte, whatever the size; the weights pass through a memory map. A conversion that fails or
     is killed leaves nothing at `destination`, and can be run again.
 
@@ -52,7 +53,7 @@ def convert(
         destination: folder or bucket path that does not exist.
         variant: `base`, `flash` or `inpainting`.
         weights_variant: `fp16` to take the files named *.fp16.*; by default the plain ones, or the
-            only ones that there are.
+            only ones.
         text_encoder_from: another checkpoint of ours whose text encoder is used instead of a copy.
         param_dtype: `bfloat16`, `float16` or `float32`; None keeps each tensor's own.
         architecture: see `k3jax.convert.sources.open_source`.
@@ -60,7 +61,7 @@ def convert(
 
     Raises:
         ConversionError: what is wrong with the source, all faults together.
-        k3jax.checkpoints.restore.CheckpointError: what is wrong with the destination.
+        k3jax.files.CheckpointError: what is wrong with the destination.
     """
     if param_dtype not in (None, *PARAM_DTYPES):
         raise ConversionError(
@@ -129,7 +130,7 @@ def _check_tokenizer(folder: os.PathLike, source: Source) -> None:
         raise ConversionError(f"{fault}.")
 
 
-def plan(source: Source, where: str) -> dict[str, Plan]:
+def plan(source: Source, where: str) -> dict[str, ConversionPlan]:
     """Component -> plan, for all components of the source.
 
     Raises:
@@ -138,7 +139,7 @@ def plan(source: Source, where: str) -> dict[str, Plan]:
     plans = {}
     for component, tensors in source.tensors.items():
         table = source.tables[component]
-        expected = layer_shapes(table, _model_shapes(component, source.config))
+        expected = layer_shapes(table, _module_shapes(component, getattr(source.config, component)))
         steps = plans[component] = table.to_jax(shapes(tensors), expected)
         for name, tensor in tensors.items():
             if tensor.dtype not in ("float64", "float32", "float16", "bfloat16"):
@@ -148,12 +149,13 @@ def plan(source: Source, where: str) -> dict[str, Plan]:
     return plans
 
 
-@functools.lru_cache(8)
-def _model_shapes(component: str, config: ModelConfig) -> dict[str, Shape]:
-    return module_shapes(abstract_module(component, config))
+@functools.lru_cache(16)
+def _module_shapes(component: str, part: Any) -> dict[str, Shape]:
+    """Name -> shape, by the component's part of a ModelConfig; a second at full size."""
+    return module_shapes(abstract_module(component, SimpleNamespace(**{component: part})))
 
 
-def _stream(steps: Plan, tensors: Tensors, writer, param_dtype, bar) -> dict[str, str]:
+def _stream(steps: ConversionPlan, tensors: Tensors, writer, param_dtype, bar) -> dict[str, str]:
     """Writes one component. Returns a digest per PyTorch tensor.
 
     Raises:
@@ -195,7 +197,7 @@ def _stream(steps: Plan, tensors: Tensors, writer, param_dtype, bar) -> dict[str
 
 
 def _prevailing_dtype(source: Source) -> str:
-    """The dtype of most of the U-Net's numbers, which stands for the whole."""
+    """The dtype of most of the U-Net's numbers."""
     sizes: dict[str, int] = {}
     for tensor in source.tensors["unet"].values():
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a checkpoint is: in a local folder, or on the Hugging Face hub to be fetched from there."""
+"""Finds a checkpoint in a local folder, or downloads it from the Hugging Face hub."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -14,7 +14,7 @@ from k3jax.convert.weight_files import ReadBytes
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 TIMEOUT = 10
-"""Seconds that the hub has for its answer; it is asked once."""
+"""Seconds to wait for the hub's answer; there is one try."""
 
 Find = Callable[[Iterable[str], str, ReadBytes], Layout]
 """Names of all files, a name for error messages, and a reader of small files, to a layout."""
@@ -56,11 +56,11 @@ def fetch(source: str | Path, find: Find) -> tuple[Path, Layout, dict[str, str]]
 
 
 class _Unreachable(Exception):
-    """No answer from the hub; says why."""
+    """The hub did not answer; the message is the reason."""
 
 
 def _hub_files(repo: str) -> list[str]:
-    """Names of the files of a repository, asked for once: the client's own listing tries for 23 s.
+    """Names of the files of a repository, in one try: the client's own listing retries for 23 s.
 
     Raises:
         _Unreachable: no network, or no answer within TIMEOUT.

@@ -4,7 +4,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from k3jax.convert.own_settings import settings_file
+from k3jax.convert.architecture import settings_file
 from k3jax.convert.rules import ConversionError
 from k3jax.convert.weight_files import ReadBytes, weight_files
 from k3jax.model.tokenizer import TOKENIZER_FILES
@@ -54,10 +54,11 @@ def find_layout(
         variant: one of VARIANTS.
         weights_variant: `fp16` for files named *.fp16.*; None: plain files, or the only variant.
         text_encoder: False leaves the text encoder out (another checkpoint has it).
-        read_bytes: for the indexes of shards; None: shards are told from their names alone.
+        read_bytes: for the indexes of shards; None: shards are found by their names alone.
 
     Raises:
-        ConversionError: no known layout, or a component without files; says what was looked for.
+        ConversionError: no known layout, or a component without files; the message lists the
+            names that were searched for.
     """
     names = set(names)
     if variant not in VARIANTS:
@@ -79,7 +80,7 @@ def find_layout(
         )
     raise ConversionError(
         f"{where} holds no checkpoint that is known: neither model_index.json or unet/ (diffusers "
-        f"layout) nor {' or '.join(main)} (original layout) is there."
+        f"layout) nor {' or '.join(main)} (original layout) exists."
     )
 
 
@@ -150,7 +151,7 @@ def _original(names, where, variant, weights_variant, text_encoder, read_bytes):
                 "--text-encoder-from)"
             )
         if not layout.tokenizer:
-            missing.append("the tokenizer (spiece.model or tokenizer.json beside the encoder)")
+            missing.append("the tokenizer (spiece.model or tokenizer.json in the encoder's folder)")
     _refuse(missing, where)
     return layout
 

@@ -61,7 +61,7 @@ def state_dict_to_module(
     """Fills a module that has shapes only with the weights of a PyTorch state dict.
 
     Args:
-        table: names, e.g. `k3jax.convert.unet.table("diffusers")`.
+        table: names, e.g. `k3jax.convert.keys.table("unet")`.
         state_dict: PyTorch name -> tensor or numpy array.
         abstract_module: from `k3jax.model.abstract.abstract_module`; it is filled in place.
             Each leaf keeps its own dtype, to which the weights are cast.

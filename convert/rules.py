@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """An invertible table of parameter names, compiled both ways. Knows nothing about any model.
 
-A row is three strings: PyTorch's name, ours, and an einops pattern that says how the axes move. The
-parts of a name that vary stand in braces, see templates.py.
+A row is three strings: PyTorch's name, ours, and an einops pattern for the axes. The parts of a
+name that vary are in braces, see templates.py.
 """
 
 import math
@@ -36,15 +36,15 @@ class Fault:
 
 
 class ConversionError(ValueError):
-    """A checkpoint cannot be converted. `faults` holds everything that was found, not the first."""
-
-    shown = 200
+    """A checkpoint cannot be converted. `faults` holds all that was found; the message has five
+    lines at most."""
 
     def __init__(self, message: str, faults: Iterable[Fault] = ()):
         self.faults = tuple(faults)
-        lines = [message, *(f"  {fault}" for fault in self.faults[: self.shown])]
-        if len(self.faults) > self.shown:
-            lines.append(f"  and {len(self.faults) - self.shown} more")
+        shown = len(self.faults) if len(self.faults) <= 4 else 3
+        lines = [message, *(f"  {fault}" for fault in self.faults[:shown])]
+        if len(self.faults) > shown:
+            lines.append(f"  and {len(self.faults) - shown} more.")
         super().__init__("\n".join(lines))
 
 
@@ -128,8 +128,8 @@ class Step:
 
 
 @dataclass
-class Plan:
-    """What to do with each tensor of one component, made from names and shapes alone."""
+class ConversionPlan:
+    """A step for each tensor of one component, planned from names and shapes alone."""
 
     component: str
     steps: list[Step] = field(default_factory=list)
@@ -176,7 +176,7 @@ class Table:
         read = ((r, jax.read(name), torch) for r, torch, jax in self._compiled if not r.alias)
         return [(rule, torch.write(values)) for rule, values, torch in read if values is not None]
 
-    def to_jax(self, found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> Plan:
+    def to_jax(self, found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> ConversionPlan:
         """Plans the conversion of a PyTorch state dict from names and shapes alone.
 
         Args:
@@ -186,13 +186,14 @@ class Table:
         Returns:
             A plan; its `faults` name every unknown, missing, doubled and misshapen tensor.
         """
-        plan = Plan(self.component)
+        plan = ConversionPlan(self.component)
         filled: dict[str, Step] = {}
-        matched = []
+        matched, unknown = [], []
         for torch_name, shape in found.items():
             rows = self.from_torch(torch_name)
             if not rows:
                 if not self.ignores(torch_name):
+                    unknown.append(torch_name)
                     plan.add_fault(f"unknown tensor {torch_name} of shape {_text(shape)}.")
                 continue
             if len(rows) > 1:
@@ -200,6 +201,9 @@ class Table:
                 plan.add_fault(f"{torch_name} fits more than one row of the table: {templates}.")
                 continue
             matched.append((torch_name, tuple(shape), *rows[0]))
+        if len(unknown) == len(found) > 0:
+            plan.faults = [Fault(self.component, self._foreign(unknown[0], len(unknown)))]
+            return plan
         # Second names come last, so that a tensor is filed under its first name when it has both.
         for torch_name, shape, rule, jax_name in sorted(matched, key=lambda row: row[2].alias):
             if jax_name in filled:
@@ -223,6 +227,15 @@ class Table:
                 plan.add_fault(f"missing tensor {names} of shape {shape} (our {jax_name}).")
         return plan
 
+    def _foreign(self, name: str, count: int) -> str:
+        """The fault of a state dict without any known name, often because of a prefix."""
+        text = f"none of its {count} tensors has a known name; the first is {name}"
+        parts = name.split(".")
+        for start in range(1, len(parts)):
+            if self.from_torch(".".join(parts[start:])):
+                return f"{text}: remove the prefix '{'.'.join(parts[:start])}.' from all names."
+        return f"{text}."
+
     def _check(self, plan, step, expected):
         if step.jax_name not in expected:
             plan.add_fault(
@@ -230,10 +243,10 @@ class Table:
                 "which a model of this configuration does not have."
             )
         elif step.jax_shape != tuple(expected[step.jax_name]):
-            wanted = self._torch_shape(step.jax_name, expected[step.jax_name])
+            expected_shape = self._torch_shape(step.jax_name, expected[step.jax_name])
             plan.add_fault(
                 f"{step.torch_name} ({step.jax_name}) has shape {_text(step.torch_shape)}; "
-                f"the model wants {_text(wanted)}."
+                f"the model has {_text(expected_shape)}."
             )
 
     def _torch_shape(self, jax_name, shape):
@@ -241,9 +254,9 @@ class Table:
             return rule.torch_shape(tuple(shape)) or tuple(shape)
         return tuple(shape)
 
-    def to_torch(self, shapes: Mapping[str, Shape]) -> Plan:
+    def to_torch(self, shapes: Mapping[str, Shape]) -> ConversionPlan:
         """Plans the way back for our names and shapes; faults name what has no PyTorch name."""
-        plan = Plan(self.component)
+        plan = ConversionPlan(self.component)
         seen = {}
         for jax_name, shape in shapes.items():
             rows = self.from_jax(jax_name)
@@ -261,7 +274,7 @@ class Table:
 
 
 def under(torch_prefix: str, jax_prefix: str, rules: Iterable[Rule]) -> tuple[Rule, ...]:
-    """The rows of a block at the place where the block stands."""
+    """The rows of a block, below the name of the block."""
     return tuple(
         Rule(f"{torch_prefix}.{r.torch}", f"{jax_prefix}.{r.jax}", r.layout, r.alias) for r in rules
     )

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from k3jax.convert.arrays import SAFETENSORS_DTYPES
 from k3jax.convert.rules import Shape
-from k3jax.convert.safetensors_header import SAFETENSORS_DTYPES
+from k3jax.files import shortened
 
 
 NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
@@ -26,7 +27,7 @@ def nbytes(entry: Entry) -> int:
 
 
 class SafetensorsWriter:
-    """One file; tensors may come in any order, and close() says which did not come."""
+    """One file; tensors are written in any order, and close() names those that are missing."""
 
     def __init__(self, path: Path, entries: Mapping[str, Entry]):
         self.path = path
@@ -62,7 +63,7 @@ class SafetensorsWriter:
     def close(self) -> None:
         self._file.close()
         if self._places:
-            raise ValueError(f"{self.path} was closed without {', '.join(self._places)}.")
+            raise ValueError(f"{self.path} was closed without {shortened(self._places)}.")
 
 
 def write_index(files: Mapping[str, Mapping[str, Entry]], path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from k3jax.config import ModelConfig, SamplerConfig, TextEncoderConfig, from_dict, to_dict
-from k3jax.convert import movq, text_encoder, text_projection, unet
+from k3jax.convert import keys
 from k3jax.convert.architecture import (
     Shapes,
     inferred_movq,
@@ -16,17 +16,19 @@ from k3jax.convert.architecture import (
     inferred_text_encoder,
     inferred_unet,
     model_config,
-    movq_config,
     original_sampler,
+    with_own_settings,
+)
+from k3jax.convert.diffusers_json import (
+    movq_config,
     sampler_config,
     text_encoder_config,
     unet_config,
 )
 from k3jax.convert.hub import fetch
 from k3jax.convert.layouts import Layout, find_layout
-from k3jax.convert.own_settings import with_own_settings
 from k3jax.convert.rules import ConversionError, Table
-from k3jax.convert.tensors import Tensors, flat, from_tensor, open_pickle, open_weights, shapes
+from k3jax.convert.tensors import Tensors, flat, open_pickle, open_weights, shapes, unwrapped
 from k3jax.files import read_object
 
 
@@ -60,7 +62,7 @@ def open_source(
         weights_variant: `fp16` for files named *.fp16.*.
         shared_text_encoder: configuration of the encoder of another checkpoint, which is used
             instead of the source's.
-        architecture: settings that override what config.json or the shapes say, by component; for
+        architecture: settings that override config.json or the shapes, by component; for
             models whose groups or head dim, which leave no trace in shapes, are unusual.
 
     Raises:
@@ -107,12 +109,12 @@ class _Opened:
 def _diffusers(root: Path, found: Layout, variant: str) -> _Opened:
     tensors = {c: open_weights(root / f for f in files) for c, files in found.weights.items()}
     json_of = {name: _json(root / file) for name, file in found.configs.items()}
-    # Early uploads have the authors' own names in this layout, with the projection among them.
+    # Early uploads have the authors' names in this layout, those of the projection included.
     old = "in_layer.weight" in tensors["unet"]
     tables = {
-        "text_projection": text_projection.table("fork" if old else "diffusers"),
-        "unet": unet.table("original" if old else "diffusers"),
-        "movq": movq.table("diffusers"),
+        "text_projection": keys.table("text_projection", "fork" if old else "diffusers"),
+        "unet": keys.table("unet", "original" if old else "diffusers"),
+        "movq": keys.table("movq"),
     }
     tensors["text_projection"], tensors["unet"] = _split(tables["text_projection"], tensors["unet"])
     if old:
@@ -137,7 +139,7 @@ def _diffusers(root: Path, found: Layout, variant: str) -> _Opened:
     if variant == "flash" and parts["sampler"].name != "flash":
         parts["sampler"] = original_sampler("diffusers", variant)
     if "text_encoder" in tensors:
-        tables["text_encoder"] = text_encoder.table()
+        tables["text_encoder"] = keys.table("text_encoder")
         parts["text_encoder"] = text_encoder_config(
             json_of["text_encoder"], str(root / found.configs["text_encoder"])
         )
@@ -157,36 +159,36 @@ def _original(root: Path, found: Layout, variant: str) -> _Opened:
     if unknown:
         raise ConversionError(f"{main} holds {_names(unknown)}, which is not known.")
     tensors = {
-        "unet": flat(_mapping(content, "unet", main), main),
+        "unet": unwrapped(flat(_mapping(content, "unet", main), main)),
         "movq": open_weights([root / found.weights["movq"][0]]),
     }
     if "projections" in content:
         layout = "original30"
-        projection = flat(_mapping(content, "projections", main), main)
+        projection = unwrapped(flat(_mapping(content, "projections", main), main))
     elif "text_projection" in found.weights:
         layout = "original"
         projection = open_weights([root / found.weights["text_projection"][0]])
     else:
         raise ConversionError(
             f"{main} has no 'projections' (3.0), and there is no projection file of the variant "
-            f"{variant} beside the text encoder (3.1)."
+            f"{variant} in the text encoder's folder (3.1)."
         )
     null = content["null_embedding"]
     if not isinstance(null, torch.Tensor):
         raise ConversionError(f"{main}: null_embedding is a {type(null).__name__}, not a tensor.")
-    tensors["text_projection"] = {**projection, "null_embedding": from_tensor(null, main)}
+    tensors["text_projection"] = {**projection, **flat({"null_embedding": null}, main)}
     levels = len(
         {name.split(".")[2] for name in tensors["movq"] if name.startswith("encoder.down.")}
     )
     tables = {
-        "text_projection": text_projection.table(layout),
-        "unet": unet.table("original"),
-        "movq": movq.table("original", levels),
+        "text_projection": keys.table("text_projection", layout),
+        "unet": keys.table("unet", "original"),
+        "movq": keys.table("movq", "original", levels=levels),
     }
     infer = {"text_projection": inferred_projection, "unet": inferred_unet, "movq": inferred_movq}
     if "text_encoder" in found.weights:
         tensors["text_encoder"] = open_weights(root / f for f in found.weights["text_encoder"])
-        tables["text_encoder"] = text_encoder.table()
+        tables["text_encoder"] = keys.table("text_encoder")
         infer["text_encoder"] = inferred_text_encoder
     parts = {name: infer[name](Shapes(tables[name], shapes(tensors[name]))) for name in infer}
     if "text_encoder" in found.configs:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names with fields, read and written by one template; regular expressions are made, not typed.
+"""Names with fields, read and written by one template; regular expressions are generated.
 
 Fields in braces stand for the parts of a name that vary:
 
     {n}          an integer
     {n+1}        an integer that is one more on this side
-    {last-n}     an integer counted from the other end; `last` is given with the table
-    {p:q|k|v}    one of these words; the other side writes {p} or lists as many words of its own
+    {last-n}     an integer counted from the other end; the table defines `last`
+    {p:q|k|v}    one of these words; the other side has {p}, or as many other words
     {*}          anything (only in names to be left out)
 """
 
@@ -62,7 +62,7 @@ class Template:
 
 
 def _field(part, words, constants):
-    """(name, offset, sign, choices) of what stands between braces; the number is offset+sign*n."""
+    """(name, offset, sign, choices) of the text between braces; the number is offset+sign*n."""
     if ":" in part:
         name, choices = part.split(":")
         return name, 0, 1, tuple(choices.split("|"))

@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weight files of PyTorch, opened without reading them: names, shapes and dtypes now, data later.
 
-Data comes as views of a memory map, so opening and reading cost no memory of their own.
+Data are views of a memory map, so opening and reading take no memory.
 """
 
-import contextlib
+import functools
 import math
-import mmap
 import pickle
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 
-from k3jax.convert.arrays import as_numpy
+from k3jax.convert.arrays import SAFETENSORS_DTYPES, as_numpy
 from k3jax.convert.rules import ConversionError, Shape
-from k3jax.convert.safetensors_header import SAFETENSORS_DTYPES, read_header, refuse_pointer
-from k3jax.files import LFS_POINTER
+from k3jax.files import KIND_BYTES, other_kind
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * SAFETENSORS_SIZES[self.dtype]
+        return math.prod(self.shape) * SIZES[self.dtype]
 
 
-SAFETENSORS_SIZES = {dtype.name: dtype.itemsize for dtype in SAFETENSORS_DTYPES.values()}
+SIZES = {dtype.name: dtype.itemsize for dtype in SAFETENSORS_DTYPES.values()}
 
 Tensors = Mapping[str, Tensor]
 
@@ -61,19 +61,31 @@ def open_weights(files: Iterable[Path]) -> dict[str, Tensor]:
                 "together."
             )
         tensors.update(opened)
-    return _unwrapped(tensors)
+    return unwrapped(tensors)
 
 
 WRAPPERS = ("module.", "_orig_mod.")
 """What DataParallel and torch.compile put before every name of a model."""
 
 
-def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The names of the model itself, where it was saved in a wrapper, or in several."""
-    for prefix in WRAPPERS:
-        if tensors and all(name.startswith(prefix) for name in tensors):
-            return _unwrapped({name.removeprefix(prefix): t for name, t in tensors.items()})
-    return tensors
+def unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The names of the model itself, with a warning where it was saved in wrappers."""
+    prefix = ""
+    while tensors and (more := _common_wrapper(tensors, prefix)):
+        prefix += more
+    if not prefix:
+        return tensors
+    file = next(iter(tensors.values())).file
+    warnings.warn(
+        f"{file}: every name starts with {prefix!r}, as DataParallel or torch.compile save a "
+        "model; the prefix is removed.",
+        stacklevel=3,
+    )
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def _common_wrapper(names: Iterable[str], prefix: str) -> str | None:
+    return next((w for w in WRAPPERS if all(n.startswith(prefix + w) for n in names)), None)
 
 
 def open_file(file: Path) -> dict[str, Tensor]:
@@ -84,38 +96,51 @@ def open_file(file: Path) -> dict[str, Tensor]:
 
 
 def open_safetensors(file: Path) -> dict[str, Tensor]:
-    """Reads the header of a .safetensors file.
+    """The tensors of a .safetensors file.
 
     Raises:
-        ConversionError: the file is truncated, or its header is not what it should be.
+        ConversionError: the file is truncated, damaged, of another kind, or of a dtype that is not
+            supported.
     """
+    _refuse_other_kinds(file)
+    try:
+        opened = safe_open(file, "pt")
+        slices = {name: opened.get_slice(name) for name in opened.keys()}
+    except (SafetensorError, OSError, OverflowError) as error:
+        raise ConversionError(
+            f"{file} is truncated or damaged ({_first_line(error)}): fetch it again."
+        ) from None
+    tensors = {}
+    for name, part in slices.items():
+        kind = part.get_dtype()
+        if kind not in SAFETENSORS_DTYPES:
+            _refuse_dtype(file, kind, name)
+        read = functools.partial(_read_safetensors, opened, name)
+        shape, dtype = tuple(part.get_shape()), SAFETENSORS_DTYPES[kind].name
+        tensors[name] = Tensor(shape, dtype, file, read)
+    return tensors
+
+
+def _read_safetensors(opened: safe_open, name: str) -> np.ndarray:
+    return as_numpy(opened.get_tensor(name))
+
+
+def _refuse_dtype(file: Path, dtype: str, name: str) -> None:
+    raise ConversionError(
+        f"{file} has weights in {dtype} ({name}), which is not supported: take the bfloat16, "
+        "float16 or float32 files of this model."
+    )
+
+
+def _refuse_other_kinds(file: Path, zipped: bool = False) -> None:
     with file.open("rb") as stream:
-        entries, base = read_header(stream, file)
-        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    mapped.madvise(mmap.MADV_SEQUENTIAL)
-
-    def reader(dtype, shape, begin):
-        def read():
-            _populate(mapped, base + begin, math.prod(shape) * dtype.itemsize)
-            array = np.frombuffer(mapped, dtype, math.prod(shape), base + begin).reshape(shape)
-            return array if array.flags.aligned else array.copy()
-
-        return read
-
-    return {
-        name: Tensor(e.shape, e.dtype.name, file, reader(e.dtype, e.shape, e.start))
-        for name, e in entries.items()
-    }
+        kind = other_kind(stream.read(KIND_BYTES), zipped)
+    if kind:
+        raise ConversionError(f"{file} {kind}.")
 
 
-_MADV_POPULATE_READ = 22  # Linux 5.14; not named in Python's mmap
-
-
-def _populate(mapped: mmap.mmap, start: int, size: int) -> None:
-    """Brings a range of a file into the page tables at once, instead of in thousands of faults."""
-    page = start % mmap.PAGESIZE
-    with contextlib.suppress(OSError, ValueError):
-        mapped.madvise(_MADV_POPULATE_READ, start - page, size + page)
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")
 
 
 def open_pickle(file: Path) -> dict:
@@ -124,8 +149,7 @@ def open_pickle(file: Path) -> dict:
     Raises:
         ConversionError: the file holds something other than tensors, or is broken.
     """
-    with file.open("rb") as stream:
-        refuse_pointer(file, stream.read(len(LFS_POINTER)))
+    _refuse_other_kinds(file, zipped=True)
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
@@ -135,10 +159,9 @@ def open_pickle(file: Path) -> dict:
             f"({reason})"
         ) from None
     except Exception as error:  # of damaged bytes PyTorch's reader raises nearly everything
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")
         raise ConversionError(
-            f"{file} is truncated, or no file that torch.save writes today ({reason}): fetch it "
-            "again, or save it once more with a current PyTorch."
+            f"{file} is truncated, or no file that torch.save writes today ({_first_line(error)}): "
+            "fetch it again, or save it once more with a current PyTorch."
         ) from None
     if not isinstance(content, Mapping):
         raise ConversionError(f"{file} holds a {type(content).__name__}, not a state dict.")
@@ -153,14 +176,14 @@ def flat(content: Mapping, file: Path) -> dict[str, Tensor]:
             raise ConversionError(
                 f"{file}: {name!r} is a {type(value).__name__}, where a tensor is expected."
             )
-        tensors[name] = from_tensor(value, file)
-    return _unwrapped(tensors)
+        tensors[name] = from_tensor(value, file, name)
+    return tensors
 
 
-def from_tensor(value: torch.Tensor, file: Path) -> Tensor:
+def from_tensor(value: torch.Tensor, file: Path, name: str) -> Tensor:
     dtype = str(value.dtype).removeprefix("torch.")
     if value.layout != torch.strided or value.device.type != "cpu":
-        raise ConversionError(f"{file}: a tensor is {value.layout} on {value.device}, not dense.")
-    if dtype not in SAFETENSORS_SIZES:
-        raise ConversionError(f"{file}: dtype {dtype} of a tensor is not supported.")
+        raise ConversionError(f"{file}: {name} is {value.layout} on {value.device}, not dense.")
+    if dtype not in SIZES:
+        _refuse_dtype(file, dtype, name)
     return Tensor(tuple(value.shape), dtype, file, lambda: as_numpy(value))

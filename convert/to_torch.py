@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Our checkpoint -> PyTorch's files, streamed leaf by leaf, bit for bit."""
 
-import contextlib
-import fcntl
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -15,11 +12,14 @@ import torch
 from tqdm import tqdm
 
 from k3jax.checkpoints.cards import model_card
+from k3jax.checkpoints.format import Checkpoint, as_path, read_checkpoint
 from k3jax.checkpoints.manifest import CARD, check_component
-from k3jax.checkpoints.restore import Checkpoint, iterate_leaves, leaf_shapes, read_checkpoint
-from k3jax.convert import movq, text_encoder, text_projection, unet
+from k3jax.checkpoints.new_folder import disk_errors, new_folder
+from k3jax.checkpoints.restore import iterate_leaves, leaf_shapes
+from k3jax.convert import keys
+from k3jax.convert.architecture import own_settings, settings_file
 from k3jax.convert.arrays import as_torch_view
-from k3jax.convert.diffusers_configs import (
+from k3jax.convert.diffusers_json import (
     CODEBOOK_ROWS,
     model_index_json,
     movq_json,
@@ -28,8 +28,7 @@ from k3jax.convert.diffusers_configs import (
     unet_json,
 )
 from k3jax.convert.layouts import VARIANTS
-from k3jax.convert.own_settings import own_settings, settings_file
-from k3jax.convert.rules import ConversionError, Table, raise_faults, to_torch_array
+from k3jax.convert.rules import ConversionError, raise_faults, to_torch_array
 from k3jax.convert.safetensors_writer import Entry, SafetensorsWriter, nbytes, shards, write_index
 from k3jax.convert.tensors import open_safetensors
 from k3jax.files import is_local
@@ -52,7 +51,7 @@ def export(
     `diffusers`: a folder that `Kandinsky3Pipeline.from_pretrained` loads. `original`: the files of
     Kandinsky 3.1, or of 3.0 if the weights came from there. In the layout from which they came, all
     tensors are bit for bit as they were. Across layouts the weights are exact, but the two code
-    bases condition differently, so their pictures differ; a warning says how.
+    bases condition differently, so their pictures differ; a warning explains how.
 
     Args:
         checkpoint: folder or bucket path.
@@ -63,7 +62,8 @@ def export(
 
     Raises:
         ConversionError: the model cannot be written in this layout, or the destination exists.
-        k3jax.checkpoints.restore.CheckpointError: the checkpoint is damaged.
+        k3jax.files.CheckpointError: the checkpoint is damaged, or the destination cannot be
+            written.
     """
     if layout not in ("diffusers", "original"):
         raise ConversionError(f"layout is {layout!r}; it must be 'diffusers' or 'original'.")
@@ -76,7 +76,11 @@ def export(
     jsons = _jsons(checkpoint, layout, VARIANTS[variant])
     for component, folder in checkpoint.component_paths.items():
         check_component(folder.parent, component, hashed=is_local(folder))
-    with _new_folder(Path(destination).expanduser()) as folder:
+    path = as_path(destination)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConversionError(f"{path} exists already: choose another destination.")
+    with new_folder(path) as folder, disk_errors(path):
+        folder = Path(folder)
         parts = {c: _Part(checkpoint, c, layout) for c in checkpoint.component_paths}
         total = sum(nbytes(e) for part in parts.values() for e in part.entries.values())
         with tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
@@ -106,24 +110,26 @@ class _Part:
     def __init__(self, checkpoint: Checkpoint, component: str, layout: str):
         self.component = component
         self._checkpoint = checkpoint
-        table = _table(component, layout, checkpoint)
+        dialect = "diffusers" if layout == "diffusers" else "original"
+        levels = len(checkpoint.config.movq.block_out_channels)
+        table = keys.table(component, dialect, levels=levels)
         structs = leaf_shapes(checkpoint, component)
-        wanted = {name: struct.shape for name, struct in structs.items()}
+        shapes = {name: struct.shape for name, struct in structs.items()}
         if component == "text_projection" and layout == "diffusers":
-            wanted.pop(NULL, None)
+            shapes.pop(NULL, None)
         if component == "movq" and layout != "diffusers":
-            wanted.pop(CODEBOOK, None)
-        plan = table.to_torch(wanted)
+            shapes.pop(CODEBOOK, None)
+        plan = table.to_torch(shapes)
         raise_faults(plan.faults, str(checkpoint.path))
         self._steps = {step.jax_name: step for step in plan.steps}
         self.entries: dict[str, Entry] = {
             s.torch_name: (np.dtype(structs[s.jax_name].dtype), s.torch_shape) for s in plan.steps
         }
         self._added = {}
-        if component == "text_projection" and layout != "diffusers" and NULL not in wanted:
+        if component == "text_projection" and layout != "diffusers" and NULL not in shapes:
             self._added[NULL] = (NULL, BIAS)
             self.entries[NULL] = (np.dtype(structs[BIAS].dtype), structs[BIAS].shape)
-        self._codebook = component == "movq" and layout == "diffusers" and CODEBOOK not in wanted
+        self._codebook = component == "movq" and layout == "diffusers" and CODEBOOK not in shapes
         if self._codebook:
             ((_, self._codebook_name),) = table.from_jax(CODEBOOK)
             dtype = np.dtype(structs["quant_conv.kernel"].dtype)
@@ -141,17 +147,6 @@ class _Part:
         if self._codebook:
             dtype, shape = self.entries[self._codebook_name]
             yield self._codebook_name, np.zeros(shape, dtype)
-
-
-def _table(component: str, layout: str, checkpoint: Checkpoint) -> Table:
-    if component == "text_encoder":
-        return text_encoder.table()
-    if component == "text_projection":
-        return text_projection.table("diffusers" if layout == "diffusers" else "original")
-    dialect = "diffusers" if layout == "diffusers" else "original"
-    if component == "unet":
-        return unet.table(dialect)
-    return movq.table(dialect, len(checkpoint.config.movq.block_out_channels))
 
 
 def _jsons(checkpoint: Checkpoint, layout: str, end: str) -> dict[str, dict]:
@@ -173,8 +168,8 @@ def _jsons(checkpoint: Checkpoint, layout: str, end: str) -> dict[str, dict]:
 def _tokenizer_class(checkpoint: Checkpoint) -> str:
     """T5Tokenizer only reads T5's kind of vocabulary; small models may bring another."""
     file = checkpoint.path / "tokenizer" / "tokenizer_config.json"
-    said = json.loads(file.read_text()).get("tokenizer_class") if file.exists() else None
-    return "PreTrainedTokenizerFast" if said == "PreTrainedTokenizerFast" else "T5Tokenizer"
+    name = json.loads(file.read_text()).get("tokenizer_class") if file.exists() else None
+    return name if name == "PreTrainedTokenizerFast" else "T5Tokenizer"
 
 
 def _write_diffusers(folder: Path, parts: Mapping[str, _Part], bar) -> None:
@@ -187,7 +182,7 @@ def _write_diffusers(folder: Path, parts: Mapping[str, _Part], bar) -> None:
 
 
 def _write_original(folder: Path, parts: Mapping[str, _Part], end: str, layout: str, bar) -> None:
-    """torch.save wants whole state dicts: they are made on disk and saved from a memory map."""
+    """torch.save needs whole state dicts: saved from a memory map of files written before."""
     encoder, work = folder / "flan_ul2_encoder", folder / "work"
     encoder.mkdir(parents=True)
 
@@ -241,34 +236,6 @@ def _write(folder: Path, stem: str, parts, limit: int | None, bar) -> dict[str, 
     for writer in writers.values():
         writer.close()
     return files
-
-
-@contextlib.contextmanager
-def _new_folder(destination: Path) -> Iterator[Path]:
-    """A folder that takes its name when it is complete, and is removed when something fails."""
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise ConversionError(f"{destination} exists already: choose another destination.")
-    folder = destination.with_name(f"{destination.name}.incomplete")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise ConversionError(f"Another run is writing {destination} now; wait for it.") from None
-    try:
-        for leftover in folder.iterdir():  # of a run that was killed
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        yield folder
-        folder.rename(destination)
-    except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, OSError):
-            reason = error.strerror or error
-            raise ConversionError(f"{destination} cannot be written: {reason}.") from error
-        raise
-    finally:
-        os.close(lock)
 
 
 def _warn(checkpoint: Checkpoint, layout: str) -> None:

@@ -37,7 +37,7 @@ def weight_files(
     weights_variant: str | None = None,
     read_bytes: ReadBytes | None = None,
 ) -> list[str]:
-    """The weight file of a model, or all its shards in order; empty when there is none.
+    """The weight file of a model, or all its shards in order; empty without any.
 
     Both ways of writing a variant occur: `model.fp16-00001-of-00005.safetensors` and
     `model-00001-of-00005.fp16.safetensors`. safetensors are preferred to pickles. Where there is
@@ -46,10 +46,10 @@ def weight_files(
     Args:
         names: of all files.
         stems: extension -> how the names of the files begin; in the order of preference.
-        read_bytes: for the index; None: the shards are told from their names alone.
+        read_bytes: for the index; None: shards are found by their names alone.
 
     Raises:
-        ConversionError: shards are missing, or more than one set of weights is there.
+        ConversionError: shards are missing, or there is more than one set of weights.
     """
     names = set(names)
     found = _found(names, folder, stems)
@@ -98,7 +98,7 @@ def _files(found, variant, extension) -> _Files:
 
 
 def _indexed(files: _Files, names, folder, where, read_bytes) -> list[str]:
-    """The shards that an index names; empty where there is none, or one that was left behind."""
+    """The shards that an index names; empty without an index, or where its shards are gone."""
     if not files.indexes:
         return []
     (index, *others) = files.indexes
@@ -132,7 +132,7 @@ def _shards_of(content: bytes, index: str) -> list[str]:
 
 
 def _by_names(files: _Files, folder, where) -> list[str]:
-    """The files, where no index says which they are."""
+    """The files, found by their names without an index."""
     if not files.weights:
         raise ConversionError(
             f"{where} has {files.indexes[0]}, but none of the files that it names: fetch them."
@@ -144,8 +144,8 @@ def _by_names(files: _Files, folder, where) -> list[str]:
     if len(files.shards) > 1:
         totals = " and ".join(str(total) for total in sorted(files.shards))
         raise ConversionError(
-            f"{where}: {folder} holds weights in {totals} shards and no index that says which are "
-            "meant: remove the others."
+            f"{where}: {folder} holds weights in {totals} shards and no index that selects "
+            "them: remove the others."
         )
     if files.single:
         return files.single[:1]
@@ -161,6 +161,6 @@ def _by_names(files: _Files, folder, where) -> list[str]:
 def _refuse_doubles(doubles, other, where) -> None:
     if doubles:
         raise ConversionError(
-            f"{where} holds the same weights twice, as {', '.join(doubles)} and as {other}: which "
-            "are meant cannot be told, so remove the others."
+            f"{where} holds the same weights twice, as {', '.join(doubles)} and as {other}: remove "
+            "those that do not belong to the model."
         )

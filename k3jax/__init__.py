@@ -4,10 +4,10 @@
 from k3jax import Kandinsky3Pipeline
 """
 
-from typing import TYPE_CHECKING
+from etils import epy
 
 
-if TYPE_CHECKING:
+with epy.lazy_api_imports(globals()):  # JAX takes seconds to import, which `k3jax --help` avoids
     from k3jax.images.compositing import extend_canvas
     from k3jax.model.context import PromptEmbeds
     from k3jax.pipelines.image_to_image import Kandinsky3Img2ImgPipeline
@@ -21,19 +21,6 @@ if TYPE_CHECKING:
     from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
     from k3jax.sharding import make_mesh
 
-_HOME = {
-    "Kandinsky3Img2ImgPipeline": "k3jax.pipelines.image_to_image",
-    "Kandinsky3InpaintPipeline": "k3jax.pipelines.inpaint",
-    "Kandinsky3Pipeline": "k3jax.pipelines.text_to_image",
-    "PromptEmbeds": "k3jax.model.context",
-    "extend_canvas": "k3jax.images.compositing",
-    "get_T2I_Flash_pipeline": "k3jax.pipelines.original",
-    "get_T2I_pipeline": "k3jax.pipelines.original",
-    "get_inpainting_pipeline": "k3jax.pipelines.original",
-    "make_mesh": "k3jax.sharding",
-    "mix_prompts": "k3jax.pipelines.prompts",
-}
-
 __all__ = [
     "Kandinsky3Img2ImgPipeline",
     "Kandinsky3InpaintPipeline",
@@ -46,12 +33,3 @@ __all__ = [
     "make_mesh",
     "mix_prompts",
 ]
-
-
-def __getattr__(name: str):
-    # Importing JAX takes seconds, which `k3jax --help` must not cost.
-    if name in _HOME:
-        import importlib
-
-        return getattr(importlib.import_module(_HOME[name]), name)
-    raise AttributeError(f"module 'k3jax' has no attribute {name!r}")

@@ -16,6 +16,9 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from k3jax.config_limits import check_movq, check_sizes, check_text_encoder, check_unet
 
 
+AttentionForm = Literal["auto", "xla", "kernel"]
+"""Which form long attention takes: the platform's best, XLA's operations alone, or a kernel."""
+
 MAX_TOKENS = 128
 """Tokens of a prompt that the model sees, end-of-sequence included; the same in all references."""
 
@@ -130,7 +133,7 @@ class SamplerConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything a checkpoint's config.json says about the model."""
+    """The architecture of a checkpoint and its sampler, as in config.json."""
 
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     text_projection: TextProjectionConfig = field(default_factory=TextProjectionConfig)
@@ -179,7 +182,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config") ->
     """Builds a config dataclass from nested mappings, refusing unknown keys and wrong types.
 
     Raises:
-        ValueError: one sentence naming the key, where it stands, and the nearest known key.
+        ValueError: one sentence naming the key, its place, and the nearest known key.
     """
     hints = get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)}

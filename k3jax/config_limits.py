@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes that a model can have: what a damaged or mistyped config.json says is refused here.
+"""Sizes that a model can have: damaged or mistyped values of config.json are refused here.
 
 The limits are far above every real model. They keep a wrong number from ending in a traceback of
 some layer, in memory that no machine has, or in a module that takes hours to build.

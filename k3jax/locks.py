@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Byte-range locks in an empty file, by which the processes that share a folder keep apart.
+"""Locks that keep processes apart that share a folder.
 
-A lock ends with its process, however that ends, so there is nothing to clean up and no clock to
-trust. A process that it starts does not inherit it.
+A lock ends with its process, however that ends: nothing has to be cleaned up and no clock is
+trusted. A process that it starts does not inherit it. Where a file system has no locks, a lock
+counts as free.
 """
 
 import fcntl
 import os
+from pathlib import Path
 
 
 class LockFile:
-    """Locks on the bytes of one file, held by this process until `close`.
+    """Locks on the bytes of one empty file, held by this process until `close`.
 
-    A process opens a lock file once: closing any other descriptor of it would end all its locks.
+    A process must open a lock file once: closing any other descriptor of it ends all its locks.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -20,11 +22,11 @@ class LockFile:
 
     @property
     def work(self) -> bool:
-        """Whether the file system has locks; known after the first was asked for."""
+        """Whether the file system has locks; known after the first call of `take`."""
         return self._file is not None
 
     def take(self, byte: int = 0) -> bool:
-        """Locks a byte; whether it was free, or the file system has no locks."""
+        """Locks a byte; True if it was free, or the file system has no locks."""
         if self._file is None:
             return True
         try:
@@ -43,3 +45,23 @@ class LockFile:
         if self._file is not None:
             os.close(self._file)
             self._file = None
+
+
+class FolderLock:
+    """A lock on a folder itself, which needs no file in it, held by this object until `close`."""
+
+    def __init__(self, folder: str | os.PathLike):
+        self._folder: int = os.open(Path(folder), os.O_RDONLY)
+
+    def take(self) -> bool | None:
+        """True if the folder was free; None where the file system has no locks."""
+        try:
+            fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return None
+        return True
+
+    def close(self) -> None:
+        os.close(self._folder)

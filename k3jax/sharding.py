@@ -2,7 +2,7 @@
 """Meshes, and the one table that maps the logical axis names of the layers to mesh axes.
 
 A layer names the dimensions of its weights (`axes("embed", "mlp")`) and knows nothing of a mesh.
-RULES says which mesh axis each name is split over; another layout is another table. Mesh axes are
+RULES maps each name to the mesh axis that splits it; another layout is another table. Mesh axes are
 always `data`, `fsdp` and `tensor`, of any size, with Auto axis types: the compiler inserts the
 collectives.
 
@@ -117,7 +117,7 @@ def make_mesh(spec: str = "data=-1", devices: list | None = None) -> Mesh:
 def make_meshes(
     spec: str, encoder_spec: str | None = None, devices: list | None = None
 ) -> tuple[Mesh, Mesh]:
-    """A mesh, and that of the text encoder over the same devices: the same unless it is given."""
+    """A mesh, and that of the text encoder over the same devices: the same if None."""
     mesh = make_mesh(spec, devices)
     return mesh, mesh if encoder_spec is None else make_mesh(encoder_spec, devices)
 
@@ -144,7 +144,7 @@ def constrain(x: jax.Array, *names: str | EllipsisType | None) -> jax.Array:
 
     Args:
         x: of any shape.
-        names: of its dimensions, as in RULES. One ... stands for dimensions in the middle that keep
+        names: of its dimensions, as in RULES. One ... is for dimensions in the middle that keep
             the sharding that x has.
 
     Returns:
@@ -195,22 +195,17 @@ def split_as_columns(x: jax.Array, variable: nnx.Variable, rows: str = "batch") 
     return constrain(x, rows, ..., None if whole else name)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _gather(x: jax.Array, used: PartitionSpec, stored: PartitionSpec) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, used)
 
 
-def _gather_forward(x, used, stored):
-    return _gather(x, used, stored), None
-
-
-def _gather_backward(used, stored, _, gradient):
-    # First as the sum over the batch alone leaves it: the product with the batch has no choice.
-    gradient = jax.lax.with_sharding_constraint(gradient, used)
-    return (jax.lax.with_sharding_constraint(gradient, stored),)
-
-
-_gather.defvjp(_gather_forward, _gather_backward)
+@_gather.defjvp
+def _gather_derivative(used, stored, primals, tangents):
+    """Transposed: first as the sum over the batch leaves it, then as the weight is stored."""
+    (x,), (dx,) = primals, tangents
+    dx = jax.lax.with_sharding_constraint(dx, stored)
+    return _gather(x, used, stored), jax.lax.with_sharding_constraint(dx, used)
 
 
 def batch_sharding(mesh: Mesh, batch_dim: int = 0) -> NamedSharding:
@@ -219,7 +214,7 @@ def batch_sharding(mesh: Mesh, batch_dim: int = 0) -> NamedSharding:
 
 
 def place(tree: Any, sharding: NamedSharding) -> Any:
-    """Arrays as they lie by a sharding. Where other processes hold a part, all give the same."""
+    """Places host arrays with a sharding. All processes with a part pass the same arrays."""
     if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
 
@@ -263,7 +258,7 @@ def shardings(module: nnx.Module, mesh: Mesh, rules=RULES) -> nnx.State:
 
 
 def placed(module: nnx.Module, mesh: Mesh) -> nnx.Module:
-    """An abstract module whose leaves also say how they lie on a mesh."""
+    """An abstract module whose leaves have their shardings on a mesh."""
     graph, state = nnx.split(module)
     structs = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

@@ -1,15 +1,14 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Measure a set of cases on the devices that are here, one JSON line a case.
+"""Measure several cases on the devices of this machine, one JSON line per case.
 
   python launch/benchmark.py --config kandinsky3 --batches 1,2,4,8 | tee v5e.jsonl
   python launch/benchmark.py --config flash --repeats 20 --programs denoise,decode
 
-For each batch size (images on each device): the text encoder, a denoising step with guidance and
-one without, the decoder, and from these the latency and throughput of whole images with and without
-guidance. On TPUs, or with --topology, each line also has what `k3jax plan` says of the case
-(pip install 'k3jax[tpu]'). Every other flag is that of `k3jax benchmark` (see its --help). What
-does not fit or fails is a line with "error", and the next case goes on.
+For each batch size (images on each device): the text encoder, a denoising step with and without
+guidance, the decoder, and from these the latency and throughput of whole images. On TPUs, or with
+--topology, each line also has the plan of `k3jax plan` (pip install -e '.[tpu]'). All other flags
+are those of `k3jax benchmark`. A case that fails or does not fit is a line with "error".
 """
 
 import argparse
@@ -25,7 +24,7 @@ from typing import Any
 
 try:
     from k3jax.cli.main import parse
-except ModuleNotFoundError:  # as a script of a checkout that is not installed
+except ModuleNotFoundError:  # a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from k3jax.cli.main import parse
 
@@ -37,7 +36,7 @@ SHAPES |= {"v6e": SHAPES["v5e"], "v5p": SHAPES["v4"]}
 
 
 class Failed(Exception):
-    """A case that could not be measured; one sentence."""
+    """A case that could not be measured, with the reason."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,7 +68,7 @@ def cases(args: argparse.Namespace, rest: Sequence[str]) -> Iterator[dict[str, A
                     yield {"case": name, **case, "error": str(error)}
                     continue
                 for line in lines[:-1]:
-                    # Flash has no guidance: both are the same program, measured once.
+                    # Flash has no guidance: both are one program, which is measured once.
                     if line["case"] not in measured:
                         measured[line["case"]] = line
                         yield line | _rates(line) | _plan(args, line, words)
@@ -98,7 +97,7 @@ def _rates(line: dict[str, Any]) -> dict[str, float]:
 
 
 def _benchmark(words: Sequence[str]) -> list[dict[str, Any]]:
-    """`k3jax benchmark` in a process of its own: its peak of memory is then that of one case."""
+    """Runs `k3jax benchmark` in its own process, so that the peak memory is that of one case."""
     out, err, code, peak = _run(["benchmark", *words])
     if code != 0:
         raise Failed(_last(err, code))
@@ -107,7 +106,7 @@ def _benchmark(words: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _plan(args, line, words: Sequence[str]) -> dict[str, Any]:
-    """What `k3jax plan` says of the case, and how long that takes in comparison."""
+    """The plan of the case, and the measured time divided by the planned time."""
     topology = args.topology or _topology(line)
     if topology is None:
         return {}
@@ -131,7 +130,7 @@ def _plan(args, line, words: Sequence[str]) -> dict[str, Any]:
 
 
 def _topology(line: dict[str, Any]) -> str | None:
-    """The slice that was measured; None where it is no TPU, or not one host's."""
+    """The slice that was measured; None for other devices, and for several hosts."""
     from k3jax.planning.chips import chip_of
 
     chip = chip_of(line["device"])
@@ -164,7 +163,7 @@ def _last(err: str, code: int) -> str:
 
 
 def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Ours, and those for `k3jax benchmark`.
+    """The arguments of this script, and those for `k3jax benchmark`.
 
     Raises:
         ValueError: one sentence.
@@ -174,16 +173,16 @@ def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add = parser.add_argument
     add("--batches", default="1,2,4", metavar="LIST", help="images on each device (1,2,4)")
     add("--programs", default=",".join(PROGRAMS), metavar="LIST", help="some of %(default)s")
-    add("--repeats", default="5", metavar="N", help="runs, of which the median counts (5)")
-    add("--topology", metavar="CHIP:SHAPE", help="plan for this slice, also where there is none")
+    add("--repeats", default="5", metavar="N", help="runs; the median counts (5)")
+    add("--topology", metavar="CHIP:SHAPE", help="also plan for this slice")
     args, rest = parser.parse_known_args(argv)
     args.batches, args.repeats = _numbers("--batches", args.batches), args.repeats.strip()
     _numbers("--repeats", args.repeats)
     args.programs = tuple(args.programs.replace(" ", "").split(","))
     if unknown := set(args.programs) - set(PROGRAMS):
-        raise ValueError(f"--programs {sorted(unknown)[0]!r}: choose of {', '.join(PROGRAMS)}.")
+        raise ValueError(f"--programs {sorted(unknown)[0]!r}: choose from {', '.join(PROGRAMS)}.")
     if any(word.split("=")[0] in ("--batch", "--guidance-scale") for word in rest):
-        raise ValueError("--batch and --guidance-scale are what the cases differ in: --batches.")
+        raise ValueError("--batch and --guidance-scale are set for each case: use --batches.")
     parse(["benchmark", *rest])
     if args.topology is not None:
         from k3jax.planning.chips import parse_slice

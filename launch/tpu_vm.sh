@@ -4,26 +4,26 @@ set -euo pipefail
 
 usage() {
     cat <<'END'
-A data set on TPU VMs: ask for machines, install k3jax, make the data set on every host, delete them.
+A data set on TPU VMs: create machines, install k3jax, synthesize on every host, delete the machines.
 
   launch/tpu_vm.sh COMMAND [OPTIONS] [-- PROMPTS OUT OPTIONS-OF-SYNTHESIZE]
 
-  create     queue for the machines and wait until they are there
-  install    k3jax of this checkout, on every host
-  run        start `k3jax synthesize` on every host, or go on with it; it needs no connection
-  logs       follow a host's log (--worker) until its work ends
-  delete     give the machines back
-  all        create, install, run, wait for the end, delete; begins again when machines are taken
+  create     request the machines and wait until they are active
+  install    install k3jax from this checkout on every host
+  run        start or continue `k3jax synthesize` on every host; it needs no connection
+  logs       follow the log of a host (--worker) until it ends
+  delete     delete the machines
+  all        create, install, run, wait for the end, delete; repeats after a preemption
 
-  --name NAME                of the queued resource and its TPU (k3jax)
+  --name NAME                name of the queued resource and its TPU (k3jax)
   --zone ZONE                such as us-west4-a
-  --project PROJECT          (gcloud's own)
+  --project PROJECT          (the default of gcloud)
   --type TYPE                such as v5litepod-4, v5litepod-16, v6e-8 (v5litepod-16)
-  --runtime VERSION          (as the type needs)
-  --service-account EMAIL    that may read and write the buckets (the project's default)
-  --on-demand                not Spot machines
-  --cache DIR                of compiled programs, such as gs://bucket/xla (each host's own)
-  --worker N                 the host of `logs` (0)
+  --runtime VERSION          (depends on the type)
+  --service-account EMAIL    account that can read and write the buckets (the project's default)
+  --on-demand                no Spot machines
+  --cache DIR                compiled programs, such as gs://bucket/xla (a folder on each host)
+  --worker N                 number of the host for `logs` (0)
   --dry-run                  print the commands and run none
 
   launch/tpu_vm.sh all --zone us-west4-a --cache gs://b/xla -- \
@@ -32,7 +32,7 @@ END
 }
 
 UV=0.13.9
-PAUSE=${K3JAX_TPU_VM_PAUSE:-30}  # seconds between two looks at what changes slowly
+PAUSE=${K3JAX_TPU_VM_PAUSE:-30}  # seconds between two polls
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 die() {
@@ -42,7 +42,7 @@ die() {
 
 note() { echo "tpu_vm.sh: $1" >&2; }
 
-# Runs a command, or prints it so that a shell would take it as it is.
+# Runs a command, or prints it quoted for a shell.
 act() {
     local word line=""
     if [ ! "$dry_run" ]; then
@@ -56,10 +56,10 @@ act() {
     printf '%s\n' "${line% }"
 }
 
-# tpus WORDS...: gcloud for this place. Standard input is not for it: ssh would eat this script's.
+# tpus WORDS...: gcloud for this zone. Without standard input, because ssh would read this script's.
 tpus() { act gcloud compute tpus "$@" "${place[@]}" </dev/null; }
 
-# on_hosts WHICH SCRIPT: runs a script on the host of that number, or on all.
+# on_hosts WORKER SCRIPT: runs a script on the host with that number, or on all.
 on_hosts() { tpus tpu-vm ssh "$name" --worker="$1" --command="$2"; }
 
 state() {
@@ -77,10 +77,10 @@ create() {
     until now=$(state) && [ "$now" = ACTIVE ]; do
         case $now-$asked in
             -) ask && asked=yes || return ;;
-            FAILED-*) die "the request $name failed: delete it, and see in gcloud why." ;;
-            # Spot machines that were taken leave an empty request behind.
+            FAILED-*) die "the request $name failed: look up the reason in gcloud, and delete it." ;;
+            # A preemption leaves an empty request.
             SUSPENDED-*) delete && asked="" || return ;;
-            *) note "the request $name is ${now:-not there yet}" ;;
+            *) note "the request $name is ${now:-not visible yet}" ;;
         esac
         sleep "$PAUSE"
     done
@@ -92,16 +92,16 @@ ask() {
 }
 
 delete() {
-    # --force takes the TPU with its request.
+    # --force deletes the TPU with its request.
     tpus queued-resources delete "$name" --quiet --force
 }
 
-# The machines' own Python is older than k3jax needs; uv brings one.
+# The Python of the machines is too old for k3jax; uv installs another.
 INSTALL=$(cat <<END
 set -eu
 cd ~
 if ! flock --nonblock k3jax.lock true; then
-    echo "k3jax is at work already, and stays as it is"
+    echo "k3jax is running already; it is not installed again"
     exit 0
 fi
 rm -rf k3jax-source
@@ -124,7 +124,7 @@ install() {
     on_hosts all "$INSTALL"
 }
 
-# Which host this is, of how many: a TPU VM finds it in its metadata, not in its environment.
+# The number of this host and of all hosts, from the metadata server of the TPU VM.
 WHO=$(cat <<'END'
 set -euo pipefail
 cd ~
@@ -137,17 +137,17 @@ hosts=$(attribute worker-network-endpoints | tr ',' '\n' | grep -c .)
 END
 )
 
-# The work has a session of its own, which outlives the connection, and a lock, which ends with it:
-# who starts it twice starts it once. A process that was killed is started again, where it goes on;
-# 2 is k3jax's word for input that no other try will mend.
+# The work runs in its own session, which outlives the connection, and holds a lock, so that it starts
+# only once. A killed process is started again and continues. Exit code 2 of k3jax means wrong input,
+# where a retry cannot help.
 RUN=$(cat <<'END'
 exec 9> k3jax.lock
 if ! flock --nonblock 9; then
-    echo "host $host of $hosts is at work already"
+    echo "host $host of $hosts is running already"
     exit 0
 fi
 if [ "$hosts" -gt 1 ]; then
-    # Each host is a TPU of its own; else the first would wait for all of the slice.
+    # libtpu sees only the chips of this host; otherwise it would wait for the whole slice.
     export TPU_WORKER_ID=0 TPU_WORKER_HOSTNAMES=localhost TPU_HOST_BOUNDS=1,1,1 \
         TPU_CHIPS_PER_HOST_BOUNDS=2,2,1 TPU_PROCESS_BOUNDS=1,1,1 \
         TPU_CHIPS_PER_PROCESS_BOUNDS=2,2,1 TPU_VISIBLE_DEVICES=0,1,2,3
@@ -158,12 +158,12 @@ setsid nohup bash -c '
         code=0
         k3jax-env/bin/k3jax synthesize "$@" || code=$?
         case $code in 0 | 2 | 130 | 143) break ;; esac
-        echo "tpu_vm.sh: ended with $code; again in 10 seconds"
+        echo "tpu_vm.sh: ended with $code; restarting in 10 seconds"
         sleep 10
     done
     echo $code > k3jax.exit
 ' k3jax "${words[@]}" --host "$host" --hosts "$hosts" >> k3jax.log 2>&1 < /dev/null &
-echo "host $host of $hosts has begun"
+echo "host $host of $hosts has started"
 END
 )
 
@@ -190,22 +190,22 @@ run() {
     on_hosts all "$WHO"$'\n'"$given"$'\n'"$RUN"
 }
 
-# Waits until all hosts have ended; whether all of them are through with their shares.
+# Waits until all hosts have ended; succeeds if all shares are finished.
 finished() {
-    local said hosts through
+    local report hosts finished
     if [ "$dry_run" ]; then
         on_hosts all "$WHO"$'\n'"$WAIT"
         return
     fi
-    said=$(on_hosts all "$WHO"$'\n'"$WAIT") || true  # it breaks off where machines are taken
-    printf '%s\n' "$said"
-    hosts=$(sed -n 's/^host [0-9]* of \([0-9]*\) ended with .*/\1/p' <<<"$said" | head -n 1)
-    through=$(grep -c '^host .* ended with 0$' <<<"$said") || true
-    if grep -q '^host .* ended with 2$' <<<"$said"; then
+    report=$(on_hosts all "$WHO"$'\n'"$WAIT") || true  # it fails after a preemption
+    printf '%s\n' "$report"
+    hosts=$(sed -n 's/^host [0-9]* of \([0-9]*\) ended with .*/\1/p' <<<"$report" | head -n 1)
+    finished=$(grep -c '^host .* ended with 0$' <<<"$report") || true
+    if grep -q '^host .* ended with 2$' <<<"$report"; then
         delete
-        die "k3jax refused its input, as the last lines of its log above say."
+        die "k3jax refused its input: see the last lines of its log above."
     fi
-    [ "$hosts" ] && [ "$through" = "$hosts" ]
+    [ "$hosts" ] && [ "$finished" = "$hosts" ]
 }
 
 all() {
@@ -216,12 +216,12 @@ all() {
             finished && delete && return
         elif [ "$(state)" = ACTIVE ] && [ $((--tries)) = 0 ]; then
             delete
-            die "the machines were there and could not be set up, as said above."
+            die "the machines could not be set up: see the messages above."
         fi
-        note "the work did not come to its end; it goes on in $PAUSE seconds"
+        note "the work is not finished; continuing in $PAUSE seconds"
         sleep "$PAUSE"
     done
-    die "gcloud did not take the request for the machines: it says why above."
+    die "gcloud refused the request for the machines: see its message above."
 }
 
 [ $# -gt 0 ] || die "give a command: create, install, run, logs, delete or all (see --help)."
@@ -242,7 +242,7 @@ while [ $# -gt 0 ]; do
         --) words=("$@") && break ;;
         -h | --help) usage && exit ;;
         --name | --zone | --project | --type | --runtime | --service-account | --cache | --worker) ;;
-        *) die "there is no option '$option'; what is for synthesize stands behind -- (see --help)." ;;
+        *) die "there is no option '$option'; those of synthesize come after -- (see --help)." ;;
     esac
     [ $# -gt 0 ] && [[ $1 != --* ]] || die "$option needs a value."
     case $option in
@@ -259,9 +259,9 @@ while [ $# -gt 0 ]; do
 done
 
 [[ $name =~ ^[a-z]([-a-z0-9]{0,60}[a-z0-9])?$ ]] ||
-    die "--name '$name' is not of small letters, digits and hyphens, beginning with a letter."
-[ "$zone" ] || die "say where, with --zone, such as --zone us-west4-a."
-[[ $zone =~ ^[a-z]+-[a-z]+[0-9]+-[a-z]$ ]] || die "--zone '$zone' is not a zone, such as us-west4-a."
+    die "--name '$name' is not valid: use lower-case letters, digits and hyphens, and start with a letter."
+[ "$zone" ] || die "give a zone, such as --zone us-west4-a."
+[[ $zone =~ ^[a-z]+-[a-z]+[0-9]+-[a-z]$ ]] || die "--zone '$zone' is not a zone such as us-west4-a."
 [[ $worker =~ ^[0-9]+$ ]] || die "--worker '$worker' is not the number of a host."
 [[ $cache =~ ^(gs://.+|/.*|)$ ]] || die "--cache '$cache' is neither a gs:// address nor a full path."
 place+=("--zone=$zone")
@@ -272,25 +272,25 @@ case $type in
     v5p-*) : "${runtime:=v2-alpha-tpuv5}" ;;
     v6e-*) : "${runtime:=v2-alpha-tpuv6e}" ;;
     v4-*) : "${runtime:=tpu-ubuntu2204-base}" ;;
-    *) [ "$runtime" ] || die "--type '$type' is none that this script knows: give its --runtime too." ;;
+    *) [ "$runtime" ] || die "--type '$type' is unknown to this script: give its --runtime, too." ;;
 esac
 
 case $command in
     run | all)
-        [ "${#words[@]}" -ge 2 ] || die "say what to make behind --: -- PROMPTS OUT [OPTIONS]."
+        [ "${#words[@]}" -ge 2 ] || die "give PROMPTS and OUT after --: -- PROMPTS OUT [OPTIONS]."
         [[ " ${words[*]} " == *" gs://"* ]] ||
             die "the hosts share no disk: PROMPTS and OUT must be gs:// addresses."
         for word in "${words[@]}"; do
             case $word in
                 --host | --hosts | --host=* | --hosts=*)
-                    die "$word is for this script to say: it knows each host's number." ;;
+                    die "$word is set by this script for each host: leave it out." ;;
             esac
         done
         ;;
-    *) [ "${#words[@]}" -eq 0 ] || die "$command takes nothing behind --." ;;
+    *) [ "${#words[@]}" -eq 0 ] || die "$command takes no arguments after --." ;;
 esac
 [ "$dry_run" ] || command -v gcloud >/dev/null ||
-    die "gcloud is not in PATH: install the Google Cloud CLI, or look at the commands with --dry-run."
+    die "gcloud is not in PATH: install the Google Cloud CLI, or print the commands with --dry-run."
 
 case $command in
     logs) on_hosts "$worker" "$LOGS" ;;

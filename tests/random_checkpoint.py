@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from k3jax.checkpoints.restore import CheckpointWriter, save_module
+from k3jax.checkpoints.restore import save_module
+from k3jax.checkpoints.writer import CheckpointWriter
 from k3jax.config import (
     ModelConfig,
     MoVQConfig,

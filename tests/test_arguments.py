@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from k3jax.arguments import check_interval, check_number, finite_array, whole_number
-from k3jax.pipelines.request import image_seeds
+from k3jax.pipelines.call_inputs import image_seeds
+from k3jax.pipelines.options import check_seeds
 
 
 @pytest.mark.parametrize(
@@ -37,8 +38,8 @@ def test_what_is_no_whole_number(value):
 def test_seeds_do_not_wrap(kind):
     largest = int(np.iinfo(kind).max)
     for seed in (kind(largest), np.array(largest, kind)):
-        assert image_seeds(seed, 3) == [largest, largest + 1, largest + 2]
-    seeds = image_seeds(np.array([1, largest], kind), 2)
+        assert image_seeds(check_seeds(seed, "seed"), 3) == [largest, largest + 1, largest + 2]
+    seeds = image_seeds(check_seeds(np.array([1, largest], kind), "seed"), 2)
     assert seeds == [1, largest] and all(type(seed) is int for seed in seeds)
 
 

@@ -7,18 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from diffusers import DDPMScheduler
-from diffusers import Kandinsky3Pipeline as TorchPipeline
 from PIL import Image
-from transformers import T5Tokenizer
 
 from k3jax import Kandinsky3Pipeline
 from k3jax.cli.main import main
 from k3jax.images.pngs import ContactSheet
-
-import tiny
-import torch_checkpoints
 
 
 PROMPTS = """\
@@ -45,10 +38,19 @@ A lighthouse. A storm. A ship that comes home at last, against all odds, with to
 """
 SIZE, STEPS = 64, 5
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """What save_pretrained writes, with the real T5 vocabulary where it is at hand."""
+    """What save_pretrained writes, with the real T5 vocabulary if it is available."""
+    from diffusers import DDPMScheduler
+    from diffusers import Kandinsky3Pipeline as TorchPipeline
+    from transformers import T5Tokenizer
+
+    import tiny
+    import torch_checkpoints
+
     folder = tmp_path_factory.mktemp("diffusers")
     vocabulary = torch_checkpoints.real_tokenizer()
     if vocabulary is None:
@@ -67,6 +69,10 @@ def source(tmp_path_factory):
 
 
 def test_twenty_prompts_from_a_file(source, tmp_path, monkeypatch, capsys):
+    from diffusers import Kandinsky3Pipeline as TorchPipeline
+
+    import tiny
+
     prompts_file = tmp_path / "prompts.txt"
     prompts_file.write_text(PROMPTS)
     prompts = prompts_file.read_text().splitlines()
@@ -76,7 +82,7 @@ def test_twenty_prompts_from_a_file(source, tmp_path, monkeypatch, capsys):
     shape = (len(prompts), SIZE // 8, SIZE // 8, 4)
     latents = rng.standard_normal(shape, np.float32)
     step_noise = rng.standard_normal((STEPS, *shape), np.float32)
-    pipe = Kandinsky3Pipeline.from_pretrained(tmp_path / "ours", mesh="data=8", dtype="float32")
+    pipe = Kandinsky3Pipeline.from_pretrained(tmp_path / "ours", mesh="data=-1", dtype="float32")
     ours = pipe(
         prompts,
         height=SIZE,
@@ -122,6 +128,9 @@ def _side_by_side(ours, theirs, prompts, folder):
 
 
 def test_the_command_line_runs_the_converted_checkpoint(source, tmp_path, capsys):
+    import torch
+    from diffusers import Kandinsky3Pipeline as TorchPipeline
+
     ours, out = str(tmp_path / "ours"), tmp_path / "out"
     prompts_file = tmp_path / "prompts.txt"
     prompts_file.write_text("\n".join(PROMPTS.splitlines()[:3]))

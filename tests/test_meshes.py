@@ -122,7 +122,7 @@ TEXT, EVERY = ("text_to_image",), ("text_to_image", "img2img", "inpaint")
     "model, spec, call",
     [
         ("tiny", "data=2,fsdp=2,tensor=2", (64, 64, 8, TEXT)),
-        ("heads", "data=1,fsdp=2,tensor=4", (64, 128, 3, EVERY)),
+        ("heads", "data=1,fsdp=2,tensor=4", (64, 128, 3, TEXT)),
     ],
 )
 def test_pictures_on_corners(checkpoints, one_device, model, spec, call):
@@ -194,12 +194,15 @@ def text_inputs():
 
 
 @pytest.mark.parametrize(
-    "spec",
-    [*CORNERS, *(pytest.param(s, marks=pytest.mark.slow) for s in MESHES if s not in CORNERS)],
-)
-@pytest.mark.parametrize(
-    "component, function, inputs",
-    [("movq", encode_and_decode, movq_inputs), ("text_encoder", embed, text_inputs)],
+    "component, function, inputs, spec",
+    [
+        pytest.param(*case, spec, marks=() if spec == corner else pytest.mark.slow)
+        for corner, case in (
+            (CORNERS[0], ("movq", encode_and_decode, movq_inputs)),
+            (CORNERS[1], ("text_encoder", embed, text_inputs)),
+        )
+        for spec in MESHES
+    ],
 )
 def test_autoencoder_and_text_encoder(modules, component, function, inputs, spec):
     arrays = inputs()
@@ -273,7 +276,11 @@ def numbers(text):
 
 @pytest.mark.parametrize(
     "spec, size, kinds",
-    [(CORNERS[0], (4, 8), STEP), (CORNERS[0], (8, 16), STEP), ("data=8", (4, 8), set())],
+    [
+        (CORNERS[0], (4, 8), STEP),
+        pytest.param(CORNERS[0], (8, 16), STEP, marks=pytest.mark.slow),
+        ("data=8", (4, 8), set()),
+    ],
 )
 def test_the_collectives_of_a_step(modules, spec, size, kinds):
     """None is left to the partitioner's choice, whatever the size; data parallelism needs none."""

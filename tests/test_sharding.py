@@ -15,10 +15,11 @@ from jax.sharding import PartitionSpec as P
 
 from k3jax.config import MAX_TOKENS, ModelConfig, SamplerConfig
 from k3jax.model.abstract import COMPONENTS, abstract_module
+from k3jax.model.conditioning import Conditioning
 from k3jax.model.context import Context
 from k3jax.model.movq_strips import strips_on_tpu
 from k3jax.pipelines.programs import encode_text
-from k3jax.sampling.denoise import denoise_program, initial_carry, loop_rows
+from k3jax.sampling.denoise import LoopState, denoise_program, loop_rows, window
 from k3jax.sampling.samplers import make_sampler
 from k3jax.sharding import (
     MESH_AXES,
@@ -32,7 +33,7 @@ from k3jax.sharding import (
     placed,
     shardings,
 )
-from k3jax.training.initialise import random_weights
+from k3jax.training.random_weights import random_weights
 from k3jax.training.state import weights_of
 
 
@@ -91,11 +92,13 @@ def abstract(shape, dtype, mesh):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
 
 
+@pytest.mark.slow
 def test_full_size_denoising_lowers_without_weights():
     """50 guided steps at 1024x1024 with batch 8, on a data x tensor mesh."""
     mesh = make_mesh("data=4,tensor=2")
     unet = placed(abstract_module("unet", FULL, "bfloat16"), mesh)
     sampler = make_sampler(SamplerConfig())
+    latents = abstract((8, 128, 128, 4), jnp.float32, mesh)
     context = Context(
         abstract((8, MAX_TOKENS, 4096), jnp.bfloat16, mesh),
         abstract((8, MAX_TOKENS), jnp.float32, mesh),
@@ -103,16 +106,12 @@ def test_full_size_denoising_lowers_without_weights():
     )
     lowered = denoise_program.lower(
         unet,
-        context,
-        context,
-        abstract((8,), jnp.float32, mesh),
-        None,
-        initial_carry(sampler, abstract((8, 128, 128, 4), jnp.float32, mesh)),
-        loop_rows(sampler),
+        Conditioning(context, context, abstract((8,), jnp.float32, mesh)),
+        LoopState(latents, latents),
+        window(loop_rows(sampler), None, 0, 5)[0],
         abstract((8, 2), jnp.uint32, mesh),
         None,
         step=sampler.step,
-        stochastic=True,
         renoise=False,
     )
     latents = jax.tree.leaves(lowered.out_info)[0]
@@ -123,6 +122,7 @@ def test_full_size_denoising_lowers_without_weights():
     assert text.count("stablehlo.convolution") < 400
 
 
+@pytest.mark.slow
 def test_full_size_text_encoder_and_decoder_lower_without_weights():
     mesh = make_mesh("data=4,tensor=2")
     encoder = placed(abstract_module("text_encoder", FULL, "bfloat16"), mesh)
@@ -146,6 +146,7 @@ def test_full_size_text_encoder_and_decoder_lower_without_weights():
     assert "16384x16384" not in encoded.as_text()
 
 
+@pytest.mark.slow
 def test_decoder_memory_at_1024_is_bounded(monkeypatch):
     """Strips against whole maps, on the decoder as released in float32."""
     from k3jax.model import movq_blocks
@@ -163,7 +164,9 @@ def test_decoder_memory_at_1024_is_bounded(monkeypatch):
     assert strips < 0.75 * temporaries()
 
 
-@pytest.mark.parametrize("spec", ["data=2,tensor=4", "fsdp=4,tensor=2"])
+@pytest.mark.parametrize(
+    "spec", ["data=2,tensor=4", pytest.param("fsdp=4,tensor=2", marks=pytest.mark.slow)]
+)
 def test_devices_share_the_strips_of_an_image(spec):
     """MoVQ's decoder as on a TPU: rows go to the device beside; weights are gathered, and the keys
     and values of attention at the latents' size, but no map of an image's."""

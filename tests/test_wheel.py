@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The wheel, by the very steps of .github/workflows/ci.yml: built, installed alone, and used."""
+"""The wheel, built, installed and used by the steps of .github/workflows/ci.yml."""
 
 import os
 import shutil
@@ -14,14 +14,14 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 CI = ROOT / ".github" / "workflows" / "ci.yml"
-MOST_BYTES = 30e6  # what PyPI and people on slow lines take without asking; most of it are weights
+MOST_BYTES = 30e6  # far below the limit of PyPI; most of it are weights
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def temporary(tmp_path_factory):
-    """Where the steps of the job `wheel` have left dist/, a clean environment and a picture."""
+    """The folder with dist/, a clean environment and an image: the steps of the job `wheel`."""
     folder = tmp_path_factory.mktemp("wheel")
     sources = folder / "sources"
     sources.mkdir()
@@ -29,7 +29,7 @@ def temporary(tmp_path_factory):
         shutil.copy(ROOT / name, sources)
     for name in ("k3jax", "configs", "convert"):
         ignored = ["__pycache__"]
-        if name == "k3jax":  # some checkouts link these to where they stand beside the package
+        if name == "k3jax":  # some checkouts have links with these names in k3jax/
             ignored += ["configs", "convert"]
         shutil.copytree(ROOT / name, sources / name, ignore=shutil.ignore_patterns(*ignored))
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
@@ -38,7 +38,7 @@ def temporary(tmp_path_factory):
         if "run" in step:
             run(["bash", "-eo", "pipefail", "-c", step["run"]], sources, environment)
     (sources / "dist").rename(folder / "dist")
-    shutil.rmtree(sources)  # nothing is imported from here any more
+    shutil.rmtree(sources)  # so that nothing is imported from here
     return folder
 
 
@@ -79,6 +79,13 @@ def test_only_what_it_needs_was_installed(temporary):
     names = {line.split("==")[0] for line in listed}
     assert {"jax", "flax", "k3jax"} <= names
     assert not names & {"torch", "diffusers", "grain", "pyarrow", "pytest", "gcsfs", "libtpu"}
+
+
+def test_it_installs_with_extras_as_in_a_notebook(temporary):
+    (wheel,) = (temporary / "dist").glob("*.whl")
+    pip = [temporary / "clean" / "bin" / "pip", "install", "--dry-run", "--no-deps"]
+    done = run([*pip, f"{wheel.name}[tpu,synth]"], wheel.parent, clean_environment(temporary))
+    assert "k3jax" in done.stdout + done.stderr
 
 
 def test_help(temporary):

@@ -19,7 +19,7 @@ from k3jax.config import (
     TextProjectionConfig,
     UNetConfig,
 )
-from k3jax.convert import movq, text_encoder, text_projection, unet
+from k3jax.convert import keys
 from k3jax.convert.modules import state_dict_to_module
 from k3jax.model.abstract import abstract_module
 from k3jax.sharding import RULES, shardings
@@ -128,20 +128,10 @@ def torch_movq(config: MoVQConfig = MOVQ, seed: int = 3) -> VQModel:
     return randomise(model, seed)
 
 
-TABLES = {
-    "text_encoder": text_encoder.table,
-    "text_projection": text_projection.table,
-    "unet": unet.table,
-    "movq": movq.table,
-}
-
-
 def ours(component: str, config: ModelConfig, state_dict, dialect: str = "diffusers"):
     """The JAX module with the weights of a PyTorch state dict, float32."""
     module = abstract_module(component, config)
-    make = TABLES[component]
-    table = make() if component == "text_encoder" else make(dialect)
-    return state_dict_to_module(table, state_dict, module)
+    return state_dict_to_module(keys.table(component, dialect), state_dict, module)
 
 
 def nhwc(tensor) -> np.ndarray:

@@ -13,6 +13,9 @@ from typing import NoReturn
 import pytest
 
 
+NO_VOCABULARY = "needs the vocabulary of T5: set K3JAX_T5_TOKENIZER to a folder with spiece.model"
+
+
 def needs_tool(*names: str, install: str) -> str:
     """The path of the first of these programs that exists beside Python or in PATH.
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from k3jax.convert import movq, text_projection, unet
+from k3jax.convert import keys
 
 import tiny
 
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     import torch
 
 
+UNET = tiny.SHALLOW_UNET  # half the tensors
 ARCHITECTURE = {
-    "unet": {"attention_head_dim": tiny.UNET.attention_head_dim, "groups": tiny.UNET.groups},
+    "unet": {"attention_head_dim": UNET.attention_head_dim, "groups": UNET.groups},
     "movq": {"norm_num_groups": tiny.MOVQ.norm_num_groups},
 }
 """What the shapes of the tiny models do not tell: the original layout has no file that says it."""
@@ -53,7 +54,7 @@ def state_dicts() -> dict[str, dict[str, torch.Tensor]]:
     encoder.pop("encoder.embed_tokens.weight", None)  # an alias of shared.weight
     return {
         "text_encoder": encoder,
-        "unet": dict(tiny.torch_unet().state_dict()),
+        "unet": dict(tiny.torch_unet(UNET).state_dict()),
         "movq": dict(tiny.torch_movq().state_dict()),
     }
 
@@ -116,7 +117,7 @@ def write_pipeline(folder: Path, dtype: torch.dtype | None = None, **kwargs) -> 
     pipeline = Kandinsky3Pipeline(
         tokenizer=T5Tokenizer.from_pretrained(folder / "spiece"),
         text_encoder=tiny.torch_text_encoder().to(dtype),
-        unet=tiny.torch_unet().to(dtype),
+        unet=tiny.torch_unet(UNET).to(dtype),
         scheduler=DDPMScheduler(**SCHEDULER),
         movq=tiny.torch_movq().to(dtype),
     )
@@ -162,7 +163,7 @@ def write_diffusers(
             save(part, folder / component / f"{stem}{mark}{shard}.{end}")
     _write_json(folder / "model_index.json", {"_class_name": "Kandinsky3Pipeline"})
     configs = {
-        "unet": tiny.torch_unet().config,
+        "unet": tiny.torch_unet(UNET).config,
         "movq": tiny.torch_movq().config,
         "text_encoder": tiny.torch_text_encoder().config.to_dict(),
     }
@@ -181,13 +182,13 @@ def original_state_dicts(dtype: torch.dtype | None = None, in_channels: int = 4)
     import torch
 
     states = {c: cast(s, dtype) for c, s in state_dicts().items()}
-    projection = text_projection.table("diffusers")
+    projection = keys.table("text_projection")
     generator = torch.Generator().manual_seed(7)
     ours = {
-        "unet": (unet.table("diffusers"), unet.table("original")),
+        "unet": (keys.table("unet"), keys.table("unet", "original")),
         "movq": (
-            movq.table("diffusers"),
-            movq.table("original", len(tiny.MOVQ.block_out_channels)),
+            keys.table("movq"),
+            keys.table("movq", "original", levels=len(tiny.MOVQ.block_out_channels)),
         ),
     }
     result = {"text_encoder": states["text_encoder"]}
@@ -199,13 +200,13 @@ def original_state_dicts(dtype: torch.dtype | None = None, in_channels: int = 4)
                     # The original has 1x1 convolutions where diffusers has linear layers.
                     linear = theirs.from_torch(name)[0][0].jax_shape(tuple(tensor.shape))
                     result[component][new_name] = tensor.reshape(rule.torch_shape(linear))
-    if in_channels != tiny.UNET.in_channels:
-        shape = (tiny.UNET.init_channels, in_channels, 3, 3)
+    if in_channels != UNET.in_channels:
+        shape = (UNET.init_channels, in_channels, 3, 3)
         result["unet"]["in_layer.weight"] = torch.randn(shape, generator=generator).to(dtype) * 0.1
     result["text_projection"] = {}
     for name, tensor in states["unet"].items():
         for _, jax_name in projection.from_torch(name):
-            ((_, new_name),) = text_projection.table("original").from_jax(jax_name)
+            ((_, new_name),) = keys.table("text_projection", "original").from_jax(jax_name)
             result["text_projection"][new_name] = tensor
     width = tiny.PROJECTION.cross_attention_dim
     result["null_embedding"] = torch.randn(width, generator=generator).to(dtype)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint folder looks like, and reading what it says of itself.
+"""The files of a checkpoint's folder, and reading its config.json.
 
     config.json      architecture, conditioning, sampler defaults, source, dtype; written last
     manifest.json    size and CRC-32 of every file, digest of every component
@@ -15,15 +15,16 @@ import dataclasses
 import json
 import os
 import posixpath
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from etils import epath
 
-from k3jax.checkpoints.digests import combined_digest, same_weights
+from k3jax.checkpoints.digests import combined_digest, prove_difference
 from k3jax.checkpoints.manifest import MANIFEST, read_manifest
-from k3jax.checkpoints.packaged import packaged_path
 from k3jax.config import ModelConfig, from_dict, suggestion, to_dict
 from k3jax.files import CheckpointError, is_local, read_object
 
@@ -34,6 +35,15 @@ FORMAT_VERSION = 1
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 COMPONENTS = ("text_encoder", "text_projection", "unet", "movq")
 _OWN_KEYS = ("format_version", "source", "dtype", "components")
+
+WEIGHTS = Path(__file__).parents[1] / "weights"
+PACKAGED = {"tiny": "text to image", "tiny-inpainting": "inpainting"}
+"""The checkpoints that come with k3jax, in `weights/NAME`: a small model of drawn scenes
+(configs/models/tiny.py)."""
+DEFAULT = WEIGHTS / "tiny"
+"""What commands use without --checkpoint."""
+INPAINTING = WEIGHTS / "tiny-inpainting"
+"""The same for commands that paint a part of an image."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +83,14 @@ def read_checkpoint(path) -> Checkpoint:
 
     Raises:
         CheckpointError: not a checkpoint, of another format version, with unknown or missing keys,
-            or with a component that is missing or no longer the one that it was made with.
+            or with a component that is missing or was replaced.
     """
+    hint = _hub_hint(str(path))
     path = as_path(packaged_path(path) or path)
+    if not path.exists():
+        raise CheckpointError(f"There is no checkpoint at {path}: the folder does not exist.{hint}")
     values = _read_config(path)
-    own = {key: values.pop(key) for key in _OWN_KEYS}
+    header = {key: values.pop(key) for key in _OWN_KEYS}
     try:
         config = from_dict(ModelConfig, values, where=str(path / CONFIG))
     except ValueError as error:
@@ -85,9 +98,9 @@ def read_checkpoint(path) -> Checkpoint:
         raise CheckpointError(f"{at}{error}") from None
     digests = read_manifest(path)["components"]
     component_paths = {}
-    for name, shared in own["components"].items():
+    for name, shared in header["components"].items():
         folder = path / name if shared is None else shared_path(path, shared)
-        if not _is_there(folder):
+        if not _is_folder(folder):
             raise CheckpointError(_missing_component(path, name, folder, shared))
         if name not in digests:
             raise CheckpointError(
@@ -96,14 +109,21 @@ def read_checkpoint(path) -> Checkpoint:
             )
         component_paths[name] = folder
         current = read_manifest(folder.parent)["components"].get(name)
-        if not same_weights(digests[name], current, folder):
+        if current is None or prove_difference(digests[name], current):
             raise CheckpointError(
                 f"{path} was made with another {name} than {folder} now holds: "
                 "bring the old one back, or convert the checkpoint again."
             )
     return Checkpoint(
-        path, config, own["source"], own["dtype"], component_paths, combined_digest(digests)
+        path, config, header["source"], header["dtype"], component_paths, combined_digest(digests)
     )
+
+
+def packaged_path(path) -> Path | None:
+    """The folder of a packaged checkpoint, if `path` is the name of one and not a path here."""
+    if str(path) in PACKAGED and not Path(str(path)).exists():
+        return WEIGHTS / str(path)
+    return None
 
 
 def config_bytes(
@@ -134,8 +154,6 @@ def looks_like_checkpoint(path: epath.Path) -> bool:
 
 
 def _read_config(path: epath.Path) -> dict[str, Any]:
-    if not path.exists():
-        raise CheckpointError(f"There is no checkpoint at {path}: the folder does not exist.")
     if not (path / CONFIG).exists():
         raise CheckpointError(
             f"{path} is not a k3jax checkpoint: it has no {CONFIG}.{_convert_hint(path)}"
@@ -181,7 +199,7 @@ def _read_config(path: epath.Path) -> dict[str, Any]:
     return values
 
 
-def _is_there(folder: epath.Path) -> bool:
+def _is_folder(folder: epath.Path) -> bool:
     try:
         return folder.is_dir()
     except OSError:  # a name that is too long, or a folder that may not be entered
@@ -198,10 +216,20 @@ def _convert_hint(path: epath.Path) -> str:
     return f" It holds PyTorch weights: convert them with `k3jax convert {path} DESTINATION`."
 
 
+def _hub_hint(path: str) -> str:
+    """For people who give a repository's id, as in diffusers."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path):
+        return ""
+    return (
+        f" If {path} is a repository of the Hugging Face hub, run `k3jax convert {path} DIR` and "
+        "load DIR."
+    )
+
+
 def _missing_component(path, name, folder, shared) -> str:
     if shared is None:
         return f"{path} is incomplete: its folder {name} is missing; copy the checkpoint again."
     return (
         f"{path} shares the {name} of another checkpoint, but {folder} does not exist: "
-        "put that checkpoint there, or convert this one again."
+        "move that checkpoint there, or convert this one again."
     )

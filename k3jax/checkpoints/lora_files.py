@@ -5,10 +5,10 @@ lora.json      rank, alpha, targets, the fingerprint of the base checkpoint
 weights.npz    float32, `<layer>.a` (in, rank) and `<layer>.b` (rank, out)
 """
 
+import contextlib
 import io
 import json
 import math
-import secrets
 import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,8 +18,9 @@ from etils import epath
 
 from k3jax.checkpoints.digests import abbreviated, array_digest, combined_digest, prove_difference
 from k3jax.checkpoints.format import as_path
+from k3jax.checkpoints.new_folder import disk_errors, new_folder
 from k3jax.config import LoraConfig, from_dict, to_dict
-from k3jax.files import LFS_ADVICE, LFS_POINTER, CheckpointError, is_local, read_object
+from k3jax.files import KIND_BYTES, CheckpointError, is_local, other_kind, read_object
 from k3jax.model.adapters import Weights
 
 
@@ -43,7 +44,7 @@ class Lora:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the weights: equal for equal arrays, wherever they lie."""
+        """Digest of the weights: equal for equal arrays, in any folder."""
         return combined_digest(
             {
                 f"{name}.{key}": array_digest(array)
@@ -104,24 +105,12 @@ def save_lora(
         "base_fingerprint": base_fingerprint,
         "lora": to_dict(config),
     }
-    mark = secrets.token_hex(4)
-    folder = epath.Path(f"{path}.incomplete-{mark}") if is_local(path) else path
-    try:
+    files = new_folder(path, overwrite) if is_local(path) else contextlib.nullcontext(path)
+    with files as folder, disk_errors(path):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / SETTINGS).unlink(missing_ok=True)
         (folder / ARRAYS).write_bytes(packed.getvalue())
         (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
-        if folder != path:
-            old = epath.Path(f"{path}.replaced-{mark}")
-            if path.exists():
-                path.rename(old)
-            folder.rename(path)
-            old.rmtree(missing_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be made: {error}.") from None
-    finally:
-        if folder != path:
-            folder.rmtree(missing_ok=True)
 
 
 def load_lora(path) -> Lora:
@@ -163,7 +152,7 @@ def load_lora(path) -> Lora:
         if ranks != {config.rank}:
             raise CheckpointError(
                 f"The LoRA {path} is damaged: {layer} has rank {pair['a'].shape[1]} and "
-                f"{pair['b'].shape[0]}, but {SETTINGS} says {config.rank}."
+                f"{pair['b'].shape[0]}, but {SETTINGS} has rank {config.rank}."
             )
         if not all(np.isfinite(x).all() for x in pair.values()):
             raise CheckpointError(
@@ -177,8 +166,8 @@ def _read_weights(path: epath.Path) -> dict[str, dict[str, np.ndarray]]:
     weights: dict[str, dict[str, np.ndarray]] = {}
     try:
         content = (path / ARRAYS).read_bytes()
-        if content.startswith(LFS_POINTER):
-            raise CheckpointError(f"{path / ARRAYS} {LFS_ADVICE}.")
+        if kind := other_kind(content[:KIND_BYTES], zipped=True):
+            raise CheckpointError(f"{path / ARRAYS} {kind}.")
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             for name in arrays.files:  # the zip file checks the CRC-32 of each
                 layer, _, key = name.rpartition(".")

@@ -3,8 +3,8 @@
 
 Orbax reads a file with flipped bytes without complaint, so manifest.json keeps the size and CRC-32
 of every file. It finds accidents at three times the speed of a cryptographic hash, which a 17 GB
-encoder feels at every first load. Beside the files stands one digest per component, made of the
-arrays rather than of the files (whose names are random): see k3jax/checkpoints/digests.py.
+encoder feels at every first load. There is also one digest per component, of the arrays instead of
+the files (whose names are random): see k3jax/checkpoints/digests.py.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from pathlib import Path
 from etils import epath
 from tqdm import tqdm
 
-from k3jax.files import CheckpointError, is_local, read_object
+from k3jax.files import CheckpointError, is_local, read_object, user_cache
 
 
 MANIFEST = "manifest.json"
@@ -63,7 +63,7 @@ def write_manifest(
     with ThreadPoolExecutor(2) as pool:
         digests = pool.map(digest, paths)
     files = {
-        str(path.relative_to(folder)): {"size": path.stat().length, "crc32": crc}
+        str(path.relative_to(folder)): {"size": file_size(path), "crc32": crc}
         for path, crc in zip(paths, digests, strict=True)
     }
     for name, content in extra.items():
@@ -114,6 +114,15 @@ def _check_manifest(manifest: Mapping, path: epath.Path) -> None:
             raise ValueError(f"{path} is damaged: {name!r} is no name of a file")
 
 
+def file_size(path: epath.Path) -> int:
+    """Bytes of a file.
+
+    `epath.Path.stat` raises KeyError for local files whose owner is not in /etc/passwd, as in
+    containers that run with another uid.
+    """
+    return os.stat(path).st_size if is_local(path) else path.stat().length
+
+
 def file_fault(folder: epath.Path, name: str, entry: Mapping, hashed: bool = True) -> str | None:
     """What is wrong with a file, or None.
 
@@ -123,7 +132,7 @@ def file_fault(folder: epath.Path, name: str, entry: Mapping, hashed: bool = Tru
     """
     path = folder / name
     try:
-        size = path.stat().length
+        size = file_size(path)
         if size != entry["size"]:
             return f"{path} has {size} bytes instead of {entry['size']}"
         if hashed and file_digest(path) != entry["crc32"]:
@@ -138,7 +147,7 @@ def file_fault(folder: epath.Path, name: str, entry: Mapping, hashed: bool = Tru
 def file_faults(
     folder: epath.Path, entries: Mapping[str, Mapping], progress: bool = False
 ) -> list[str]:
-    """Hashes files and says what is wrong with each that differs from its manifest entry."""
+    """Hashes files; one sentence for each that differs from its manifest entry."""
     faults = []
     workers = min(8, max(2, os.cpu_count() or 2))  # zlib releases the GIL
     total = sum(entry["size"] for entry in entries.values())
@@ -194,8 +203,9 @@ def component_files(manifest: Mapping, component: str) -> dict[str, dict]:
 def raise_faults(component: str, faults: Iterable[str]) -> None:
     faults = list(faults)
     if faults:
+        more = f"; and {len(faults) - 4} more files" if len(faults) > 4 else ""
         raise CheckpointError(
-            f"The {component} is damaged: {'; '.join(faults)}. "
+            f"The {component} is damaged: {'; '.join(faults[:4])}{more}. "
             "Copy or convert the checkpoint again."
         )
 
@@ -205,13 +215,15 @@ class _VerifiedFiles:
 
     def __init__(self, folder: epath.Path):
         self._folder = folder
-        cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        name = hashlib.sha256(str(folder).encode()).hexdigest()[:32]
-        self._path = Path(cache).expanduser() / "k3jax" / "verified" / f"{name}.json"
+        self._name = hashlib.sha256(str(folder).encode()).hexdigest()[:32]
         try:
             self._stamps = json.loads(self._path.read_text())
         except (OSError, ValueError):
             self._stamps = {}
+
+    @property
+    def _path(self) -> Path:
+        return user_cache() / "verified" / f"{self._name}.json"
 
     def _stamp(self, name: str, entry: Mapping) -> list:
         stat = os.stat(self._folder / name)
@@ -225,9 +237,10 @@ class _VerifiedFiles:
             return
         self._stamps.update({name: self._stamp(name, e) for name, e in entries.items()})
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            part = self._path.with_suffix(f".{os.getpid()}")
+            path = self._path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(f".{os.getpid()}")
             part.write_text(json.dumps(self._stamps))
-            part.replace(self._path)
+            part.replace(path)
         except OSError:
             pass  # a read-only home only means hashing again next time

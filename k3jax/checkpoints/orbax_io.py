@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from etils import epath
 
-from k3jax.files import CheckpointError, is_local
+from k3jax.files import CheckpointError, is_local, shortened
 
 
 # A process reads whole chunks, so small ones let it read little more than its own shards; Orbax's
@@ -90,7 +90,7 @@ def array_structs(folder: epath.Path) -> dict[str, jax.ShapeDtypeStruct]:
 def load_arrays(
     folder: epath.Path, structs: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-    """Reads some arrays of a folder, straight into the dtypes and shardings asked for.
+    """Reads some arrays of a folder, into the dtypes and shardings of `structs`.
 
     Every process that has a device in the shardings must call this with the same names.
 
@@ -111,7 +111,7 @@ def load_arrays(
         # With partial_load a missing array comes back as the struct, without an error.
         lost = [name for name in structs if not isinstance(arrays.get(name), jax.Array)]
         if lost:
-            raise ValueError(f"it does not hold {', '.join(lost)}")
+            raise ValueError(f"it does not hold {shortened(lost)}")
         return {name: arrays[name] for name in structs}
 
     try:
@@ -139,7 +139,7 @@ def _load_numpy(folder, batch):
         arrays = _flat(ocp.load(folder, _nested(batch)))
         lost = [name for name in batch if not isinstance(arrays.get(name), np.ndarray)]
         if lost:
-            raise ValueError(f"it does not hold {', '.join(lost)}")
+            raise ValueError(f"it does not hold {shortened(lost)}")
         return arrays
 
     arrays = _read(folder, {jax.process_index()}, read)
@@ -242,7 +242,7 @@ def _call(function: Callable, sentence: str):
 
 
 def _first_line(error: BaseException) -> str:
-    while error.__cause__ is not None:  # TensorStore's own words
+    while error.__cause__ is not None:  # TensorStore's message
         error = error.__cause__
     operating_system = re.search(r"([^:]+) \[os_error_code=", str(error))
     if operating_system is not None:

@@ -2,8 +2,8 @@
 """Checkpoints: restoring a component onto a mesh, reading its arrays, saving and verifying.
 
 The encoder's layers are stacked in the module (`layers.mlp.wo.kernel`, first axis the layer) but
-lie on disk one by one (`layers.7.mlp.wo.kernel`), so that neither a converter nor a restoring
-host ever holds more than one layer's array besides its own shards.
+are on disk one by one (`layers.7.mlp.wo.kernel`), so that a host that converts or restores never
+holds more than one layer's array and its own shards.
 """
 
 import dataclasses
@@ -20,7 +20,14 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from k3jax.checkpoints import orbax_io
-from k3jax.checkpoints.format import CONFIG, TOKENIZER, Checkpoint, as_path, read_checkpoint
+from k3jax.checkpoints.format import (
+    CONFIG,
+    TOKENIZER,
+    Checkpoint,
+    as_path,
+    packaged_path,
+    read_checkpoint,
+)
 from k3jax.checkpoints.manifest import (
     CARD,
     MANIFEST,
@@ -30,30 +37,17 @@ from k3jax.checkpoints.manifest import (
     files_below,
     read_manifest,
 )
-from k3jax.checkpoints.packaged import packaged_path
 from k3jax.checkpoints.writer import CheckpointWriter
-from k3jax.files import CheckpointError, is_local
+from k3jax.config import AttentionForm
+from k3jax.files import CheckpointError, is_local, shortened
 from k3jax.model.abstract import abstract_module
-from k3jax.model.attention import AttentionForm, check_attention_form
+from k3jax.model.attention import check_attention_form
 from k3jax.model.int8 import quantize, with_int8_layers
 from k3jax.model.tokenizer import tokenizer_fault
 from k3jax.sharding import RULES, shardings
 
 
-__all__ = [
-    "Checkpoint",
-    "CheckpointError",
-    "CheckpointWriter",
-    "iterate_leaves",
-    "leaf_shapes",
-    "read_checkpoint",
-    "restore",
-    "restore_layers",
-    "save_module",
-    "verify",
-]
-
-BATCH_BYTES = 512 << 20  # read at once per process, besides the module itself
+BATCH_BYTES = 512 << 20  # read at once per process, in addition to the module
 
 
 def restore(
@@ -136,8 +130,8 @@ def restore_layers(
     config = dataclasses.replace(checkpoint.config, text_encoder=encoder)
     module = abstract_module("text_encoder", config, param_dtype, dtype, attention)
     leaves = _leaves(module, mesh, rules)
-    wanted = {name: leaf for name, leaf in leaves.items() if _is_stacked(name) == bool(layers)}
-    pieces = [piece for name, leaf in wanted.items() for piece in _pieces(name, leaf, layers.start)]
+    chosen = {name: leaf for name, leaf in leaves.items() if _is_stacked(name) == bool(layers)}
+    pieces = [piece for name, leaf in chosen.items() for piece in _pieces(name, leaf, layers.start)]
     return _filled(module, leaves, pieces, checkpoint.component_path("text_encoder"))
 
 
@@ -153,7 +147,7 @@ def _filled(
         loaded = orbax_io.load_arrays(folder, {piece.name: piece.struct for piece in batch})
         for piece in batch:
             array = loaded.pop(piece.name)
-            for name, part in _as_wanted(piece.leaf, array, leaves).items():
+            for name, part in _module_leaves(piece.leaf, array, leaves).items():
                 if piece.layer is not None:
                     leaf = leaves[name]
                     stack = arrays.get(name)
@@ -210,7 +204,7 @@ def verify(path: epath.PathLike, progress: bool = False) -> list[str]:
         read or is another model's. Empty when all is well.
 
     Raises:
-        CheckpointError: there is no usable manifest that says what should be there.
+        CheckpointError: there is no usable manifest to compare with.
     """
     path = as_path(packaged_path(path) or path)
     manifest = read_manifest(path)
@@ -270,7 +264,7 @@ def _pieces(name: str, leaf: jax.ShapeDtypeStruct, first_layer: int = 0) -> Iter
         yield _Piece(_layer_name(name, first_layer + layer), struct, name, layer)
 
 
-def _as_wanted(
+def _module_leaves(
     leaf: str, array: jax.Array, leaves: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
     """An array of the checkpoint under the names that the module has: itself, or quantised."""
@@ -283,19 +277,19 @@ def _as_wanted(
 _quantize = jax.jit(quantize, donate_argnums=0)
 
 
-def _compare(folder: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+def _compare(folder: epath.Path, expected: Mapping[str, jax.ShapeDtypeStruct]) -> None:
     found = orbax_io.array_structs(folder)
     misshapen = [
         f"{name} ({found[name].shape} instead of {struct.shape})"
-        for name, struct in wanted.items()
+        for name, struct in expected.items()
         if name in found and found[name].shape != struct.shape
     ]
     faults = {
-        "missing": sorted(wanted.keys() - found.keys()),
-        "unknown": sorted(found.keys() - wanted.keys()),
+        "missing": sorted(expected.keys() - found.keys()),
+        "unknown": sorted(found.keys() - expected.keys()),
         "of another shape": misshapen,
     }
-    parts = [f"{len(names)} {what}: {', '.join(names)}" for what, names in faults.items() if names]
+    parts = [f"{len(names)} {what}: {shortened(names)}" for what, names in faults.items() if names]
     if parts:
         raise CheckpointError(
             f"The arrays in {folder} are not those of the architecture in config.json; "

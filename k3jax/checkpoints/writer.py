@@ -2,10 +2,7 @@
 """Writing a checkpoint larger than memory, so that it appears whole or not at all."""
 
 import contextlib
-import fcntl
 import os
-import secrets
-import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -26,25 +23,24 @@ from k3jax.checkpoints.format import (
     read_checkpoint,
 )
 from k3jax.checkpoints.manifest import CARD, file_digest, files_below, read_manifest, write_manifest
+from k3jax.checkpoints.new_folder import disk_errors, new_folder
 from k3jax.config import ModelConfig
 from k3jax.files import CheckpointError, is_local
 
 
 # Each save leaves a folder of its own in the checkpoint: small arrays are gathered to this size.
 GROUP_BYTES = 256 << 20
-_MARK = ".incomplete"
+_MARK = ".incomplete"  # a file in a bucket
 
 
 class CheckpointWriter:
     """Writes a checkpoint: ``with CheckpointWriter(path) as writer: ...; writer.commit(...)``.
 
-    A local checkpoint is made in ``<path>.incomplete-<random>`` and renamed by `commit`. After an
-    exception that folder is removed; after a kill the next run for the same path removes it (the
-    lock of a living run says that it is not to be touched). In a bucket, where nothing can be
-    renamed, config.json is what is written last.
+    A local checkpoint is written in a folder beside `path` (see `new_folder`) and renamed by
+    `commit`. In a bucket, where nothing can be renamed, config.json is written last.
 
-    Writing goes on in the background, one group of arrays behind the caller, and finished files
-    are hashed while they are still in the page cache. Memory: the arrays of the group being
+    Writing runs in the background, one group of arrays after the caller, and finished files are
+    hashed while they are still in the page cache. Memory: the arrays of the group being
     gathered and of the group being written, each at most GROUP_BYTES + one array.
 
     Args:
@@ -74,21 +70,13 @@ class CheckpointWriter:
 
     def __enter__(self) -> "CheckpointWriter":
         self._check_destination()
-        try:
-            if is_local(self.path):
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._remove_dead_runs()
-                self.folder = epath.Path(f"{self.path}{_MARK}-{secrets.token_hex(4)}")
-                self.folder.mkdir()
-                self._lock = os.open(self.folder, os.O_RDONLY)
-                with contextlib.suppress(OSError):  # a file system without locks
-                    fcntl.flock(self._lock, fcntl.LOCK_EX)
-            else:
-                self.folder, self._lock = self.path, None
+        self._files = contextlib.ExitStack()
+        if is_local(self.path):
+            self.folder = self._files.enter_context(new_folder(self.path, self._overwrite))
+        else:
+            with disk_errors(self.path, "created"):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 (self.folder / _MARK).touch()
-        except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be made: {error}.") from None
         self._writer = ThreadPoolExecutor(1)  # one: Orbax saves do not overlap
         self._hasher = ThreadPoolExecutor(1)
         return self
@@ -96,12 +84,15 @@ class CheckpointWriter:
     def __exit__(self, kind, error, trace) -> None:
         self._writer.shutdown(cancel_futures=True)
         self._hasher.shutdown(cancel_futures=True)
-        if self._lock is not None:
-            os.close(self._lock)
-        if not self._committed:
+        if self._committed:
+            return
+        if not is_local(self.path):
             self.folder.rmtree(missing_ok=True)
-            if kind is None:
-                raise RuntimeError(f"the writer of {self.path} was closed without commit().")
+        if kind is None:
+            error = RuntimeError(f"the writer of {self.path} was closed without commit().")
+            with self._files:
+                raise error
+        self._files.__exit__(kind, error, trace)
 
     def write(
         self,
@@ -122,8 +113,8 @@ class CheckpointWriter:
         names = self._digests.setdefault(component, {})
         for name, array in arrays.items():
             if name in names:
-                raise CheckpointError(f"{component}: {name} is there twice.")
-            names[name] = (digests or {}).get(name, "")  # "": made in the background
+                raise CheckpointError(f"{component}: {name} occurs twice.")
+            names[name] = (digests or {}).get(name, "")  # "": computed in the background
             if component != self._group_component:
                 self._flush()
                 self._group_component = component
@@ -150,7 +141,7 @@ class CheckpointWriter:
         folder = as_path(folder)
         if not folder.is_dir() or not any(folder.iterdir()):
             raise CheckpointError(f"{folder} is not a folder with a tokenizer.")
-        with self._disk_errors():
+        with disk_errors(self.path):
             for file in files_below(folder):
                 target = self.folder / TOKENIZER / file.relative_to(folder)
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +152,7 @@ class CheckpointWriter:
 
         Args:
             source: where the weights come from; anything that JSON can hold.
-            dtype: the dtype in which they should be used unless asked otherwise.
+            dtype: the dtype in which they are used by default.
         """
         for component, (other, _) in self._shared.items():
             if getattr(config, component) != getattr(other.config, component):
@@ -179,23 +170,14 @@ class CheckpointWriter:
         digests |= {c: digest for c, (_, digest) in self._shared.items()}
         content = config_bytes(config, source, dtype, self._components)
         card = model_card(config, source, dtype, combined_digest(digests))
-        with self._disk_errors():
+        with disk_errors(self.path):
             (self.folder / _MARK).unlink(missing_ok=True)
             write_manifest(self.folder, digests, self._digest_of, extra={CONFIG: content})
             (self.folder / CARD).write_text(card, encoding="utf-8")
             (self.folder / CONFIG).write_bytes(content)
-        if self.folder != self.path:
-            self._put_in_place()
+        self._files.close()
+        self.folder = self.path
         self._committed = True
-
-    @contextlib.contextmanager
-    def _disk_errors(self):
-        """Names the destination where a disk is full or may not be written."""
-        try:
-            yield
-        except OSError as error:
-            reason = error.strerror or error
-            raise CheckpointError(f"{self.path} cannot be written: {reason}.") from error
 
     def _flush(self) -> None:
         group, self._group, self._group_size = self._group, {}, 0
@@ -243,39 +225,6 @@ class CheckpointWriter:
             raise CheckpointError(
                 f"{self.path} exists and is not a checkpoint: choose another destination."
             )
-
-    def _remove_dead_runs(self) -> None:
-        for folder in self._siblings(f"{_MARK}-"):
-            lock = os.open(folder, os.O_RDONLY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise CheckpointError(
-                    f"Another run is writing {self.path} now (in {folder}): wait for it to end."
-                ) from None
-            except OSError:
-                continue  # a file system without locks: the run may be alive
-            finally:
-                os.close(lock)
-            folder.rmtree()
-
-    def _put_in_place(self) -> None:
-        old = f"{self.path}.replaced-{secrets.token_hex(4)}"
-        try:
-            if looks_like_checkpoint(self.path) and self._overwrite:
-                os.rename(self.path, old)
-            os.rename(self.folder, self.path)
-        except OSError as error:
-            if os.path.exists(old):
-                os.rename(old, self.path)
-            raise CheckpointError(f"{self.path} cannot be made: {error}.") from None
-        for old in self._siblings(".replaced-"):
-            shutil.rmtree(old, ignore_errors=True)
-
-    def _siblings(self, mark: str) -> list[epath.Path]:
-        """What earlier runs for this path left beside it."""
-        start = f"{self.path.name}{mark}"  # no pattern: a name may have brackets
-        return [path for path in self.path.parent.iterdir() if path.name.startswith(start)]
 
 
 def _identity(path: os.PathLike | str) -> tuple[int, int, int]:

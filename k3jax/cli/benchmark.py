@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure the programs of a batch on the devices that are here.
+"""Measure the programs of a batch on the devices of this machine.
 
   k3jax benchmark --config kandinsky3 --batch 4
   k3jax benchmark --repeats 20 --programs denoise,decode
 
-Prints a JSON line for each of: the text encoder, one denoising step (with guidance, and without
-where the sampler has such steps), the decoder; then one for whole images, from these. No weights
-are loaded. Without --config or --checkpoint it measures the small model that comes with k3jax.
-`k3jax plan` says what to expect of a TPU.
+Prints a JSON line for the text encoder, for one denoising step (with guidance, and without if the
+sampler has such steps), and for the decoder; then one for whole images, computed from these. No
+weights are loaded. Without --config or --checkpoint it measures the small model that comes with
+k3jax. `k3jax plan` estimates the same for a TPU.
 """
 
 import argparse
@@ -23,7 +23,7 @@ DEFAULT_CONFIG = "tiny"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_work(add)
-    add("--repeats", type=int, default=5, metavar="N", help="runs, of which the median counts (5)")
+    add("--repeats", type=int, default=5, metavar="N", help="runs; the median is printed (5)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -33,9 +33,8 @@ def run(args: argparse.Namespace) -> None:
     config = run_config(args, DEFAULT_CONFIG)
 
     from k3jax.planning.measurement import measure_all, setting
-    from k3jax.planning.programs import Work
-    from k3jax.planning.question import program_names
-    from k3jax.planning.totals import evaluations
+    from k3jax.planning.throughput import evaluations
+    from k3jax.planning.workload import Work, program_names
     from k3jax.sharding import make_mesh
 
     height, width, sampler = size_and_sampler(config)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turn a PyTorch checkpoint into one of k3jax.
+"""Convert a PyTorch checkpoint to one of k3jax.
 
 SRC is a folder, or owner/name on the Hugging Face hub, with the files of diffusers or those of the
 original Kandinsky 3.0 or 3.1. DST is a folder (or gs://...) that does not exist. An interrupted
@@ -10,13 +10,16 @@ conversion leaves nothing at DST and can be run again.
   k3jax convert ai-forever/Kandinsky3.1 weights/flash --variant flash \\
       --text-encoder-from weights/kandinsky3
 
-With --config, the architecture is that of the config and not what the source says of itself.
+With --config, the architecture is that of the config and not that of the source's own files.
 """
 
 import argparse
+from typing import Any
 
+from k3jax.cli.flags import add_options, flag_values
 from k3jax.cli.run_config import RunConfig, build, collect
 from k3jax.config import to_dict
+from k3jax.convert.options import ConvertConfig
 
 
 ARCHITECTURE = ("text_encoder", "text_projection", "unet", "movq", "sampler")
@@ -24,34 +27,13 @@ ARCHITECTURE = ("text_encoder", "text_projection", "unet", "movq", "sampler")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="folder or Hugging Face id")
-    parser.add_argument("destination", metavar="DST", help="folder to be made")
-    parser.add_argument(
-        "--variant", choices=("base", "flash", "inpainting"), help="which model of SRC (base)"
-    )
-    parser.add_argument(
-        "--weights-variant", metavar="NAME", help="fp16: take the files named *.fp16.*"
-    )
-    parser.add_argument(
-        "--text-encoder-from",
-        metavar="CKPT",
-        help="use the text encoder of this k3jax checkpoint (17 GB) instead of a copy",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("bfloat16", "float16", "float32"),
-        help="of the weights; by default each keeps its own",
-    )
+    parser.add_argument("destination", metavar="DST", help="folder to be written")
+    add_options(parser.add_argument, ConvertConfig, prefix="convert.")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint at DST")
 
 
 def run(args: argparse.Namespace) -> None:
-    settings = {
-        "convert.variant": args.variant,
-        "convert.weights_variant": args.weights_variant,
-        "convert.text_encoder_from": args.text_encoder_from,
-        "convert.param_dtype": args.dtype,
-    }
-    values = collect(args.config, args.overrides, settings)
+    values = collect(args.config, args.overrides, flag_values(args))
     config = build(values)
 
     from k3jax.convert.from_torch import convert
@@ -70,12 +52,12 @@ def run(args: argparse.Namespace) -> None:
     print(args.destination)
 
 
-def _architecture(config: RunConfig, said: dict) -> dict[str, dict] | None:
-    """The settings of the model that were said, by component."""
-    said = {part: values for part, values in said.items() if part in ARCHITECTURE}
+def _architecture(config: RunConfig, model: dict[str, Any]) -> dict[str, dict] | None:
+    """The settings of `model` by component, checked."""
+    parts = {part: values for part, values in model.items() if part in ARCHITECTURE}
     if config.convert.text_encoder_from is not None:
-        said.pop("text_encoder", None)
-    if not said:
+        parts.pop("text_encoder", None)
+    if not parts:
         return None
     checked = to_dict(config.model)
-    return {part: {key: checked[part][key] for key in values} for part, values in said.items()}
+    return {part: {key: checked[part][key] for key in values} for part, values in parts.items()}

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
 
     from k3jax.images.pngs import ContactSheet, write_png
     from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
-    from k3jax.training.evaluate import judge, reconstruction, shares
+    from k3jax.training.scene_evaluation import judge, reconstruction, shares
 
     pipe = Kandinsky3Pipeline.from_pretrained(
         args.checkpoint, dtype="float32", batch_size=args.batch_size

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turn a checkpoint of k3jax back into PyTorch's files, bit for bit.
+"""Convert a checkpoint of k3jax back to PyTorch's files, bit for bit.
 
   k3jax export weights/kandinsky3 torch/ --layout original
   k3jax export weights/kandinsky3 torch/ --lora runs/style/lora --lora-scale 0.8
@@ -13,36 +13,25 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from k3jax.cli.run_config import build, collect
+from k3jax.cli.flags import add_options, flag_values
+from k3jax.cli.run_config import RunConfig, build, collect
+from k3jax.convert.options import ExportConfig
+from k3jax.pipelines.load_options import LoraOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="DIR", help="a checkpoint of k3jax")
-    parser.add_argument("destination", metavar="DST", help="folder to be made")
-    parser.add_argument(
-        "--layout",
-        choices=("diffusers", "original"),
-        help="diffusers (the default): for Kandinsky3Pipeline.from_pretrained; "
-        "original: kandinsky3.pt, movq.pt, ...",
-    )
-    parser.add_argument(
-        "--variant",
-        choices=("base", "flash", "inpainting"),
-        help="for the names of the original files; by default what it was converted from",
-    )
-    parser.add_argument("--lora", metavar="DIR", help="a LoRA to be merged into the U-Net")
-    parser.add_argument(
-        "--lora-scale", type=float, default=1.0, metavar="X", help="its strength (1)"
-    )
+    parser.add_argument("destination", metavar="DST", help="folder to be written")
+    add_options(parser.add_argument, ExportConfig, prefix="export.")
+    add_options(parser.add_argument, LoraOptions)
 
 
 def run(args: argparse.Namespace) -> None:
-    settings = {"export.layout": args.layout, "export.variant": args.variant}
-    config = build(collect(args.config, args.overrides, settings))
+    config = build(collect(args.config, args.overrides, flag_values(args)))
 
     from k3jax.convert.to_torch import export
 
-    with _merged(args) as checkpoint:
+    with _merged(args, config) as checkpoint:
         export(
             checkpoint,
             args.destination,
@@ -54,16 +43,17 @@ def run(args: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def _merged(args: argparse.Namespace) -> Iterator[str | Path]:
-    """The checkpoint; with a LoRA, one beside the destination that is removed afterwards."""
-    if args.lora is None:
+def _merged(args: argparse.Namespace, config: RunConfig) -> Iterator[str | Path]:
+    """The checkpoint; with a LoRA, a temporary one next to the destination."""
+    lora = config.pipeline.lora
+    if lora is None:
         yield args.checkpoint
         return
-    from k3jax.training.lora import merged_checkpoint
+    from k3jax.training.result import merged_checkpoint
 
     parent = Path(args.destination).absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent, prefix=".merged-") as folder:
         path = Path(folder) / "checkpoint"
-        merged_checkpoint(args.checkpoint, args.lora, path, args.lora_scale)
+        merged_checkpoint(args.checkpoint, lora, path, config.pipeline.lora_scale)
         yield path

@@ -3,18 +3,19 @@
 
   k3jax gallery pictures
 
-Writes OUT/gallery.html, which opens from disk and loads nothing from the network. Of more than
-2,000 images the thumbnails lie beside it, in OUT/gallery.
+Writes gallery.html into OUT, or into the folder of --output. It opens from disk and loads nothing
+from the network. The thumbnails of more than 2,000 images are next to it, in the folder gallery.
 """
 
 import argparse
 
-from k3jax.cli.extras import require
+from k3jax.cli.environment import require
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("output", metavar="OUT", help="folder or address of the data set")
+    add("-o", "--output", dest="folder", metavar="DIR", help="folder of the page (OUT)")
     add(
         "--max-images",
         type=int,
@@ -31,8 +32,9 @@ def run(args: argparse.Namespace) -> None:
 
     from k3jax.synthesis.gallery import write_gallery
     from k3jax.synthesis.run_manifest import read_manifest
-    from k3jax.synthesis.storage import store_at
+    from k3jax.synthesis.store import store_at
 
     store = store_at(args.output)
-    names = write_gallery(store, read_manifest(store), args.max_images, args.progress)
-    print(f"{store}/{names[0]}")
+    target = None if args.folder is None else store_at(args.folder)
+    names = write_gallery(store, read_manifest(store), args.max_images, args.progress, target)
+    print(f"{target or store}/{names[0]}")

@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import os
 import sys
+import textwrap
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -31,8 +32,8 @@ from k3jax.cli import (
     train,
     verify,
 )
-from k3jax.cli.extras import EXTRAS, missing
-from k3jax.cli.run_config import config_names
+from k3jax.cli.config_files import config_names
+from k3jax.cli.environment import OPTIONAL, missing
 
 
 COMMANDS = {
@@ -53,26 +54,26 @@ COMMANDS = {
     "benchmark": benchmark,
 }
 USAGE_ERROR, INTERRUPTED = 2, 130
-OPTIONAL = {package for packages in EXTRAS.values() for package in packages} | {"datasets"}
 
 EPILOG = """settings:
-  --config NAME|FILE       a config of k3jax (%s) or a .py file with a get_config()
-  --config.a.b=VALUE       one setting of it, for instance --config.generate.eta=0.5
-                           A flag wins over --config.a.b, that over the config file, and that over
-                           what the checkpoint itself says.
+  --config NAME|FILE       a .py file with a get_config(), or one of the configs of k3jax:
+{configs}
+  --config.a.b=VALUE       one setting, for instance --config.generate.eta=0.5
+                           Order of precedence: flags, --config.a.b, the config file, the
+                           checkpoint.
 environment:
-  K3JAX_TRACEBACK=1        show where an error comes from
+  K3JAX_TRACEBACK=1        print the traceback of an error
   K3JAX_COMPILATION_CACHE=0, JAX_COMPILATION_CACHE_DIR=DIR
-                           no cache of compiled programs, or another one than ~/.cache/k3jax/xla
+                           no cache of compiled programs, or another folder than ~/.cache/k3jax/xla
 """
 
 
 class UsageError(ValueError):
-    """Arguments that cannot be read."""
+    """The arguments are wrong."""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, that does not guess at shortened options."""
+    """argparse with errors of one line, and without abbreviated options."""
 
     def __init__(self, **kwargs):
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
@@ -84,7 +85,8 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    # Where torch is not installed, transformers would advise to install it.
+    _open_standard_streams()
+    # Without torch, transformers would advise to install it.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     with _plain_warnings():
         try:
@@ -96,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("k3jax: interrupted.", file=sys.stderr)
             return INTERRUPTED
         except BrokenPipeError:
-            # Who read the output has gone; Python would complain once more at its end.
+            # The reader of the pipe has exited. Python would print another error at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except Exception as error:
@@ -121,7 +123,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if args.command is None:
         raise UsageError(f"give a command: {', '.join(COMMANDS)} (see `k3jax --help`).")
     if hasattr(args, "prompts"):
-        # argparse takes only the first run of prompts; those behind an option are left over.
+        # argparse takes only the first group of prompts and leaves those after an option over.
         args.prompts += [word for word in unknown if not word.startswith("-")]
         unknown = [word for word in unknown if word.startswith("-")]
     if unknown:
@@ -158,13 +160,14 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str
 
 
 def _parser() -> tuple[Parser, dict[str, Parser]]:
-    epilog = EPILOG % ", ".join(config_names())
+    names = textwrap.fill(", ".join(config_names()), 73, break_on_hyphens=False)
+    epilog = EPILOG.format(configs=textwrap.indent(names, 27 * " "))
     parser = Parser(prog="k3jax", description="Kandinsky 3 in JAX.", epilog=epilog)
     parser.add_argument("--version", action="version", version=f"k3jax {version('k3jax')}")
     group = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     commands = {}
     for name, module in COMMANDS.items():
-        first, _, rest = module.__doc__.partition("\n")
+        first, _, rest = (module.__doc__ or f"{name}.").partition("\n")  # python -OO has none
         commands[name] = group.add_parser(
             name, help=first.rstrip("."), description=f"{first}\n{rest}".strip(), epilog=epilog
         )
@@ -179,13 +182,15 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
 
 
 def _sentence(error: Exception) -> str | None:
-    """What to tell a person about an error that is theirs to mend; None for a defect of ours."""
+    """The message for an error that the user can fix; None for a bug of k3jax."""
     text = " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError) and error.name in OPTIONAL:
         return missing(error.name)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
-    # ImportError itself: a sentence of ours on what is missing. Its subclass, a failed import.
+    if isinstance(error, RuntimeError) and "home directory" in text:
+        return f"~ cannot be used in a path: {text} Give the path in full."
+    # ImportError itself is a sentence of `environment.missing`; its subclass is a failed import.
     if isinstance(error, ValueError | OSError) or type(error) is ImportError:
         inside = _raised_in_k3jax(error)
         return text if inside else f"{text} (K3JAX_TRACEBACK=1 shows where this comes from)"
@@ -197,6 +202,17 @@ def _sentence(error: Exception) -> str | None:
     return None
 
 
+def _open_standard_streams() -> None:
+    """Opens /dev/null as those of stdin, stdout and stderr that are closed, as by `>&-`.
+
+    Otherwise the next file opened would take their number, and C++ libraries would print into it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w"))
+
+
 def _raised_in_k3jax(error: Exception) -> bool:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return bool(frames) and frames[-1].f_globals.get("__name__", "").startswith("k3jax")
@@ -204,7 +220,7 @@ def _raised_in_k3jax(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Warnings as one line each, without the place in the code; each sentence once."""
+    """Prints a warning as one line without its place in the code, and each text once."""
     shown = set()
 
     def show(message, category, filename, lineno, file=None, line=None):

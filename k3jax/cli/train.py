@@ -5,70 +5,58 @@
   k3jax train --config lora --checkpoint weights/kandinsky3 --data pictures --output run
   k3jax train --config tiny
 
-The config says what is trained and how. A run goes on where it stopped when the same command is
-given again; SIGTERM and Ctrl-C save a checkpoint first. OUTPUT gets checkpoints, metrics.jsonl,
-TensorBoard files, sample grids, loss.png, and at the end a checkpoint (or LoRA) for `generate`.
+The config defines the task and its settings. The same command resumes a run where it stopped;
+SIGTERM and Ctrl-C save a checkpoint first. OUTPUT gets checkpoints, metrics.jsonl, TensorBoard
+files, sample grids, loss.png, and at the end a checkpoint (or LoRA) for `generate`.
 """
 
 import argparse
 import sys
 
-from k3jax.cli.extras import require
-from k3jax.cli.joining import add_distributed, join
+from k3jax.cli.distributed import add_distributed, connect
+from k3jax.cli.environment import require
+from k3jax.cli.flags import add_options, add_setting, flag_values
 from k3jax.cli.run_config import build, collect
-
-
-SETTINGS = {
-    "checkpoint": "checkpoint",
-    "data": "train.data.path",
-    "output": "train.output",
-    "steps": "train.steps",
-    "batch_size": "train.batch_size",
-    "mesh": "pipeline.mesh",
-    "dtype": "train.dtype",
-    "seed": "train.seed",
-}
-"""Flag -> key of RunConfig."""
+from k3jax.pipelines.load_options import LoadOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--checkpoint", metavar="DIR", help="what to start from")
-    add("--data", metavar="PATH", help="folder, tars or Parquet files with images and captions")
-    add("-o", "--output", metavar="DIR", help="folder of the run")
-    add("--steps", type=int, metavar="N", help="updates in all")
-    add("--batch-size", type=int, metavar="N", help="samples per update over the whole mesh")
-    add("--seed", type=int, metavar="N", help="of weights, order, noise and dropout")
-    add("--mesh", help="devices, such as data=-1 or data=2,fsdp=4")
-    add("--dtype", choices=("bfloat16", "float32"), help="of the computation")
+    add("--checkpoint", metavar="DIR", help="the weights to start from")
+    for key, flag, help in (
+        ("data.path", "--data PATH", "folder, tars or Parquet files with images and captions"),
+        ("output", "-o --output DIR", "folder of the run"),
+        ("steps", "--steps N", "updates in total"),
+        ("batch_size", "--batch-size N", "samples per update over the whole mesh"),
+        ("seed", "--seed N", "of weights, order, noise and dropout"),
+        ("dtype", "--dtype", "dtype of the computation"),
+    ):
+        add_setting(add, f"train.{key}", flag, help)
+    add_options(add, LoadOptions, only=("mesh",))
     add_distributed(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     require("train")
-    join(args.distributed, args.distributed_timeout)
-    settings = {key: getattr(args, flag) for flag, key in SETTINGS.items()}
-    values = collect(args.config, args.overrides, settings)
+    connect(args.distributed, args.distributed_timeout)
+    values = collect(args.config, args.overrides, flag_values(args))
     if "train" not in values:
         raise ValueError(
-            "train needs a config that says what to train, such as --config lora; "
-            "`k3jax train --help` lists them."
+            "train needs a config with a task, such as --config lora; `k3jax train --help` lists "
+            "the configs."
         )
     config = build(values)
+    stages = {name: build(collect(name)) for name in config.train.stages} or {"": config}
 
-    from k3jax.training.run import TrainingRun, train_stages
+    from k3jax.training.training_run import TrainingRun, train_stages
 
-    stages = config.train.stages
-    runs = {name: build(collect(name)) for name in stages} if stages else {"": config}
-    result = train_stages(
-        {
-            name: TrainingRun(run.train, run.checkpoint, run.model, run.pipeline.mesh)
-            for name, run in runs.items()
-        },
-        args.progress,
-    )
+    runs = {
+        name: TrainingRun(stage.train, stage.checkpoint, stage.model, stage.pipeline.mesh)
+        for name, stage in stages.items()
+    }
+    result = train_stages(runs, args.progress)
     if result is None:
-        print("k3jax: stopped; the same command goes on from here.", file=sys.stderr)
+        print("k3jax: stopped; the same command resumes the run.", file=sys.stderr)
         return 1
     print(result)
     return 0

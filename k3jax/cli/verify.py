@@ -4,36 +4,36 @@
   k3jax verify pictures
   k3jax verify pictures --repair
 
-The exit code is 0 if all is well and 1 if not; what is to be made again is named, and --repair
-makes it, bit for bit. Samples that could not be made are counted, with their reasons; they are no
-damage.
+The exit code is 0 if the data set is complete and undamaged, otherwise 1. --repair generates again
+what is damaged or missing, bit for bit. Failed samples are counted, with their reasons; they do not
+count as damage.
 """
 
 import argparse
 import dataclasses
 import json
 
-from k3jax.cli.extras import require
-from k3jax.cli.regenerate import add_remaking, devices_by
+from k3jax.cli.environment import require
+from k3jax.cli.regenerate import add_sources, devices_by
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("output", metavar="OUT", help="folder or address of the data set")
-    add("--repair", action="store_true", help="make again what is damaged or missing")
+    add("--repair", action="store_true", help="generate again what is damaged or missing")
     add(
         "--retry-failed", action="store_true", help="with --repair: also shards with failed samples"
     )
     add("--quick", action="store_true", help="compare checksums, decode no images")
     add("--json", action="store_true", help="as JSON")
-    add_remaking(add)
+    add_sources(add)
 
 
 def run(args: argparse.Namespace) -> int:
     require("synth")
     from k3jax.synthesis.audit import audit
     from k3jax.synthesis.run_manifest import read_manifest
-    from k3jax.synthesis.storage import store_at
+    from k3jax.synthesis.store import store_at
 
     store = store_at(args.output)
     manifest = read_manifest(store)
@@ -56,19 +56,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _repair(args, store, manifest, shards) -> int:
-    from k3jax.synthesis.remake import Prompts, repair, weights_of
-    from k3jax.synthesis.run import Running
+    from k3jax.synthesis.regeneration import StoredSamples, repair, weights_of
+    from k3jax.synthesis.run import RunOptions
 
     weights = weights_of(manifest, args.checkpoint, args.lora)
-    prompts = Prompts(store, manifest, weights.checkpoint, args.prompts)
-    running = Running(progress=args.progress, image_folder=manifest.found_at["images"])
-    return repair(store, manifest, weights, prompts, shards, devices_by(args), running)
+    samples = StoredSamples(store, manifest, weights.checkpoint, args.prompts)
+    options = RunOptions(progress=args.progress, image_folder=manifest.found_at["images"])
+    return repair(store, manifest, weights, samples, shards, devices_by(args), options)
 
 
 def _with_accidents(store, manifest) -> list[int]:
     """Shards with samples that failed although their line was good."""
-    from k3jax.synthesis.checking import finished_shards
-    from k3jax.synthesis.sidecar import OK, read_sidecar
+    from k3jax.synthesis.metadata import OK, finished_shards, read_sidecar
 
     found = []
     for shard in sorted(finished_shards(store, manifest.layout)):

@@ -38,7 +38,12 @@ REFUSED = {  # Pillow would start Ghostscript, which may never end
     "EPS": "PostScript is a program, which is not run",
     "IPTC": "it can hold PostScript, a program, which is not run",
 }
-LONGEST_REASON = 200  # characters of what a decoder said
+LONGEST_REASON = 200  # characters of a decoder's message
+
+HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+HEIF_ADVICE = (
+    "pip install pillow-heif and call pillow_heif.register_heif_opener(), or save it as JPEG or PNG"
+)
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 EXIF_ITEM = re.compile(rb"(infe(?:\x02.{3}.{4}|\x03.{3}.{6}))Exif", re.DOTALL)
@@ -95,7 +100,7 @@ def decoding(name: str) -> Iterator[None]:
     try:
         yield
     except MemoryError:
-        raise  # this machine's fault, not the file's
+        raise  # not the file's fault
     except UnidentifiedImageError as error:
         raise ValueError(
             f"{name} is not an image in a format that can be read, or it is damaged: save it as "
@@ -123,7 +128,10 @@ def _read(file: BinaryIO, name: str, read: Callable[[Image.Image], T]) -> T:
             raise
         with decoding(name):
             file.seek(0)
-            pixels = _without_metadata(file.read())
+            content = file.read()
+            pixels = _without_metadata(content)
+        if content[4:8] == b"ftyp" and content[8:12] in HEIF_BRANDS:
+            raise ValueError(f"{name} is HEIC, which cannot be read: {HEIF_ADVICE}.") from None
         if pixels is not None:
             with contextlib.suppress(ValueError), opened(io.BytesIO(pixels), name) as image:
                 return read(image)
@@ -214,7 +222,7 @@ def _essential_png(content: bytes) -> bytes:
 
 
 def _reason(error: Exception) -> str:
-    """What a decoder said, on one line; the same for the same file in every process."""
+    """A decoder's message on one line; the same for the same file in every process."""
     text = re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(str(error).split()))
     text = "".join(character if character.isprintable() else "?" for character in text)
     return text[:LONGEST_REASON].rstrip(".") or type(error).__name__
@@ -224,7 +232,7 @@ def _reason(error: Exception) -> str:
 def _ignore_warnings() -> None:
     """No warnings of Pillow's own about odd metadata and large images, whose pixels are used.
 
-    The filter is added once, because threads share filters, and behind all others, so that
-    those that somebody has chosen win.
+    The filter is added once, because threads share filters, and after all others, so that the
+    user's own win.
     """
     warnings.filterwarnings("ignore", module=r"PIL\.", append=True)

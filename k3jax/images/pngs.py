@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PNG files that know how they were made, and contact sheets of several."""
+"""PNG files with the settings of their image, and contact sheets of several images."""
 
 import contextlib
 import json
@@ -68,7 +68,7 @@ def write_png(image: Image.Image, path: Path, settings: Mapping[str, Any] | None
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """How an image was made. `pipe(**read_settings(path)["call"])` makes it again.
+    """The settings of an image. `pipe(**read_settings(path)["call"])` reproduces it.
 
     Raises:
         ValueError: the file is no PNG that k3jax wrote.

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from k3jax.config import ModelConfig
-from k3jax.model.attention import AttentionForm, set_attention_form
+from k3jax.config import AttentionForm, ModelConfig
+from k3jax.model.attention import set_attention_form
 from k3jax.model.context import TextProjection
 from k3jax.model.movq import MoVQ
 from k3jax.model.text_encoder import TextEncoder

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA (arXiv:2106.09685): low-rank updates x W + (x A) B of the U-Net's linear layers.
+"""Adapters: what changes a U-Net's layers from outside, while the base's weights stay as they are.
 
-The weights of a LoRA are a tree of their own, apart from the U-Net's:
+They are LoRAs (arXiv:2106.09685): low-rank updates x W + (x A) B of linear layers. The weights of
+an adapter are a tree of their own, apart from the U-Net's:
 
     {"down_blocks.1.self_attention.attention.to_q": {"a": (in, rank), "b": (rank, out)}, ...}
 
-`lora_format.py` reads and writes them; `k3jax.training.lora` begins new ones.
+Several at once are one of the summed rank (`combine`). `k3jax.checkpoints.lora_files` reads and
+writes them, `k3jax.pipelines.adapters` gives them names and strengths.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -78,6 +80,23 @@ def apply(unet: nnx.Module, weights: Weights, factor: float | jax.Array = 1.0) -
     return unet
 
 
+def combine(parts: Sequence[tuple[Weights, float | jax.Array]]) -> Weights:
+    """One adapter that does what several do, each times its factor.
+
+    x A1 B1 f1 + x A2 B2 f2 is x A B, with the columns of both A and the rows of both f B. So the
+    factors are values, and other factors are the same program.
+    """
+    names = dict.fromkeys(name for weights, _ in parts for name in weights)
+    combined = {}
+    for name in names:
+        layers = [(weights[name], factor) for weights, factor in parts if name in weights]
+        combined[name] = {
+            "a": jnp.concatenate([layer["a"] for layer, _ in layers], axis=1),
+            "b": jnp.concatenate([layer["b"] * factor for layer, factor in layers], axis=0),
+        }
+    return combined
+
+
 def merge(unet: nnx.Module, weights: Weights, factor: float | jax.Array = 1.0) -> nnx.Module:
     """The U-Net with kernels W + factor A B, summed in float32; `unet` is unchanged.
 
@@ -97,7 +116,7 @@ def merge(unet: nnx.Module, weights: Weights, factor: float | jax.Array = 1.0) -
 
 
 def target_shapes(unet: nnx.Module, config: LoraConfig) -> dict[str, tuple[int, int]]:
-    """Name -> (in, out) of the linear layers that a LoRA's targets mean, in the U-Net's order.
+    """Name -> (in, out) of the linear layers that a LoRA's targets name, in the U-Net's order.
 
     Args:
         unet: with or without weights.
@@ -139,22 +158,22 @@ def check_fits(
 
     Args:
         unet: with or without weights.
-        config: if given, all layers that its targets mean must be there.
+        config: if given, all layers that its targets name must be in `weights`.
 
     Raises:
         CheckpointError: one sentence with the names.
     """
     layers = _layer_shapes(unet)
-    wanted = set(weights) if config is None else set(target_shapes(unet, config))
+    targets = set(weights) if config is None else set(target_shapes(unet, config))
     misshapen = []
     for name in sorted(weights.keys() & layers.keys()):
         a, b = weights[name]["a"].shape, weights[name]["b"].shape
         if (a[0], b[-1]) != layers[name] or a[-1] != b[0]:
             misshapen.append(f"{name} ({a} x {b} for a kernel of {layers[name]})")
-    unknown = weights.keys() - layers.keys() if config is None else weights.keys() - wanted
+    unknown = weights.keys() - layers.keys() if config is None else weights.keys() - targets
     faults = {
         "unknown": sorted(unknown),
-        "missing": sorted(wanted - weights.keys()),
+        "missing": sorted(targets - weights.keys()),
         "of another shape": misshapen,
     }
     parts = [f"{len(names)} {what}: {_some(names)}" for what, names in faults.items() if names]
@@ -165,7 +184,7 @@ def check_fits(
 
 
 def _copy(unet: nnx.Module) -> nnx.Module:
-    """Modules and variables of its own, with the same arrays."""
+    """New modules and variables with the same arrays."""
     return jax.tree.map(lambda leaf: leaf, unet)
 
 

@@ -19,13 +19,14 @@ computes all of them.
 """
 
 import functools
-from typing import Literal, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from k3jax.config import AttentionForm
 from k3jax.sharding import BATCH, data_parallelism, traced_mesh
 
 
@@ -35,9 +36,6 @@ MANY_SCORES = 2**17
 """Of one head: 1024 pixels over 128 words are many, 256 pixels over each other are few."""
 CUDNN_HEAD_DIM = 128
 """The widest head that cuDNN's kernels take."""
-
-AttentionForm = Literal["auto", "xla", "kernel"]
-"""Which form long attention takes: the platform's best, XLA's operations alone, or a kernel."""
 
 
 class AttentionLayer(nnx.Module):
@@ -73,6 +71,7 @@ def check_attention_form(form: AttentionForm, platform: str, dtype) -> None:
         )
 
 
+@jax.named_scope("attention")
 def attention(
     query: jax.Array,
     key: jax.Array,

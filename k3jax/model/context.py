@@ -33,7 +33,7 @@ padding, as it does for an unconditional input of the diffusers family."""
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PromptEmbeds:
-    """What the text encoder makes of prompts; host or device arrays, batch first.
+    """The text encoder's output for prompts; host or device arrays, batch first.
 
     Attributes:
         embeds: (b, n, d_model), the encoder's output before the projection, n at most 128.
@@ -60,7 +60,7 @@ class PromptEmbeds:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Context:
-    """What the U-Net is conditioned on.
+    """The projected text that the U-Net attends to.
 
     Attributes:
         hidden_states: (b, n, cross_attention_dim).
@@ -102,6 +102,7 @@ class TextProjection(nnx.Module):
         )
         self.dtype = dtype
 
+    @jax.named_scope("text_projection")
     def __call__(self, prompt: PromptEmbeds, conditioning: ConditioningFamily) -> Context:
         """The context of prompts (positive or negative)."""
         token = prompt.attention_mask.astype(bool)
@@ -131,7 +132,7 @@ class TextProjection(nnx.Module):
             if self.null_embedding is None:
                 raise ValueError(
                     "this checkpoint has no null embedding, which the `original` conditioning "
-                    "needs; its config.json should say conditioning: diffusers."
+                    "needs; its config.json should have conditioning: diffusers."
                 )
             null = self.null_embedding[...].astype(self.dtype)
             states = jnp.zeros((*shape, null.shape[-1]), self.dtype).at[:, 0].set(null)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an inpainting U-Net sees besides the noisy latents: mask and latents of the masked image.
+"""The extra inputs of an inpainting U-Net: the mask, and latents of the masked image.
 
 Its 9 channels are noisy latents (4), mask (1), latents of the masked image (4), in this order.
 Masks are 1 where the image is known and 0 where it is to be painted. The pixels to be painted
@@ -22,7 +22,7 @@ Encode = Callable[[jax.Array], jax.Array]
 def inpainting_inputs(
     images: jax.Array, masks: jax.Array, encode: Encode
 ) -> tuple[jax.Array, jax.Array]:
-    """What the U-Net sees of images and masks; may be compiled.
+    """The extra channels for images and masks; may be compiled.
 
     Args:
         images: uint8, or float in [-1, 1], (b, h, w, 3).

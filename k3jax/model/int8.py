@@ -26,7 +26,7 @@ class Int8Linear(nnx.Module):
         Weights of stacked layers have the layer as first axis.
         """
         if base.bias is not None:
-            raise ValueError("layers with a bias are not made for int8.")
+            raise ValueError("int8 layers have no bias, but this layer has one.")
         kernel = base.kernel.get_value()
         metadata = base.kernel.get_metadata()
         names, heads = metadata["out_sharding"], metadata["heads"]

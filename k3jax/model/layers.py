@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layers all three networks are made of: linear, convolution, resampling and norms.
+"""The layers of all three networks: linear, convolution, resampling and norms.
 
 Activations are b h w c (batch, height, width, channels) everywhere. Statistics of norms are float32
 whatever the compute dtype.
 """
 
+import contextvars
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,22 +21,50 @@ CONVOLVED = ("batch", None, None, "conv_out")
 """Logical axes of what a convolution returns."""
 
 NO_INIT = nnx.initializers.zeros_init()
-"""Weights are loaded, or drawn leaf by leaf (k3jax/training/initialise.py). Of random initialisers
-nothing would remain but the time to trace them, nearly half of what making the modules took."""
+"""Weights are loaded, or drawn leaf by leaf (k3jax/training/random_weights.py). Of random
+initialisers nothing would remain but the time to trace them, nearly half of what making the
+modules took."""
+
+
+_FAST_CPU_GRADIENTS = contextvars.ContextVar("fast_cpu_gradients", default=False)
+
+
+def with_fast_cpu_gradients(function: Callable) -> Callable:
+    """A loss whose gradients XLA:CPU computes twice as fast; it has no forward derivatives.
+
+    The gradient of `dense` then comes from a rule of its own.
+    """
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        token = _FAST_CPU_GRADIENTS.set(True)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _FAST_CPU_GRADIENTS.reset(token)
+
+    return run
+
+
+def dense(x: jax.Array, kernel: jax.Array, precision: jax.lax.Precision | None = None) -> jax.Array:
+    """(..., in) @ (in, out) -> (..., out)."""
+    if _FAST_CPU_GRADIENTS.get():
+        return _dense_for_training(x, kernel, precision)
+    return jnp.matmul(x, kernel, precision=precision)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def dense(x: jax.Array, kernel: jax.Array, precision: jax.lax.Precision | None = None) -> jax.Array:
-    """(..., in) @ (in, out) -> (..., out), with a gradient that XLA:CPU computes twice as fast.
+def _dense_for_training(x, kernel, precision):
+    """`dense`, whose gradient keeps two computations apart.
 
-    For the kernel's gradient XLA transposes x, and fuses into that transposition whatever made x:
-    a strided loop with exponentials in it. Held apart, both are quick.
+    For the kernel's gradient XLA:CPU transposes x, and fuses into that transposition the operations
+    that compute x: a strided loop with exponentials in it. Apart, both are quick.
     """
     return jnp.matmul(x, kernel, precision=precision)
 
 
 def _dense_forward(x, kernel, precision):
-    return dense(x, kernel, precision), (x, kernel)
+    return _dense_for_training(x, kernel, precision), (x, kernel)
 
 
 def _dense_backward(precision, residuals, gradient):
@@ -51,7 +81,7 @@ def _held_apart(*arrays):
     return jax.lax.optimization_barrier(arrays)
 
 
-dense.defvjp(_dense_forward, _dense_backward)
+_dense_for_training.defvjp(_dense_forward, _dense_backward)
 
 
 def pointwise(
@@ -205,7 +235,7 @@ def group_statistics(
     the channels of a group put together: the large arrays keep their shape. A float32 variance
     takes a second pass, for the one-pass form loses digits where the mean is large. In half
     precision such values have lost more of them by their own rounding, and one pass, which XLA puts
-    into the kernel that makes x, is as good.
+    into the kernel that computes x, is as good.
 
     Args:
         strips: entries of the batch that are one image together (k3jax/model/movq_strips.py).
@@ -219,7 +249,7 @@ def group_statistics(
         return means.reshape(b, 1, 1, c)
 
     mesh = traced_mesh()
-    # Groups that lie on two devices are put together on each.
+    # Groups that are split over two devices are summed on each.
     whole = mesh is not None and strips == 1 and groups % mesh.shape["tensor"] != 0
 
     def over_groups(per_channel):

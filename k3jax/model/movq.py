@@ -48,6 +48,7 @@ class EncoderLevel(nnx.Module):
             else conv(channels_out, channels_out, 3, strides=2, padding=((0, 1), (0, 1)), **kwargs)
         )
 
+    @jax.named_scope("level")
     def __call__(self, x: jax.Array) -> jax.Array:
         for i, resnet in enumerate(self.resnets):
             x = resnet(x)
@@ -71,6 +72,7 @@ class DecoderLevel(nnx.Module):
         )
         self.upsample = None if last else conv(channels_out, channels_out, 3, **kwargs)
 
+    @jax.named_scope("level")
     def __call__(self, x: jax.Array, latents: jax.Array, strips: int) -> jax.Array:
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, latents, strips)
@@ -88,6 +90,7 @@ class MidBlock(nnx.Module):
         self.resnets = nnx.List(ResBlock(channels, channels, norm, **kwargs) for _ in range(2))
         self.attentions = nnx.List([AttentionBlock(channels, norm, **kwargs)])
 
+    @jax.named_scope("mid_block")
     def __call__(
         self, x: jax.Array, latents: jax.Array | None = None, strips: int = 1
     ) -> jax.Array:
@@ -117,6 +120,7 @@ class Encoder(nnx.Module):
         self.norm_out = norm(widths[-1], **kwargs)
         self.conv_out = conv(widths[-1], config.latent_channels, 3, **kwargs)
 
+    @jax.named_scope("encoder")
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.conv_in(x)
         for level in self.down_blocks:
@@ -146,6 +150,7 @@ class Decoder(nnx.Module):
         self.norm_out = norm(widths[-1], **kwargs)
         self.conv_out = conv(widths[-1], config.out_channels, 3, **kwargs)
 
+    @jax.named_scope("decoder")
     def __call__(self, x: jax.Array, latents: jax.Array, strips: int = 1) -> jax.Array:
         """Two maps (b, h, w, 4) -> (b, 8h, 8w, 3); between them `strips` of each map."""
         x, latents = into_strips(self.conv_in(x), strips), into_strips(latents, strips)

@@ -64,7 +64,7 @@ def convolve_upsampled(layer: nnx.Conv, x: jax.Array, strips: int = 1) -> jax.Ar
 
     Each pixel of x stands for four, and a 3x3 window sees four different pixels of x: the output at
     each of the four places is a 2x2 convolution of x itself, with sums of the weights. The values
-    are the same from 4 products in the place of 9, and the enlarged map never exists.
+    are the same from 4 products instead of 9, and the enlarged map never exists.
     """
     if strips > 1:
         return convolve_enlarged_strips(layer, x, strips)
@@ -126,7 +126,7 @@ def take_rows(x: jax.Array, index: jax.Array | None, factor: int = 1) -> jax.Arr
 
 
 class PlainNorm(GroupNorm):
-    """The encoder's norm: GroupNorm; takes latents so that blocks need not tell the norms apart."""
+    """The encoder's norm: GroupNorm; takes latents, so that blocks call both norms alike."""
 
     def __init__(self, channels: int, groups: int, *, dtype, param_dtype, rngs):
         super().__init__(channels, groups, NORM_EPSILON, dtype=dtype, param_dtype=param_dtype)
@@ -181,7 +181,7 @@ class ResBlock(nnx.Module):
     """norm - SiLU - 3x3 - norm - SiLU - 3x3 plus a shortcut (1x1 where the width changes)."""
 
     def __init__(self, channels_in: int, channels_out: int, norm, **kwargs):
-        """`norm(channels, **kwargs)` makes the norms: PlainNorm or SpatialNorm, partly applied."""
+        """`norm(channels, **kwargs)` creates a norm: PlainNorm or SpatialNorm, partly applied."""
         self.norm1 = norm(channels_in, **kwargs)
         self.conv1 = conv(channels_in, channels_out, 3, **kwargs)
         self.norm2 = norm(channels_out, **kwargs)
@@ -190,6 +190,7 @@ class ResBlock(nnx.Module):
             conv(channels_in, channels_out, 1, **kwargs) if channels_in != channels_out else None
         )
 
+    @jax.named_scope("resnet")
     def __call__(
         self, x: jax.Array, latents: jax.Array | None = None, strips: int = 1
     ) -> jax.Array:
@@ -207,10 +208,11 @@ class AttentionBlock(AttentionLayer):
 
     def __init__(self, channels: int, norm, **kwargs):
         self.norm = norm(channels, **kwargs)
-        make = functools.partial(linear, channels, channels, heads=1, **kwargs)
-        self.to_q, self.to_k, self.to_v = (make(("embed", "heads")) for _ in range(3))
-        self.to_out = make(("heads", "embed"))
+        new_linear = functools.partial(linear, channels, channels, heads=1, **kwargs)
+        self.to_q, self.to_k, self.to_v = (new_linear(("embed", "heads")) for _ in range(3))
+        self.to_out = new_linear(("heads", "embed"))
 
+    @jax.named_scope("attention_block")
     def __call__(
         self, x: jax.Array, latents: jax.Array | None = None, strips: int = 1
     ) -> jax.Array:

@@ -2,7 +2,7 @@
 """Maps in strips: how MoVQ's decoder lays out one image on a TPU.
 
 A TPU's compiler has a hard time with one image of a million pixels. It cuts such a map along its
-width before every 3x3 convolution and puts it together behind it, and writes out what is enlarged
+width before every 3x3 convolution and joins it afterwards, and writes out what is enlarged
 from the latents at full size: more time goes into copies than into arithmetic. So we cut it once,
 along its height, and let the strips be the batch: (b, h, w, c) is (b strips, h/strips, w, c) from
 the latents to the image. With eight strips the compiler puts the strip and the channel into the
@@ -114,7 +114,7 @@ def enlarge_and_apply(
     """
     b, h, w, c = x.shape
     rows, columns = smaller[0].shape[1:3]
-    # Else the compiler makes x float32 before it reshapes it, and writes that out.
+    # Otherwise the compiler converts x to float32 before it reshapes it, and writes that out.
     x = jax.lax.optimization_barrier(x.reshape(b, rows, h // rows, columns, w // columns, c))
     y = function(
         x,
@@ -130,8 +130,8 @@ def window_sums(kernel: jax.Array) -> jax.Array:
 
     What a 3x3 convolution of an enlarged map is at each of the four places of a pixel.
     """
-    # Of the three rows in a window at place 0, the first lies in the pixel of x above and two in
-    # its own; at place 1 two lie in its own and the last in the pixel below.
+    # Of the three rows in a window at place 0, the first is in the pixel of x above and two are in
+    # its own; at place 1 two are in its own and the last in the pixel below.
     sums = jnp.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], jnp.float32)
     highest = jax.lax.Precision.HIGHEST
     kernel = kernel.astype(jnp.float32)

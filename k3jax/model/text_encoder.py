@@ -32,7 +32,7 @@ class SelfAttention(AttentionLayer):
 
     def __init__(self, config: TextEncoderConfig, *, dtype, param_dtype, rngs):
         inner = config.num_heads * config.d_kv
-        make = functools.partial(
+        new_linear = functools.partial(
             linear,
             heads=config.num_heads,
             use_bias=False,
@@ -40,12 +40,13 @@ class SelfAttention(AttentionLayer):
             param_dtype=param_dtype,
             rngs=rngs,
         )
-        self.q = make(config.d_model, inner, ("embed", "heads"))
-        self.k = make(config.d_model, inner, ("embed", "heads"))
-        self.v = make(config.d_model, inner, ("embed", "heads"))
-        self.o = make(inner, config.d_model, ("heads", "embed"))
+        self.q = new_linear(config.d_model, inner, ("embed", "heads"))
+        self.k = new_linear(config.d_model, inner, ("embed", "heads"))
+        self.v = new_linear(config.d_model, inner, ("embed", "heads"))
+        self.o = new_linear(inner, config.d_model, ("heads", "embed"))
         self.num_heads = config.num_heads
 
+    @jax.named_scope("self_attention")
     def __call__(self, x: jax.Array, bias: jax.Array) -> jax.Array:
         x = constrain(x, "batch", token_axis(self.num_heads), None)
         q, k, v = (
@@ -60,13 +61,14 @@ class GatedMLP(nnx.Module):
     """wo(silu(wi_0(x)) * wi_1(x)), arXiv:2002.05202."""
 
     def __init__(self, config: TextEncoderConfig, *, dtype, param_dtype, rngs):
-        make = functools.partial(
+        new_linear = functools.partial(
             linear, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
-        self.wi_0 = make(config.d_model, config.d_ff, ("embed", "mlp"))
-        self.wi_1 = make(config.d_model, config.d_ff, ("embed", "mlp"))
-        self.wo = make(config.d_ff, config.d_model, ("mlp", "embed"))
+        self.wi_0 = new_linear(config.d_model, config.d_ff, ("embed", "mlp"))
+        self.wi_1 = new_linear(config.d_model, config.d_ff, ("embed", "mlp"))
+        self.wo = new_linear(config.d_ff, config.d_model, ("mlp", "embed"))
 
+    @jax.named_scope("mlp")
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.wo(jax.nn.silu(self.wi_0(x)) * self.wi_1(x))
 
@@ -87,6 +89,7 @@ class EncoderLayer(nnx.Module):
         self.mlp_norm = norm()
         self.mlp = GatedMLP(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
+    @jax.named_scope("layer")
     def __call__(self, x: jax.Array, bias: jax.Array) -> jax.Array:
         """float32 (b, n, d) -> float32 (b, n, d)."""
         x = x + self.attention(self.attention_norm(x), bias).astype(jnp.float32)
@@ -126,6 +129,7 @@ class TextEncoder(nnx.Module):
             config.d_model, config.layer_norm_epsilon, dtype=dtype, param_dtype=param_dtype
         )
 
+    @jax.named_scope("text_encoder")
     def __call__(self, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
         """Embeds tokens.
 

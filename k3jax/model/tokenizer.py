@@ -2,19 +2,19 @@
 """Prompts -> token ids, through transformers' T5 tokenizer."""
 
 import tempfile
-import unicodedata
 import warnings
 from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
 
+from k3jax.arguments import check_text
 from k3jax.config import MAX_TOKENS
 from k3jax.files import LFS_ADVICE, LFS_POINTER, is_local, read_object
 
 
 TOKENIZERS = ("tokenizer.json", "spiece.model")
-"""One of them holds the vocabulary; the first one that is there is read."""
+"""One of them holds the vocabulary; the first one that exists is read."""
 TOKENIZER_FILES = (
     *TOKENIZERS,
     "tokenizer_config.json",
@@ -60,36 +60,44 @@ class Tokenizer:
         """Number of ids, special ones included."""
         return len(self._tokenizer)
 
-    def __call__(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(
+        self, prompts: Sequence[str], names: Sequence[str] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Ids and mask of each prompt.
 
         A prompt with more than MAX_TOKENS tokens loses its end (not the end-of-sequence token), and
-        a PromptTruncatedWarning says what was cut.
+        a PromptTruncatedWarning names what was cut.
+
+        Args:
+            names: of the prompts in messages; "prompt 0", ... by default.
 
         Returns:
             int32 (b, MAX_TOKENS) ids, padded with 0; bool (b, MAX_TOKENS), true at tokens.
         """
-        whole = [tokens for tokens, _ in self.whole(prompts)]
+        names = _names(prompts) if names is None else names
+        whole = [tokens for tokens, _ in self.whole(prompts, names)]
         ids = np.zeros((len(prompts), MAX_TOKENS), np.int32)
         mask = np.zeros((len(prompts), MAX_TOKENS), bool)
         for number, tokens in enumerate(whole):
             if len(tokens) > MAX_TOKENS:
-                warn_of_cut(number, len(tokens), self.decode(tokens[MAX_TOKENS - 1 : -1]))
+                warn_of_cut(names[number], len(tokens), self.decode(tokens[MAX_TOKENS - 1 : -1]))
                 tokens = [*tokens[: MAX_TOKENS - 1], tokens[-1]]
             ids[number, : len(tokens)] = tokens
             mask[number, : len(tokens)] = True
         return ids, mask
 
-    def whole(self, prompts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """All tokens of each prompt, the end-of-sequence last, and the characters they stand for.
+    def whole(
+        self, prompts: Sequence[str], names: Sequence[str] | None = None
+    ) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """All tokens of each prompt, the end-of-sequence last, and the characters that they cover.
 
         Returns:
             (ids, (first character, end) of each) of each prompt; an end-of-sequence has none.
         """
-        for number, prompt in enumerate(prompts):
-            check_prompt(prompt, number)
-        found = _tokens(self._tokenizer, list(prompts))
-        return list(zip(found["input_ids"], found["offset_mapping"], strict=True))
+        for name, prompt in zip(_names(prompts) if names is None else names, prompts, strict=True):
+            check_text(prompt, name)
+        tokens = _tokens(self._tokenizer, list(prompts))
+        return list(zip(tokens["input_ids"], tokens["offset_mapping"], strict=True))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens."""
@@ -100,7 +108,7 @@ def tokenizer_fault(folder: epath.PathLike, vocab_size: int | None = None) -> st
     """What keeps a folder from being a tokenizer of a text encoder, or None.
 
     Args:
-        vocab_size: of the text encoder, where there is one.
+        vocab_size: of the text encoder, if any.
 
     Returns:
         A clause that begins with the file or folder.
@@ -111,7 +119,7 @@ def tokenizer_fault(folder: epath.PathLike, vocab_size: int | None = None) -> st
     except ValueError as error:
         return str(error).rstrip(".")
     if len(ids) < 2:
-        return f"{folder} makes no tokens of text"
+        return f"{folder} yields no tokens"
     if vocab_size is not None and tokenizer.vocab_size > vocab_size:
         return (
             f"{folder} has {tokenizer.vocab_size} tokens, and the text encoder only {vocab_size}: "
@@ -121,7 +129,7 @@ def tokenizer_fault(folder: epath.PathLike, vocab_size: int | None = None) -> st
 
 
 def _loaded(folder: epath.Path, shown: epath.Path):
-    """The tokenizer of transformers in a local folder; errors say that it is in `shown`."""
+    """The tokenizer of transformers in a local folder; errors name `shown` as its folder."""
     from transformers import AutoTokenizer, T5Tokenizer
 
     for file in folder.iterdir():
@@ -167,11 +175,10 @@ def _file_fault(file: epath.Path) -> str | None:
     return None if start else f"{file} is damaged: it is empty"
 
 
-def warn_of_cut(number: int, count: int, text: str) -> None:
-    """Warns that `text`, the end of prompt `number` of `count` tokens, is cut off."""
+def warn_of_cut(name: str, count: int, text: str) -> None:
+    """Warns that `text`, the end of the prompt `name` of `count` tokens, is cut off."""
     warnings.warn(
-        f"prompt {number} has {count} tokens and the model sees {MAX_TOKENS}; "
-        f"cut off: {_shorten(text)!r}",
+        f"{name} has {count} tokens and the model sees {MAX_TOKENS}; cut off: {_shorten(text)!r}",
         PromptTruncatedWarning,
         stacklevel=4,
     )
@@ -179,14 +186,11 @@ def warn_of_cut(number: int, count: int, text: str) -> None:
 
 def check_prompt(prompt: str, number: int) -> None:
     """Raises ValueError for what is not a printable string; line breaks and tabs are allowed."""
-    if not isinstance(prompt, str):
-        raise ValueError(f"prompt {number} must be a string, not {type(prompt).__name__}.")
-    for position, character in enumerate(prompt):
-        if character not in "\n\r\t" and unicodedata.category(character) in ("Cc", "Cs"):
-            raise ValueError(
-                f"prompt {number} has the control character U+{ord(character):04X} at position "
-                f"{position}: remove it."
-            )
+    check_text(prompt, f"prompt {number}")
+
+
+def _names(prompts: Sequence[str]) -> list[str]:
+    return [f"prompt {number}" for number in range(len(prompts))]
 
 
 def _shorten(text: str, limit: int = 80) -> str:

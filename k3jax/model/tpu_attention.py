@@ -24,7 +24,7 @@ SUBLANES = 16
 """Rows of a tile of bfloat16."""
 QUERY_BLOCKS = (512, 256, 128)
 KEY_BLOCK = 2048
-"""Keys at once, where there are more than fit."""
+"""Keys of a block, where not all fit."""
 BUDGET = 17 * 2**20
 """Bytes for scores, keys and values of a block."""
 VMEM_LIMIT = 28 * 2**20
@@ -34,7 +34,7 @@ SCORE_BYTES = 6
 
 
 def fits(query_tokens: int, head_dim: int) -> bool:
-    """Whether `tpu_attention` can be given this (on one device)."""
+    """Whether `tpu_attention` takes these sizes (on one device)."""
     whole = head_dim % LANES == 0 or LANES % head_dim == 0
     return whole and query_tokens >= SUBLANES
 
@@ -75,7 +75,7 @@ def tpu_attention(
         ]
     if bias is None and keys % block_k:
         bias = jnp.zeros((b, keys), jnp.float32)
-    if keys % block_k:  # What lies behind the last key is not defined; make it zeros.
+    if keys % block_k:  # Memory after the last key is undefined: pad with zeros.
         rest = steps * block_k - keys
         key, value = (jnp.pad(x, ((0, 0), (0, rest), (0, 0))) for x in (key, value))
         bias = jnp.pad(bias, ((0, 0), (0, rest)), constant_values=-jnp.inf)

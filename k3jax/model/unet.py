@@ -13,6 +13,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from k3jax.config import UNetConfig
+from k3jax.model.conditioning import (
+    Conditioning,
+    ContextCache,
+    KeysValues,
+    as_conditioning,
+)
 from k3jax.model.context import Context
 from k3jax.model.layers import GroupNorm, conv, linear
 from k3jax.model.unet_blocks import (
@@ -20,8 +26,6 @@ from k3jax.model.unet_blocks import (
     NORM_EPSILON,
     AttentionBlock,
     ContextPooling,
-    KeysValues,
-    ReadContext,
     ResNetBlock,
 )
 from k3jax.sharding import constrain
@@ -32,17 +36,20 @@ class TimeEmbedding(nnx.Module):
 
     def __init__(self, config: UNetConfig, *, param_dtype, rngs):
         # TPUs multiply float32 in bfloat16 unless told otherwise.
-        make = functools.partial(
+        new_linear = functools.partial(
             linear,
             precision=jax.lax.Precision.HIGHEST,
             dtype=jnp.float32,
             param_dtype=param_dtype,
             rngs=rngs,
         )
-        self.linear_1 = make(config.init_channels, config.time_embedding_dim, (None, None))
-        self.linear_2 = make(config.time_embedding_dim, config.time_embedding_dim, (None, None))
+        self.linear_1 = new_linear(config.init_channels, config.time_embedding_dim, (None, None))
+        self.linear_2 = new_linear(
+            config.time_embedding_dim, config.time_embedding_dim, (None, None)
+        )
         self.channels = config.init_channels
 
+    @jax.named_scope("time_embedding")
     def __call__(self, timesteps: jax.Array) -> jax.Array:
         half = self.channels // 2
         frequencies = jnp.exp(-jnp.log(10000.0) / (half - 1) * jnp.arange(half, dtype=jnp.float32))
@@ -102,20 +109,22 @@ class Level(nnx.Module):
         )
         self.up = up
 
-    def read(self, context: Context) -> list[KeysValues] | None:
+    def keys_values(self, context: Context) -> list[KeysValues] | None:
+        """Of each cross-attention; None for a level without."""
         if self.cross_attentions is None:
             return None
-        return [block.attention.read(context.hidden_states) for block in self.cross_attentions]
+        states = context.hidden_states
+        return [block.attention.keys_values(states) for block in self.cross_attentions]
 
     def __call__(
         self,
         x: jax.Array,
         temb: jax.Array,
-        read: list[KeysValues] | None,
+        keys_values: list[KeysValues] | None,
         bias: jax.Array | None,
         remat: bool = False,
     ) -> jax.Array:
-        """`read`: what each cross-attention attends to, with the bias of its scores."""
+        """`keys_values`: of each cross-attention, with the bias of its scores; see `UNet.remat`."""
         run = _rematerialised if remat else _plain
         if self.self_attention is not None and not self.up:
             x = run(self.self_attention, x, temb)
@@ -124,7 +133,8 @@ class Level(nnx.Module):
         ):
             x = run(resnet_in, x, temb)
             if self.cross_attentions is not None:
-                x = run(self.cross_attentions[i], x, temb, None if read is None else read[i], bias)
+                cached = None if keys_values is None else keys_values[i]
+                x = run(self.cross_attentions[i], x, temb, cached, bias)
             x = run(resnet_out, x, temb)
         if self.self_attention is not None and self.up:
             x = run(self.self_attention, x, temb)
@@ -157,7 +167,7 @@ class UNet(nnx.Module):
             for i in range(levels)
         )
         # The references read the flags of the up levels backwards from the end of the whole tuple,
-        # which has 4 entries even where the U-Net has fewer levels; the weights are made that way.
+        # which has 4 entries even where the U-Net has fewer levels; the weights depend on it.
         cross, self_ = config.add_cross_attention[::-1], config.add_self_attention[::-1]
         self.up_blocks = nnx.List(
             Level(
@@ -187,31 +197,41 @@ class UNet(nnx.Module):
             (wide, wide, narrow),
         ]
 
-    def read(self, context: Context) -> ReadContext:
-        """What `__call__` needs of a context: for a loop, to be computed once."""
-        return ReadContext(
+    def context_cache(self, context: Context) -> ContextCache:
+        """What `__call__` computes from a context alone: for a loop, to be computed once."""
+        return ContextCache(
             pooled=self.context_pooling(context),
             bias=context.bias,
-            down=[level.read(context) for level in self.down_blocks],
-            up=[level.read(context) for level in self.up_blocks],
+            down=[level.keys_values(context) for level in self.down_blocks],
+            up=[level.keys_values(context) for level in self.up_blocks],
         )
 
+    @jax.named_scope("unet")
     def __call__(
-        self, sample: jax.Array, timesteps: jax.Array, context: Context | ReadContext | None
+        self,
+        sample: jax.Array,
+        timesteps: jax.Array,
+        conditioning: Conditioning | Context | None,
     ) -> jax.Array:
         """Predicts the noise in `sample`.
 
         Args:
-            sample: (b, h, w, in_channels); h and w divisible by 2^(levels - 1).
+            sample: (b, h, w, c); h and w divisible by 2^(levels - 1). With the conditioning's extra
+                channels it has the config's in_channels.
             timesteps: (b,), 0 to 999, need not be integers.
-            context: what to condition on; None: nothing at all, not even a null embedding (only
-                a U-Net without cross-attention, or the pixels themselves as keys, allows it).
+            conditioning: its guidance is the sampler's business (`k3jax.sampling.denoise`). A
+                context alone will do. None or no context: not even a null embedding (only a U-Net
+                without cross-attention, or the pixels themselves as keys, allows it).
 
         Returns:
             float32 (b, h, w, out_channels).
         """
+        conditioning = as_conditioning(conditioning)
+        if conditioning.extra_channels is not None:
+            sample = jnp.concatenate([sample, conditioning.extra_channels], axis=-1)
+        context = conditioning.context
         if isinstance(context, Context):
-            context = self.read(context)
+            context = self.context_cache(context)
         levels = len(self.down_blocks)
         down, up, bias = [None] * levels, [None] * levels, None
         time_embedding = self.time_embedding(timesteps)
@@ -222,14 +242,16 @@ class UNet(nnx.Module):
 
         x = constrain(self.conv_in(sample.astype(self.dtype)), *MAP)
         skips = []
-        for level, read in zip(self.down_blocks, down, strict=True):
-            x = level(x, temb, read, bias, self.remat)
+        for i, (level, keys_values) in enumerate(zip(self.down_blocks, down, strict=True)):
+            with jax.named_scope(f"down_{i}"):
+                x = level(x, temb, keys_values, bias, self.remat)
             skips.append(x)
         skips.pop()
-        for i, (level, read) in enumerate(zip(self.up_blocks, up, strict=True)):
+        for i, (level, keys_values) in enumerate(zip(self.up_blocks, up, strict=True)):
             if i:
                 x = jnp.concatenate([x, skips.pop()], axis=-1)
-            x = level(x, temb, read, bias, self.remat)
+            with jax.named_scope(f"up_{i}"):
+                x = level(x, temb, keys_values, bias, self.remat)
         x = self.conv_out(jax.nn.silu(self.norm_out(x))).astype(jnp.float32)
         return constrain(x, *MAP)
 

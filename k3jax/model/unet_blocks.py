@@ -6,7 +6,6 @@ so it is applied once, by the U-Net. Source: ai-forever/Kandinsky-3, model/unet.
 """
 
 import functools
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from flax import nnx
 
 from k3jax.config import UNetConfig
 from k3jax.model.attention import AttentionLayer, attention, token_axis
+from k3jax.model.conditioning import KeysValues
 from k3jax.model.context import Context
 from k3jax.model.layers import Upsample2x, conv, group_statistics, linear
 from k3jax.sharding import constrain
@@ -23,26 +23,6 @@ from k3jax.sharding import constrain
 NORM_EPSILON = 1e-5
 MAP = ("batch", None, None, None)
 """Logical axes of a map between blocks: each device has all channels of its images."""
-
-KeysValues = tuple[jax.Array, jax.Array]
-"""Of one attention layer, heads side by side: (b, m, channels) each."""
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class ReadContext:
-    """What the U-Net makes of a context. It depends on no pixel and no time: once per image.
-
-    Attributes:
-        pooled: float32 (b, time_embedding_dim), added to the time embedding.
-        bias: float32 (b, m), added to the scores of each key.
-        down, up: of each level the keys and values of its cross-attentions, or None.
-    """
-
-    pooled: jax.Array
-    bias: jax.Array
-    down: list[list[KeysValues] | None]
-    up: list[list[KeysValues] | None]
 
 
 class ConditionalGroupNorm(nnx.Module):
@@ -133,6 +113,7 @@ class ResNetBlock(nnx.Module):
         )
         self.shortcut_downsample = _downsample(channels_out, **kwargs) if downsample else None
 
+    @jax.named_scope("resnet")
     def __call__(self, x: jax.Array, temb: jax.Array) -> jax.Array:
         out = x
         for block in self.blocks:
@@ -158,7 +139,7 @@ class Attention(AttentionLayer):
     ):
         if channels_out % head_dim:
             raise ValueError(f"{channels_out} channels do not split into heads of {head_dim}.")
-        make = functools.partial(
+        new_linear = functools.partial(
             linear,
             heads=channels_out // head_dim,
             use_bias=False,
@@ -166,20 +147,24 @@ class Attention(AttentionLayer):
             param_dtype=param_dtype,
             rngs=rngs,
         )
-        self.to_q = make(query_dim, channels_out, ("embed", "heads"))
-        self.to_k = make(context_dim, channels_out, ("embed", "heads"))
-        self.to_v = make(context_dim, channels_out, ("embed", "heads"))
-        self.to_out = make(channels_out, channels_out, ("heads", "embed"))
+        self.to_q = new_linear(query_dim, channels_out, ("embed", "heads"))
+        self.to_k = new_linear(context_dim, channels_out, ("embed", "heads"))
+        self.to_v = new_linear(context_dim, channels_out, ("embed", "heads"))
+        self.to_out = new_linear(channels_out, channels_out, ("heads", "embed"))
         self.head_dim, self.heads = head_dim, channels_out // head_dim
 
-    def read(self, context: jax.Array) -> KeysValues:
-        return self.to_k(context), self.to_v(context)
+    def keys_values(self, states: jax.Array) -> KeysValues:
+        """Of what is attended to, (b, m, context_dim)."""
+        return self.to_k(states), self.to_v(states)
 
-    def __call__(self, x: jax.Array, read: KeysValues, bias: jax.Array | None = None) -> jax.Array:
-        """`read`: keys and values of what is attended to; `bias` (b, m) is added to the scores."""
+    def __call__(
+        self, x: jax.Array, keys_values: KeysValues, bias: jax.Array | None = None
+    ) -> jax.Array:
+        """`bias` (b, m) is added to the scores."""
         x = constrain(x, "batch", token_axis(self.heads), None)
         q, k, v = (
-            rearrange(y, "b n (h d) -> b n h d", d=self.head_dim) for y in (self.to_q(x), *read)
+            rearrange(y, "b n (h d) -> b n h d", d=self.head_dim)
+            for y in (self.to_q(x), *keys_values)
         )
         bias = None if bias is None else bias[:, None, None, :]
         out = attention(q, k, v, scale=self.head_dim**-0.5, bias=bias, form=self.attention_form)
@@ -209,17 +194,19 @@ class AttentionBlock(nnx.Module):
         self.feed_forward_in = linear(channels, hidden, ("embed", "mlp"), use_bias=False, **kwargs)
         self.feed_forward_out = linear(hidden, channels, ("mlp", "embed"), use_bias=False, **kwargs)
 
+    @jax.named_scope("attention_block")
     def __call__(
         self,
         x: jax.Array,
         temb: jax.Array,
-        read: KeysValues | None = None,
+        keys_values: KeysValues | None = None,
         bias: jax.Array | None = None,
     ) -> jax.Array:
-        """`read` None: self-attention, whose keys are the normed pixels."""
+        """Without `keys_values` it is self-attention, whose keys are the normed pixels."""
         tokens = rearrange(self.in_norm(x, temb), "b h w c -> b (h w) c")
-        read = self.attention.read(tokens) if read is None else read
-        out = self.attention(tokens, read, bias)
+        if keys_values is None:
+            keys_values = self.attention.keys_values(tokens)
+        out = self.attention(tokens, keys_values, bias)
         x = constrain(x + out.reshape(x.shape), *MAP)
         out = jax.nn.silu(self.feed_forward_in(self.out_norm(x, temb)))
         return constrain(x + self.feed_forward_out(out), *MAP)
@@ -242,13 +229,14 @@ class ContextPooling(nnx.Module):
             rngs=rngs,
         )
 
+    @jax.named_scope("context_pooling")
     def __call__(self, context: Context) -> jax.Array:
         rows = context.hidden_states.shape[1]
         inside = jnp.arange(rows) < context.lengths[:, None]
         states = jnp.where(inside[..., None], context.hidden_states.astype(jnp.float32), 0)
         mean = states.sum(1, keepdims=True) / context.lengths[:, None, None]
-        read = self.attention.read(context.hidden_states)
-        return self.attention(mean, read, context.bias)[:, 0].astype(jnp.float32)
+        keys_values = self.attention.keys_values(context.hidden_states)
+        return self.attention(mean, keys_values, context.bias)[:, 0].astype(jnp.float32)
 
 
 def _downsample(channels, **kwargs):

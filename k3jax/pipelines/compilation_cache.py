@@ -2,15 +2,11 @@
 """Compiled programs kept on disk: only the first run on a machine waits for the compiler."""
 
 import os
-from pathlib import Path
+
+from k3jax.files import user_cache
 
 
 OPT_OUT = "K3JAX_COMPILATION_CACHE"
-
-
-def user_cache() -> Path:
-    """The folder for what can be made again: $XDG_CACHE_HOME/k3jax or ~/.cache/k3jax."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "k3jax"
 
 
 def enable_compilation_cache() -> str | None:
@@ -31,8 +27,8 @@ def enable_compilation_cache() -> str | None:
         return None
     if jax.config.jax_compilation_cache_dir:
         return jax.config.jax_compilation_cache_dir
-    folder = user_cache() / "xla"
     try:
+        folder = user_cache() / "xla"
         # Others must not write here: the cache holds code that is run.
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:

@@ -6,37 +6,34 @@ Two methods, by what the checkpoint is:
 - "model": a U-Net with 9 input channels, trained for it, sees the mask and the latents of the image
   with a grey hole (k3jax/model/inpainting_inputs.py).
 - "blend": any other U-Net. Before every step the latents of the known part are put back, noised to
-  that step's level; the U-Net is never told that there is a hole. Source of the idea: diffusers,
+  that step's level; the U-Net does not know the mask. Source of the idea: diffusers,
   pipeline_stable_diffusion_inpaint.py.
 
 Outpainting is inpainting of a larger canvas: `pipe(prompt, *extend_canvas(image, right=256))`.
 """
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from k3jax.arguments import check_number
-from k3jax.config import ModelConfig, SamplerName
+from k3jax.config import ModelConfig
 from k3jax.images.compositing import default_feather, generated_share, paste_known
-from k3jax.images.reading import read_images, read_masks
-from k3jax.model.context import PromptEmbeds
-from k3jax.pipelines.base_pipeline import BasePipeline, Output, output
-from k3jax.pipelines.calls import Call
-from k3jax.pipelines.generation import Callback, Loop, make_images
-from k3jax.pipelines.image_task import (
-    check_given_noise,
-    groups,
+from k3jax.images.masks import read_masks
+from k3jax.images.reading import read_images
+from k3jax.pipelines.generation import make_images
+from k3jax.pipelines.image_inputs import (
+    ImageInputs,
+    Pair,
+    inpainting_rows,
     latent_shape,
-    step_counts,
-    strengths,
+    pairs,
     to_own_size,
     work_sizes,
 )
-from k3jax.pipelines.inpaint_images import Pair, pairs, prepare
-from k3jax.pipelines.memory import check_room
-from k3jax.pipelines.request import OutputType
+from k3jax.pipelines.memory import check_fits
+from k3jax.pipelines.option_fields import takes
+from k3jax.pipelines.options import InpaintOptions
+from k3jax.pipelines.pipeline import BasePipeline, Output, output
 from k3jax.pipelines.rows import ImageGroup
 
 
@@ -44,7 +41,7 @@ class Kandinsky3InpaintPipeline(BasePipeline):
     """Inpainting with an inpainting checkpoint, or by blending with any other.
 
     Argument names are those of diffusers. What an image is a function of is as for
-    `Kandinsky3Pipeline`, with the image, the mask and the strength besides.
+    `Kandinsky3Pipeline`, and also the image, the mask and the strength.
     """
 
     @staticmethod
@@ -59,122 +56,63 @@ class Kandinsky3InpaintPipeline(BasePipeline):
     @property
     def method(self) -> Literal["model", "blend"]:
         """How this checkpoint inpaints; see the module."""
-        same = self.config.unet.in_channels == self.config.movq.latent_channels
-        return "blend" if same else "model"
+        return self.method_of(self.config)
 
-    def __call__(
-        self,
-        prompt: str | Sequence[str] | None = None,
-        image: Any = None,
-        mask_image: Any = None,
-        strength: float | Sequence[float] = 1.0,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | Sequence[float] | None = None,
-        negative_prompt: str | Sequence[str | None] | None = None,
-        num_images_per_prompt: int = 1,
-        seed: int | Sequence[int] = 0,
-        sampler: SamplerName | None = None,
-        eta: float | None = None,
-        guidance_interval: tuple[int, int] | None = None,
-        max_area: int | None = None,
-        feather: float | None = None,
-        paste_back: bool = True,
-        latents: np.ndarray | None = None,
-        step_noise: np.ndarray | None = None,
-        prompt_embeds: PromptEmbeds | None = None,
-        negative_prompt_embeds: PromptEmbeds | None = None,
-        output_type: OutputType = "pil",
-        progress_bar: bool = True,
-        callback: Callback | None = None,
-        callback_steps: int = 1,
-    ) -> Output:
-        """Makes images of images; those of one input stand side by side.
+    @staticmethod
+    def method_of(config: ModelConfig) -> Literal["model", "blend"]:
+        """How a checkpoint inpaints, by its config."""
+        return "blend" if config.unet.in_channels == config.movq.latent_channels else "model"
+
+    @takes(InpaintOptions)
+    def __call__(self, options: InpaintOptions) -> Output:
+        """Images with a part painted anew; those of one input come one after the other.
+
+        With `output_type="latent"` nothing is pasted, and the size is that which was worked at.
 
         Args:
-            prompt: one for all images, or one each; or give `prompt_embeds`.
-            image: one for all prompts, or one each, in any sizes: paths, PIL images or arrays, see
-                k3jax/images/reading.py. A result has the size of its image.
-            mask_image: one for all images, or one each, of the image's size: white, 1 or True is
-                repainted. Fractions are given to the model as they are.
-            strength: 1 paints from noise; less starts from what lies under the mask, as in
-                `Kandinsky3Img2ImgPipeline`.
-            max_area: pixels beyond which images are worked on smaller; as many as an image of the
-                checkpoint's own size has (1024 x 1024) by default.
-            feather: pixels around the mask over which the result fades into the image; by default
-                as many as one latent covers (8, or more where the image was made smaller).
-            paste_back: put the pixels outside of mask and feather back as they were; False returns
-                what the model made of them.
-
-        The other arguments are those of `Kandinsky3Img2ImgPipeline`. With `output_type="latent"`
-        nothing is pasted and the size is that which was worked at.
+            OPTIONS
 
         Raises:
             ValueError: one sentence on the argument that is wrong, before anything is compiled.
+            TypeError: an argument that does not exist.
         """
-        for name, value in (("image", image), ("mask_image", mask_image)):
-            if value is None:
+        for name in ("image", "mask_image"):
+            if getattr(options, name) is None:
                 raise ValueError(f"give {name}.")
-        images, masks = read_images(image), read_masks(mask_image)
-        if feather is not None:
-            check_number(feather, "feather", least=0)
-        sizes = work_sizes(self.config, images, max_area)
-        loop = Loop(guidance_interval, callback, callback_steps, progress_bar)
-        inputs = {"images": len(images), "masks": len(masks)}
-        if np.ndim(strength):
-            inputs["strengths"] = len(strength)
-        call = Call(
-            self.config,
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            num_images_per_prompt=num_images_per_prompt,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            sampler=sampler,
-            eta=eta,
-            seed=seed,
-            output_type=output_type,
-            loop=loop,
-            inputs=inputs,
-        )
-        inputs = pairs(images, masks, call.num_inputs)
-        sizes = [sizes[0]] * call.num_inputs if len(sizes) == 1 else sizes
-        steps = step_counts(call, strengths(strength, call.num_inputs))
-        if 0 in steps:
+        images, masks = read_images(options.image), read_masks(options.mask_image)
+        sizes = work_sizes(self.config, images, options.max_area)
+        counts = {"images": len(images), "masks": len(masks)}
+        inputs = ImageInputs(options, self.config, sizes, **counts)
+        both = pairs(images, masks, inputs.num_inputs)
+        if 0 in inputs.steps:
             raise ValueError("strength is 0, which repaints nothing: give more.")
-        check_given_noise(call, latents, step_noise, sizes, steps, self.config)
-        check_room(self, sizes, call.guided)
+        check_fits(self, inputs.sizes, inputs.guided)
 
         # Everything is checked; from here on it takes time.
-        everything = call.images(self, latents, step_noise)
-        input_of = call.image_of(call.num_inputs)
+        everything = inputs.encode(self)
         parts = []
-        for size, part, index in groups(call, sizes, steps):
-            whole = part.num_steps == call.sampler.num_steps
-            rows = prepare(self, everything.rows(index), inputs, input_of[index], size, not whole)
+        for size, part, index in inputs.groups():
+            whole = part.num_steps == inputs.sampler.num_steps
+            rows, input_of = everything.rows(index), inputs.input_of[index]
+            rows = inpainting_rows(self, rows, both, input_of, size, from_image=not whole)
             parts.append(ImageGroup(index, rows, part, latent_shape(self.config, size)))
-        made = make_images(self, parts, loop, output_type)
-        results = [made[n] for n in range(call.count)]
-        if output_type != "latent":
+        results = make_images(self, parts, options)
+        results = [results[n] for n in range(inputs.count)]
+        if options.output_type != "latent":
             results = [
-                self._result(result, inputs[i], sizes[i], feather, paste_back)
-                for result, i in zip(results, input_of, strict=True)
+                self._result(result, both[i], inputs.sizes[i], options)
+                for result, i in zip(results, inputs.input_of, strict=True)
             ]
-        return output(results, output_type)
+        return output(results, options.output_type)
 
     def _result(
-        self,
-        made: np.ndarray,
-        given: Pair,
-        size: tuple[int, int],
-        feather: float | None,
-        paste_back: bool,
+        self, result: np.ndarray, pair: Pair, size: tuple[int, int], options: InpaintOptions
     ) -> np.ndarray:
         """A result in the size of its image, the known pixels put back."""
-        made = to_own_size(made, given.image)
-        if not paste_back:
-            return made
+        result = to_own_size(result, pair.image)
+        if not options.paste_back:
+            return result
+        feather = options.feather
         if feather is None:
-            feather = default_feather(given.image.shape, size, self.config.movq.scale_factor)
-        return paste_known(made, given.image, generated_share(given.mask, feather))
+            feather = default_feather(pair.image.shape, size, self.config.movq.scale_factor)
+        return paste_known(result, pair.image, generated_share(pair.mask, feather))

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The functions and argument names of the original repository, over the pipelines of this one.
+"""The functions and argument names of the original repository, for the pipelines of k3jax.
 
     from k3jax import get_T2I_pipeline  # instead of: from kandinsky3 import get_T2I_pipeline
 
-What differs: `seed` makes an image again (without it every call draws a new one); an inpainted
-image comes back in its own size with the known pixels as they were; a negative prompt works for
-inpainting too. The first call converts the weights, which needs PyTorch: pip install
-'k3jax[convert]'.
+What differs: `seed` reproduces an image (without it every call draws a new one); an inpainted image
+has its own size, with the known pixels as they were; a negative prompt works for inpainting too.
+The first call converts the weights, which needs PyTorch: pip install 'k3jax[convert]'.
 Source of names and defaults: ai-forever/Kandinsky-3, __init__.py, t2i_pipeline.py,
 inpainting_pipeline.py, utils.py.
 """
@@ -25,10 +24,10 @@ from scipy import ndimage
 
 from k3jax.arguments import whole_number
 from k3jax.checkpoints.format import as_path, looks_like_checkpoint
-from k3jax.images.reading import read_mask
-from k3jax.pipelines.base_pipeline import BasePipeline
-from k3jax.pipelines.compilation_cache import user_cache
+from k3jax.files import user_cache
+from k3jax.images.masks import read_mask
 from k3jax.pipelines.inpaint import Kandinsky3InpaintPipeline
+from k3jax.pipelines.pipeline import BasePipeline
 from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
 from k3jax.sharding import data_parallelism, make_mesh
 
@@ -43,7 +42,7 @@ MASK_GROWTH = 6  # pixels by which the original's prepare_mask widens a mask of 
 
 
 class OriginalT2I:
-    """`Kandinsky3T2IPipeline` of the original; `pipe` is ours beneath it."""
+    """`Kandinsky3T2IPipeline` of the original; `pipe` is the pipeline of k3jax."""
 
     def __init__(self, pipe: Kandinsky3Pipeline):
         self.pipe = pipe
@@ -61,15 +60,15 @@ class OriginalT2I:
         eta: float = 1.0,
         seed: int | None = None,
     ) -> list[Image.Image]:
-        """Images of a text. Flash passes over `steps`, `eta` and `guidance_scale`.
+        """Images of a text. Flash ignores `steps`, `eta` and `guidance_scale`.
 
         Args:
             bs: images at a time.
             width, height: the checkpoint's own (1024) by default.
             seed: of the first image; drawn where it is None.
         """
-        _set_batch_size(self.pipe, bs, images_num)
-        return self.pipe(
+        pipe = _with_batch_size(self.pipe, bs, images_num)
+        return pipe(
             text,
             negative_text,
             height=height,
@@ -83,7 +82,7 @@ class OriginalT2I:
 
 
 class OriginalInpainting:
-    """`Kandinsky3InpaintingPipeline` of the original; `pipe` is ours beneath it."""
+    """`Kandinsky3InpaintingPipeline` of the original; `pipe` is the pipeline of k3jax."""
 
     def __init__(self, pipe: Kandinsky3InpaintPipeline):
         self.pipe = pipe
@@ -101,13 +100,13 @@ class OriginalInpainting:
         eta: float = 1.0,
         seed: int | None = None,
     ) -> list[Image.Image]:
-        """Images with what `mask` covers (1) painted anew.
+        """Images that are painted anew where `mask` is 1.
 
         Args:
             bs, seed: see `OriginalT2I`.
         """
-        _set_batch_size(self.pipe, bs, images_num)
-        return self.pipe(
+        pipe = _with_batch_size(self.pipe, bs, images_num)
+        return pipe(
             text,
             image,
             mask,
@@ -141,12 +140,12 @@ def get_T2I_pipeline(
             precision is bfloat16.
         low_cpu_mem_usage: always so.
         cache_dir: where converted weights are kept; the user's cache by default.
-        unet_path, text_encoder_path, movq_path: the original's files, all three, in the place of
+        unet_path, text_encoder_path, movq_path: the original's files, all three, instead of
             the published ones.
-        checkpoint: a folder made by `k3jax convert`, in the place of all that.
+        checkpoint: a folder written by `k3jax convert`, instead of all that.
 
     Raises:
-        ValueError: 8 or 4 bits, which there are not here, or arguments that do not go together.
+        ValueError: 8 or 4 bits, which are not supported, or arguments that exclude each other.
     """
     _refuse_bits(load_in_8bit, load_in_4bit)
     paths = (unet_path, text_encoder_path, movq_path)
@@ -195,7 +194,7 @@ def get_inpainting_pipeline(
 def prepare_mask(mask: Any) -> np.ndarray:
     """A mask widened by 6 pixels, int (h, w) of 0 and 1.
 
-    What the original's does to masks of floats; of 8-bit masks it makes less, or narrower ones.
+    The same as in the original for masks of floats. The original's loses or narrows 8-bit masks.
     """
     repaint = read_mask(mask, "mask") > 0
     return ndimage.maximum_filter(repaint, 2 * MASK_GROWTH + 1).astype(int)
@@ -228,7 +227,7 @@ def _mesh(device_map: Any) -> jax.sharding.Mesh:
 
 
 def _converted(variant: str, cache_dir: str | None, paths: tuple[str | None, ...]) -> Path:
-    """The converted checkpoint of a variant, made where it is not there yet."""
+    """The converted checkpoint of a variant; converts it where it does not exist."""
     root = Path(as_path(cache_dir) if cache_dir is not None else user_cache() / "weights")
     given = [path for path in paths if path is not None]
     if given and len(given) < len(paths):
@@ -264,12 +263,14 @@ def _version(path: str) -> str:
     return f"{file} {file.stat().st_mtime_ns}"
 
 
-def _set_batch_size(pipe: BasePipeline, bs: int, images_num: int) -> None:
-    bs, images_num = whole_number(bs, "bs"), whole_number(images_num, "images_num")
-    if bs < 1 or images_num < 1:
-        raise ValueError(f"bs is {bs} and images_num {images_num}; both must be 1 or more.")
+def _with_batch_size(pipe: BasePipeline, bs: int, images_num: int) -> BasePipeline:
+    """The same pipeline with at most `bs` images in a batch."""
+    bs, images_num = (
+        whole_number(value, name, least=1)
+        for name, value in (("bs", bs), ("images_num", images_num))
+    )
     splits = data_parallelism(pipe.mesh)
-    pipe.batch_size = -(-min(bs, images_num) // splits) * splits
+    return type(pipe).from_pipe(pipe, batch_size=-(-min(bs, images_num) // splits) * splits)
 
 
 def _seed(seed: int | None) -> int:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an image will be, while it is made: a linear map from the latents to colours.
+"""Previews of images between steps: a linear map from latents to colours.
 
 One latent becomes one pixel, so a preview has an eighth of the image's sides and costs nothing. The
-map is fitted once to what MoVQ makes of random colours, and kept in the user's cache.
+map is fitted once to MoVQ's encoding of random colours, and kept in the user's cache.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from k3jax.files import user_cache
 from k3jax.model.movq import MoVQ, normalize
-from k3jax.pipelines.compilation_cache import user_cache
 
 
 FIT_IMAGES, FIT_SIZE = 16, 128
@@ -28,7 +28,7 @@ class StepPreview:
 
     Attributes:
         step: how many of `num_steps` are done.
-        timestep: what the U-Net was last given, 0 to 999.
+        timestep: the U-Net's last input, 0 to 999.
         index: which images of the call these are.
         latents: the image latents that the last step predicted, float32 (b, h/8, w/8, 4).
         map: (5, 3), from `fit_preview`.
@@ -68,22 +68,22 @@ def fit_preview(movq: MoVQ, images: np.ndarray | None = None) -> np.ndarray:
     latents, colors = (np.asarray(x) for x in _pairs(movq, jnp.asarray(images)))
     flat = latents.reshape(-1, latents.shape[-1])
     flat = np.concatenate([flat, np.ones((len(flat), 1), np.float32)], axis=1)
-    found, *_ = np.linalg.lstsq(flat, colors.reshape(-1, 3), rcond=None)
-    return found.astype(np.float32)
+    fitted, *_ = np.linalg.lstsq(flat, colors.reshape(-1, 3), rcond=None)
+    return fitted.astype(np.float32)
 
 
-def preview_map(pipe) -> np.ndarray:
-    """The map of a pipeline's MoVQ: fitted at first use on a machine, then read from the cache."""
-    if pipe.preview is None:
-        digest = pipe.digests.get("movq")
-        found = None if digest is None else _stored(digest)
-        if found is None:
-            with pipe.computing(pipe.movq):
-                found = fit_preview(pipe.movq)
-            if digest is not None:
-                _store(digest, found)
-        pipe.preview = found
-    return pipe.preview
+def preview_map(movq: MoVQ, digest: str | None) -> np.ndarray:
+    """The map of a decoder: fitted at first use on a machine, then read from the user's cache.
+
+    Args:
+        digest: of its weights; None: the cache is not used.
+    """
+    map = None if digest is None else _stored(digest)
+    if map is None:
+        map = fit_preview(movq)
+        if digest is not None:
+            _store(digest, map)
+    return map
 
 
 def flat_images(count: int, size: int) -> np.ndarray:
@@ -112,8 +112,8 @@ def _pairs(movq: MoVQ, images: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _stored(digest: str) -> np.ndarray | None:
     with contextlib.suppress(OSError, ValueError):
-        found = np.array(json.loads(_file(digest).read_text()), np.float32)
-        return found if found.shape[1:] == (3,) else None
+        map = np.array(json.loads(_file(digest).read_text()), np.float32)
+        return map if map.shape[1:] == (3,) else None
     return None
 
 

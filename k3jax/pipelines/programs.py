@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled programs of the pipeline besides the denoising loop.
+"""The compiled programs of the pipeline, except the denoising loop.
 
 All take the modules as arguments (a module is a pytree), so each compiles once per shape, and all
-keep the batch split as it comes in.
+keep the split of the batch.
 """
 
 import contextlib
@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from k3jax.config import ConditioningFamily
+from k3jax.model.conditioning import ContextCache
 from k3jax.model.context import Context, PromptEmbeds, TextProjection
 from k3jax.model.inpainting_inputs import inpainting_inputs
 from k3jax.model.movq import MoVQ, normalize
 from k3jax.model.text_encoder import TextEncoder
 from k3jax.model.unet import UNet
-from k3jax.model.unet_blocks import ReadContext
 from k3jax.sampling.denoise import draw_noise
 from k3jax.sharding import constrain, data_parallelism, on_mesh
 
@@ -53,19 +53,19 @@ def make_contexts(
     rows = prompt.embeds.shape[1]
     if negative is None:
         return context, projection.unconditional(prompt.lengths, rows, conditioning)
-    given = projection(negative, conditioning)
-    default = projection.unconditional(negative.lengths, rows, conditioning)
+    of_text = projection(negative, conditioning)
+    of_nothing = projection.unconditional(negative.lengths, rows, conditioning)
 
-    def choose(given, default):
-        return jnp.where(has_negative.reshape(-1, *(1,) * (given.ndim - 1)), given, default)
+    def choose(one, other):
+        return jnp.where(has_negative.reshape(-1, *(1,) * (one.ndim - 1)), one, other)
 
-    return context, jax.tree.map(choose, given, default)
+    return context, jax.tree.map(choose, of_text, of_nothing)
 
 
 @jax.jit
-def read_contexts(unet: UNet, *contexts: Context | None) -> tuple[ReadContext | None, ...]:
-    """What the U-Net makes of contexts, once for all steps."""
-    return tuple(None if context is None else unet.read(context) for context in contexts)
+def context_caches(unet: UNet, *contexts: Context | None) -> tuple[ContextCache | None, ...]:
+    """What the U-Net computes from contexts alone, once for all steps."""
+    return tuple(None if context is None else unet.context_cache(context) for context in contexts)
 
 
 @functools.partial(jax.jit, static_argnames="shape")
@@ -95,7 +95,7 @@ def encode_images(movq: MoVQ, images: jax.Array, *, splits: int) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="splits")
 def encode_masked(movq: MoVQ, images: jax.Array, masks: jax.Array, *, splits: int) -> jax.Array:
-    """The channels besides the latents that an inpainting U-Net sees, float32 (b, h/8, w/8, 5).
+    """The extra channels of an inpainting U-Net, float32 (b, h/8, w/8, 5).
 
     Args:
         images: uint8 (b, h, w, 3).

@@ -2,8 +2,8 @@
 """Prompts that are more than one plain text: mixed, with weighted words, or longer than 128 tokens.
 
 A weight multiplies the attention that the U-Net pays to a token, against that to the others: 0
-hides it, 1 leaves it as it is. That is done behind the text projection, because the LayerNorm there
-takes the length of an embedding away, so that a longer one would do nothing.
+hides it, 1 leaves it as it is. It applies after the text projection, whose LayerNorm would undo a
+scaled embedding.
 """
 
 import re
@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from k3jax.config import MAX_TOKENS
-from k3jax.model.context import PromptEmbeds
+from k3jax.model.context import PromptEmbeds, window_length
 from k3jax.model.tokenizer import Tokenizer, warn_of_cut
 
 
@@ -45,7 +45,7 @@ class Windows:
 def mix_prompts(embeds: PromptEmbeds, weights: Sequence[float] | np.ndarray) -> PromptEmbeds:
     """Mixtures of prompts: the weighted mean of their embeddings at each position.
 
-    A token at a position that only some of the prompts reach is seen with the share of these.
+    A token at a position that only some of the prompts reach has the share of these.
     `[1, 0]` is the first prompt itself, `[[1, 0], [0.5, 0.5], [0, 1]]` goes to the second in steps.
 
     Args:
@@ -70,13 +70,18 @@ def mix_prompts(embeds: PromptEmbeds, weights: Sequence[float] | np.ndarray) -> 
 
 
 def plain_prompts(
-    tokenizer: Tokenizer, prompts: Sequence[str], policy: LongPrompts, word_weights: bool
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    policy: LongPrompts,
+    word_weights: bool,
+    names: Sequence[str],
 ) -> Windows:
-    """The windows that stand for prompts.
+    """The windows of tokens of prompts.
 
     Args:
         policy: for prompts of more than MAX_TOKENS; see `BasePipeline.long_prompts`.
         word_weights: read "(words:1.5)" as weights; \\( and \\) are parentheses.
+        names: of the prompts in messages.
 
     Raises:
         ValueError: no such policy, or a prompt that is too long under "error".
@@ -85,15 +90,15 @@ def plain_prompts(
         known = ", ".join(get_args(LongPrompts))
         raise ValueError(f"long_prompts {policy!r} is not one of {known}.")
     if policy == "truncate" and not word_weights:
-        ids, mask = tokenizer(prompts)
+        ids, mask = tokenizer(prompts, names)
         return Windows(ids, mask, None, np.arange(len(prompts)))
     spans: list[list] = [[] for _ in prompts]
     if word_weights:
         prompts, spans = zip(*map(weighted_words, prompts), strict=True)
     rows, prompt_of = [], []
-    for number, (tokens, places) in enumerate(tokenizer.whole(prompts)):
+    for number, (tokens, places) in enumerate(tokenizer.whole(prompts, names)):
         values = [_weight(place, spans[number]) for place in places]
-        for part in _windows(tokenizer, number, tokens, values, policy):
+        for part in _windows(tokenizer, names[number], tokens, values, policy):
             rows.append(part)
             prompt_of.append(number)
     ids = np.zeros((len(rows), MAX_TOKENS), np.int32)
@@ -104,8 +109,15 @@ def plain_prompts(
     return Windows(ids, mask, token_weights if word_weights else None, np.array(prompt_of))
 
 
-def join_windows(embeds: PromptEmbeds, prompt_of: np.ndarray) -> PromptEmbeds:
-    """One row per prompt from one per window: the mean at each position of those that reach it."""
+def join_windows(windows: Windows, vectors: np.ndarray) -> PromptEmbeds:
+    """One row per prompt: the mean at each position of the windows that reach it.
+
+    Args:
+        vectors: embeddings (n, MAX_TOKENS, d_model) of the windows.
+    """
+    mask, prompt_of = windows.attention_mask, windows.prompt_of
+    lengths = np.asarray(window_length(mask.sum(1)), np.int32)
+    embeds = PromptEmbeds(vectors, mask, lengths, windows.token_weights)
     if np.array_equal(prompt_of, np.arange(len(embeds))):
         return embeds
     rows = []
@@ -147,18 +159,18 @@ def _weight(place: tuple[int, int], spans) -> float:
     return next((w for start, stop, w in spans if first < min(end, stop) and start < end), 1.0)
 
 
-def _windows(tokenizer, number, tokens, values, policy):
+def _windows(tokenizer, name, tokens, values, policy):
     """(tokens, weights) of each window of a prompt; every window ends as the prompt does."""
     if len(tokens) <= MAX_TOKENS:
         return [(tokens, values)]
     most, count = MAX_TOKENS - 1, len(tokens)
     if policy == "error":
         raise ValueError(
-            f"prompt {number} has {count} tokens and the model sees {MAX_TOKENS}: shorten it, or "
+            f"{name} has {count} tokens and the model sees {MAX_TOKENS}: shorten it, or "
             'choose what is done with long prompts: long_prompts="truncate" or "average".'
         )
     if policy == "truncate":
-        warn_of_cut(number, count, tokenizer.decode(tokens[most:-1]))
+        warn_of_cut(name, count, tokenizer.decode(tokens[most:-1]))
         starts = [0]
     else:
         starts = range(0, count - 1, most)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One row per image: what the device programs of a call are fed from."""
+"""One row per image: the inputs of a call's device programs."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from k3jax.sampling.samplers import Sampler
 
 @dataclasses.dataclass(frozen=True)
 class ImageRows:
-    """One row per image; what the device programs are fed from.
+    """One row per image: the inputs of the device programs.
 
     Attributes:
         prompt: embeddings of the prompts.
@@ -22,9 +22,9 @@ class ImageRows:
         latents: initial noise (n, h/8, w/8, 4), or None to draw it.
         step_noise: (steps, n, h/8, w/8, 4), or None.
         start: latents (n, h/8, w/8, 4) of the images that sampling starts from, or None for noise.
-        extra_channels: what an inpainting U-Net sees besides (n, h/8, w/8, 5), or None.
-        known: latents (n, h/8, w/8, 4) of images that are put back at every step, or None.
-        known_mask: (n, h/8, w/8, 1), 1 where `known` is put back.
+        extra_channels: the inpainting U-Net's other inputs (n, h/8, w/8, 5), or None.
+        known: latents (n, h/8, w/8, 4) that replace the loop's own at every step, or None.
+        known_mask: (n, h/8, w/8, 1), 1 where `known` replaces them.
     """
 
     prompt: PromptEmbeds
@@ -81,7 +81,7 @@ def image_rows(
     latents: np.ndarray | None,
     step_noise: np.ndarray | None,
 ) -> ImageRows:
-    """One row per image, from one row per prompt and what is per image already."""
+    """One row per image, from one row per prompt and arrays with one row per image."""
     if negative is not None:
         # The references cut a negative to the prompt's window; here the wider window holds for it.
         lengths = np.maximum(negative.lengths, prompt.lengths)

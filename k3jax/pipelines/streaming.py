@@ -6,7 +6,7 @@ But a prompt needs one layer at a time (0.54 GB). So all prompts go through the 
 through the second, and a layer is read while the one before it computes. The embeddings are those
 of the whole encoder, to the rounding of the compiler. It costs one reading of the weights for each
 call, however many prompts that has: encode all of them together. (int8 weights, the other way to
-make room, are quicker and change the embeddings: `k3jax.model.int8`.)
+save memory, are quicker and change the embeddings: `k3jax.model.int8`.)
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,8 +20,9 @@ from jax.sharding import Mesh
 from k3jax.checkpoints.format import Checkpoint
 from k3jax.checkpoints.manifest import check_component
 from k3jax.checkpoints.restore import restore_layers
+from k3jax.config import AttentionForm
 from k3jax.files import is_local
-from k3jax.model.attention import AttentionForm, check_attention_form
+from k3jax.model.attention import check_attention_form
 from k3jax.model.text_encoder import EncoderLayer, TextEncoder, through_layers
 from k3jax.pipelines.programs import encode_text
 from k3jax.sharding import batch_sharding, fetch, place
@@ -86,7 +87,7 @@ class StreamedTextEncoder:
                 if number + 1 < count:
                     following = reader.submit(self._read, range(number + 1, number + 2))
                 states = [_through(layers, *state) for state in states]
-                jax.block_until_ready(states)  # at most two layers are there at once
+                jax.block_until_ready(states)  # at most two layers are in memory
         return [fetch(_finish(self._around, x)) for x, _ in states]
 
     def _read(self, layers: range) -> TextEncoder:
@@ -116,7 +117,7 @@ class StreamedTextEncoder:
 def encode_batches(
     encoder: TextEncoder | StreamedTextEncoder, batches: Sequence[Batch], mesh: Mesh
 ) -> Iterator[np.ndarray]:
-    """Embeddings (b, n, d_model) of each batch; an encoder that is held lies on `mesh`."""
+    """Embeddings (b, n, d_model) of each batch; an encoder in memory is on `mesh`."""
     if isinstance(encoder, StreamedTextEncoder):
         yield from encoder.encode(batches)
         return

@@ -31,7 +31,7 @@ class Chip:
         link: bytes per second to a neighbour.
         dimensions: of a slice's shape.
         host: chips of a host along each dimension, in slices that span several.
-        options: what `get_topology_desc` needs besides the name.
+        options: further arguments of `get_topology_desc`.
     """
 
     name: str

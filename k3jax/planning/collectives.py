@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What chips say to each other in a compiled program: which instructions do, and how much."""
+"""Collectives in a compiled program: which instructions hold one, and how many bytes it moves."""
 
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from k3jax.planning.hlo import Computation, Instruction, Module
 
@@ -21,7 +22,7 @@ class Collective:
 
     Attributes:
         count: how often.
-        bytes: of the larger of what goes in and what comes out, on each chip, summed over them.
+        bytes: of the larger of operands and results on each chip, summed over the collectives.
     """
 
     kind: str
@@ -29,21 +30,52 @@ class Collective:
     bytes: float
 
 
-def collective_kind(module: Module, i: Instruction, base: str) -> str | None:
-    """What an instruction says to other chips, if anything.
+class CollectivePart(NamedTuple):
+    """The collective of an instruction: the instruction itself, or one inside a fusion."""
 
-    Args:
-        base: its operation, without the -start or -done of its halves.
-    """
+    kind: str
+    instruction: Instruction
+    inside: Computation
+
+    @property
+    def channel(self) -> str:
+        """Equal for all fusions of one asynchronous collective."""
+        return self.instruction.attribute(r"channel_id=(\d+)") or self.instruction.name
+
+
+def find_collective(module: Module, i: Instruction, inside: Computation) -> CollectivePart | None:
+    """What an instruction sends to other chips, if anything."""
+    base = re.sub("-(start|done)$", "", i.op)
     if COLLECTIVE.match(base):
-        return base
+        return CollectivePart(base, i, inside)
     if base not in ("fusion", "async") or not i.called:
         return None
-    # A reduce-scatter is a fusion around an all-reduce.
-    if i.called[0].startswith("all-reduce-scatter"):
-        return "reduce-scatter"
-    operations = sorted(module.operations(i.called[0]))
-    return next((op for op in operations if COLLECTIVE.match(op)), None)
+    key = "collective", i.called[0]
+    if key not in module.cache:
+        called = module.computations[i.called[0]]
+        parts = (find_collective(module, inner, called) for inner in called.instructions)
+        part = next(filter(None, parts), None)
+        # A reduce-scatter is a fusion around an all-reduce.
+        if part and called.name.startswith("all-reduce-scatter"):
+            part = part._replace(kind="reduce-scatter")
+        module.cache[key] = part
+    return module.cache[key]
+
+
+def channel_spans(module: Module, computation: Computation) -> dict[str, tuple[str, str]]:
+    """Channel -> names of the first and the last instruction that work on its collective.
+
+    XLA:TPU fuses an asynchronous collective with the kernels that run meanwhile: a fusion that
+    starts it, fusions of a convolution and a part of it, and a fusion that ends it.
+    """
+    key = "channels", computation.name
+    if key not in module.cache:
+        spans: dict[str, tuple[str, str]] = {}
+        for i in computation.instructions:
+            if not i.op.endswith("-done") and (part := find_collective(module, i, computation)):
+                spans[part.channel] = spans.get(part.channel, (i.name, ""))[0], i.name
+        module.cache[key] = spans
+    return module.cache[key]
 
 
 def ring_passes(i: Instruction, kind: str) -> float:
@@ -53,9 +85,9 @@ def ring_passes(i: Instruction, kind: str) -> float:
 
 
 def payload(i: Instruction, inside: Computation) -> float:
-    """Bytes on a chip: of what goes in or what comes out, whichever is larger."""
-    given = [inside.by_name[name] for name in i.operands if name in inside.by_name]
-    size_in = sum(array.bytes for operand in given for array in operand.arrays)
+    """Bytes on a chip: of the operands or the results, whichever is larger."""
+    operands = [inside.by_name[name] for name in i.operands if name in inside.by_name]
+    size_in = sum(array.bytes for operand in operands for array in operand.arrays)
     if i.op.endswith("-start"):  # its result holds the operands too
         size_out = max((array.bytes for array in i.arrays), default=0.0)
     else:
@@ -64,7 +96,7 @@ def payload(i: Instruction, inside: Computation) -> float:
 
 
 def group_size(i: Instruction) -> int:
-    """Chips that take part together; 2 where it cannot be told."""
+    """Chips that take part together; 2 if unknown."""
     if groups := i.attribute(r"replica_groups=\{\{([\d,]+)\}"):
         return max(groups.count(",") + 1, 1)
     if size := i.attribute(r"replica_groups=\[\d+,(\d+)\]"):

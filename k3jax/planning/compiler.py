@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs compiled by libtpu in processes of their own.
+"""Compiles programs with libtpu, each in a process of its own.
 
-libtpu reads its flags when it is loaded, takes gigabytes for a large program, and may crash; so
-each program is compiled by `python -m k3jax.planning.child FOLDER`, which writes its result into a
-folder. Schedules are dumped there too (a few hundred MB at full size) and go with it.
+libtpu reads its flags when it is loaded, takes gigabytes for a large program, and may crash. So
+`compile_in_child` starts `python -m k3jax.planning.compiler FOLDER` (`main` below), which reads
+request.json of a temporary folder and writes result.json. The schedules are dumped there too (a few
+hundred MB at full size) and are removed with the folder.
 """
 
 import importlib.util
@@ -16,13 +17,16 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from k3jax.planning.bundles import DUMP_FLAGS
-from k3jax.planning.chips import Slice
-from k3jax.planning.cost import Cost
-from k3jax.planning.programs import Name, Work
+from k3jax.planning.chips import Slice, parse_slice
+from k3jax.planning.cost import Cost, estimate
+from k3jax.planning.hlo import parse_hlo
+from k3jax.planning.schedules import DUMP_FLAGS, read_schedules
+from k3jax.planning.workload import Name, Work, lower
+from k3jax.sharding import make_mesh
 
 
 HEARTBEAT = 60.0  # seconds between two signs of life
@@ -41,7 +45,7 @@ ENVIRONMENT = {
 
 
 class OutOfMemory(Exception):
-    """The compiler's own sentence on a program that does not fit."""
+    """A program does not fit a chip; the message is the compiler's."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,9 @@ class Memory:
     """Bytes on each chip.
 
     Attributes:
-        arguments: weights and inputs, as they lie in tiles.
+        arguments: weights and inputs, padded to tiles.
         outputs: results that take no argument's place.
-        temporaries: what the program needs besides.
+        temporaries: the program's work space.
         code: the program itself.
     """
 
@@ -109,7 +113,7 @@ def compile_in_child(
     """Compiles a program for a slice; takes minutes at full size.
 
     Args:
-        say: is told now and then that it is still at work.
+        say: called now and then while the compiler runs.
 
     Raises:
         OutOfMemory: the program does not fit a chip.
@@ -120,9 +124,15 @@ def compile_in_child(
         request = {"program": program, "work": work.to_json(), "topology": where.name}
         (folder / REQUEST).write_text(json.dumps(request))
         flags = DUMP_FLAGS.format(folder=folder / SCHEDULES)
-        given = os.environ.get("LIBTPU_INIT_ARGS", "")
-        environment = {**os.environ, **ENVIRONMENT, "LIBTPU_INIT_ARGS": f"{given} {flags}".strip()}
-        output, code = _run([sys.executable, "-m", "k3jax.planning.child", name], environment, say)
+        before = os.environ.get("LIBTPU_INIT_ARGS", "")
+        environment = {
+            **os.environ,
+            **ENVIRONMENT,
+            "LIBTPU_INIT_ARGS": f"{before} {flags}".strip(),
+        }
+        output, code = _run(
+            [sys.executable, "-m", "k3jax.planning.compiler", name], environment, say
+        )
         path = folder / RESULT
         if not path.exists():
             raise ChildProcessError(_crash(code, output))
@@ -165,3 +175,82 @@ def _crash(code: int, output: str) -> str:
             "this to libtpu 0.0.42: try another --batch."
         )
     return f"the TPU compiler ended with exit code {code}{last}."
+
+
+def size_text(size: float) -> str:
+    """Bytes, in powers of 1,000: "17.4 GB"."""
+    for unit in ("B", "kB", "MB"):
+        if abs(size) < 999.5:
+            return f"{size:.0f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
+def main(folder: Path) -> None:
+    """What the child process does."""
+    request = json.loads((folder / REQUEST).read_text())
+    try:
+        result = compile_program(request, folder).to_json()
+    except Exception as error:
+        if not _from_compiler(error):
+            raise
+        text = " ".join(str(error).split())
+        full = "RESOURCE_EXHAUSTED" in text
+        result = {"out_of_memory" if full else "error": _beginning(text)}
+    (folder / RESULT).write_text(json.dumps(result))
+
+
+def compile_program(request: dict, folder: Path) -> Compiled:
+    work, where = Work.from_json(request["work"]), parse_slice(request["topology"])
+    spec = ",".join(f"{axis}={size}" for axis, size in work.mesh.items())
+    lowered = lower(request["program"], work, make_mesh(spec, where.devices()))
+    start = time.monotonic()
+    compiled = lowered.compile()
+    seconds = time.monotonic() - start
+    module = parse_hlo(optimised_hlo(lowered, compiled, folder))
+    stats = compiled.memory_analysis()
+    memory = Memory(
+        arguments=stats.argument_size_in_bytes,
+        outputs=stats.output_size_in_bytes - stats.alias_size_in_bytes,
+        temporaries=stats.temp_size_in_bytes,
+        code=stats.generated_code_size_in_bytes,
+    )
+    cost = estimate(module, where.chip, read_schedules(folder / SCHEDULES))
+    return Compiled(memory, cost, seconds, f"jax {version('jax')}, libtpu {version('libtpu')}")
+
+
+def optimised_hlo(lowered, compiled, folder: Path) -> str:
+    """The text of a compiled program.
+
+    A few programs cannot be turned into text after the fact; they are compiled once more, with the
+    compiler writing it down itself.
+    """
+    try:
+        return compiled.as_text()
+    except Exception as error:
+        if not _from_compiler(error):
+            raise
+    dumped = folder / "hlo"
+    lowered.compile(compiler_options={"xla_dump_to": str(dumped)})
+    return max(dumped.glob("*after_codegen.txt"), key=lambda path: path.stat().st_size).read_text()
+
+
+def _beginning(text: str, limit: int = 200) -> str:
+    """The first sentences of the compiler's message; lists of its buffers follow."""
+    text = text.partition("RESOURCE_EXHAUSTED: ")[2] or text
+    sentences = text.split(". ")
+    kept = sentences[0]
+    for sentence in sentences[1:]:
+        if len(kept) + len(sentence) > limit:
+            break
+        kept += f". {sentence}"
+    return kept[:limit].rstrip(". ")
+
+
+def _from_compiler(error: Exception) -> bool:
+    """Whether an error is XLA's, which only its name shows."""
+    return type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

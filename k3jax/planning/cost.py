@@ -10,8 +10,8 @@ The body of a loop counts as often as it runs, the dearest branch of a condition
 How far to trust it. The schedule figure came to 113 to 120 ms for a step of SDXL's U-Net (CFG
 pair, 13.91 TFLOP) on a v5e, against 107 to 109 ms published, and to 97.7 ms on a v4 against about
 103: it is quoted with +-15 %. The v6e has no valid calibration (53 ms against about 34 of another
-program and other flags), and collectives have none on any chip. XLA's own `estimated_cycles` say
-about twice as much as such steps take, so they are used only where a schedule is misread
+program and other flags), and collectives have none on any chip. XLA's own `estimated_cycles` are
+about twice what such steps take, so they are used only where a schedule is misread
 (`MISREAD`). Starting a kernel is free here, so programs of very small kernels look faster than
 they are.
 """
@@ -25,12 +25,14 @@ from k3jax.planning.chips import Chip
 from k3jax.planning.collectives import (
     RING,
     Collective,
-    collective_kind,
+    CollectivePart,
+    channel_spans,
+    find_collective,
     payload,
     ring_passes,
 )
+from k3jax.planning.flops import kernel_flops
 from k3jax.planning.hlo import BYTES, Computation, Instruction, Module, parse_arrays
-from k3jax.planning.kinds import kind_of
 
 
 Figure = Literal["schedule", "floor"]
@@ -43,7 +45,17 @@ FREE = set(
 
 MISREAD = 4
 """A schedule of more than this times XLA's own estimate is of the form that cannot be read (see
-bundles.py), and the estimate counts instead."""
+schedules.py), and the estimate counts instead."""
+
+
+Kind = Literal["products", "attention", "reductions", "element-wise", "copies"]
+"""products: matrix products and convolutions, with all that is fused to them. attention: Pallas
+kernels; we have no others. copies: the same values elsewhere or in another order."""
+
+MOVES = frozenset(
+    "bitcast broadcast concatenate constant copy dynamic-slice dynamic-update-slice fusion gather "
+    "get-tuple-element iota pad parameter reshape reverse slice transpose tuple".split()
+)
 
 
 @dataclass(frozen=True)
@@ -60,8 +72,8 @@ class Cost:
             the lower bound.
         stalls: seconds that kernels wait for prefetches and collectives.
         kernels: how many run.
-        unknown_loops: loops whose trips cannot be told; they count once.
-        kinds: kind of kernel (kinds.py) -> its share of the seconds; what is left is waiting.
+        unknown_loops: loops whose number of trips is unknown; they count once.
+        kinds: kind of kernel (`Kind`) -> its share of the seconds; what is left is waiting.
     """
 
     seconds: float
@@ -94,7 +106,7 @@ def estimate(module: Module, chip: Chip, cycles: Mapping[str, int] | None = None
     """The cost of a program.
 
     Args:
-        cycles: kernel -> cycles, from `bundles.read_schedules`; None or empty: the floor.
+        cycles: kernel -> cycles, from `schedules.read_schedules`; None or empty: the floor.
     """
     floor = _Walk(module, chip, _no_cycles)
     floor.run()
@@ -153,24 +165,15 @@ class _Walk:
         return clock.now
 
     def step(self, i: Instruction, inside: Computation, times: int, clock: _Clock) -> None:
-        base, _, phase = (
-            i.op.rpartition("-") if i.op.endswith(("-start", "-done")) else (i.op, "", "")
-        )
-        kind = collective_kind(self.module, i, base)
+        phase = i.op.rpartition("-")[2] if i.op.endswith(("-start", "-done")) else ""
         if i.op in FREE or i.op.endswith("-update"):
             return
         if phase == "done":
             stall = max(0.0, clock.ready.get(i.operands[0] if i.operands else "", 0.0) - clock.now)
             self.total["stalls"] += times * stall
             clock.now += stall
-        elif kind:
-            seconds = self.collective(i, kind, inside, times)
-            clock.network = max(clock.network, clock.now) + seconds
-            if phase == "start":
-                clock.ready[i.name] = clock.network
-            else:
-                self.total["stalls"] += times * (clock.network - clock.now)
-                clock.now = clock.network
+        elif part := find_collective(self.module, i, inside):
+            self.communicate(i, part, inside, times, clock)
         elif phase == "start":
             size = self.prefetched(i)
             self.total["hbm"] += times * size
@@ -186,7 +189,7 @@ class _Walk:
             clock.now += self.kernel(i, inside, times)
 
     def kernel(self, i: Instruction, inside: Computation, times: int) -> float:
-        flops, hbm = self.module.flops(i, inside), self.module.hbm_bytes(i, inside)
+        flops, hbm = kernel_flops(self.module, i, inside), self.module.hbm_bytes(i, inside)
         if i.op == "reshape" or "ConcatBitcast" in i.attributes:
             hbm = 0.0  # only another view, unless a kernel was scheduled for it
         seconds = max(flops / self.chip.peak, hbm / self.chip.bandwidth)
@@ -203,13 +206,28 @@ class _Walk:
         )
         return seconds
 
-    def collective(self, i: Instruction, kind: str, inside: Computation, times: int) -> float:
-        size = payload(i, inside)
-        self.collectives[kind].update(count=times, bytes=times * size)
-        return ring_passes(i, kind) * size / (RING * self.chip.link)
+    def communicate(
+        self, i: Instruction, part: CollectivePart, inside: Computation, times: int, clock: _Clock
+    ) -> None:
+        """An instruction with a collective: its start, its end, a kernel fused to it, or all."""
+        first, last = channel_spans(self.module, inside)[part.channel]
+        if i.name == first:
+            clock.network = max(clock.network, clock.now) + self.collective(part, times)
+            clock.ready[part.channel] = clock.ready[i.name] = clock.network
+        if i.name not in (first, last) or kernel_flops(self.module, i, inside):
+            clock.now += self.kernel(i, inside, times)
+        if i.name == last and not i.op.endswith("-start"):
+            stall = max(0.0, clock.ready[part.channel] - clock.now)
+            self.total["stalls"] += times * stall
+            clock.now += stall
+
+    def collective(self, part: CollectivePart, times: int) -> float:
+        size = payload(part.instruction, part.inside)
+        self.collectives[part.kind].update(count=times, bytes=times * size)
+        return ring_passes(part.instruction, part.kind) * size / (RING * self.chip.link)
 
     def prefetched(self, i: Instruction) -> float:
-        """Bytes that a transfer between HBM and VMEM moves: what lies in VMEM, maybe a part."""
+        """Bytes that a transfer between HBM and VMEM moves: the arrays in VMEM, if any."""
         sizes = [a.bytes for a in i.arrays if not a.in_hbm and a.bytes > BYTES["u32"]]
         return max(sizes) if sizes else sum(a.bytes for a in i.arrays) / 2
 
@@ -246,7 +264,7 @@ def _matcher(module: Module, cycles: Mapping[str, int]):
 
     def alike(i: Instruction, inside: Computation) -> tuple:
         shapes = tuple((a.dtype, a.shape) for a in parse_arrays(i.type))
-        return i.op, shapes, module.flops(i, inside)
+        return i.op, shapes, kernel_flops(module, i, inside)
 
     for computation in module.computations.values():
         for i in computation.instructions:
@@ -255,7 +273,23 @@ def _matcher(module: Module, cycles: Mapping[str, int]):
                 similar.setdefault(alike(i, computation), cycles[i.name])
 
     def find(i: Instruction, inside: Computation) -> int | None:
-        own = cycles.get(i.name, exact.get(module.identity(i, inside)))
-        return similar.get(alike(i, inside)) if own is None else own
+        cycles_found = cycles.get(i.name, exact.get(module.identity(i, inside)))
+        return similar.get(alike(i, inside)) if cycles_found is None else cycles_found
 
     return find
+
+
+def kind_of(module: Module, instruction: Instruction, flops: float) -> Kind:
+    """Of a kernel with that many FLOPs of matrix products and convolutions."""
+    if instruction.op == "custom-call" and "tpu_custom_call" in instruction.attributes:
+        return "attention"
+    if flops:
+        return "products"
+    operations = {instruction.op}
+    for name in instruction.called:
+        operations |= module.operations(name)
+    if operations & {"reduce", "reduce-window"}:
+        return "reductions"
+    # A pad is put over another map by the larger of the two.
+    moves = MOVES | {"maximum"} if "pad" in operations else MOVES
+    return "copies" if operations <= moves else "element-wise"

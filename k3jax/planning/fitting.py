@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a batch fits, and the sentence that says which one does.
+"""Whether a batch fits, and the error that names the largest one that does.
 
 Arithmetic comes first: weights and inputs that are larger than a chip's memory are refused without
 compiling. What only the compiler can know is refused by it. Either way smaller batches are tried by
@@ -10,10 +10,17 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-from k3jax.planning.compiler import Compiled, OutOfMemory
-from k3jax.planning.programs import COMPONENT, DENOISER, Name, Work, input_bytes, weight_bytes
-from k3jax.planning.question import TITLES, Question
-from k3jax.planning.units import size_text
+from k3jax.planning.compiler import Compiled, OutOfMemory, size_text
+from k3jax.planning.workload import (
+    COMPONENT,
+    DENOISER,
+    TITLES,
+    Name,
+    PlanOptions,
+    Work,
+    input_bytes,
+    weight_bytes,
+)
 from k3jax.sharding import mesh_sizes
 
 
@@ -36,37 +43,26 @@ class DoesNotFit(ValueError):
 class Trial:
     """Whether a program fits at a batch, by arithmetic first."""
 
-    def __init__(self, question: Question, compile_program: Compile, say: Say):
-        self.question, self.compile, self.say = question, compile_program, say
-        self.usable = question.where.chip.usable
-        self.sizes = mesh_sizes(question.mesh, question.where.count)
+    def __init__(self, options: PlanOptions, compile_program: Compile, say: Say):
+        self.options, self.compile, self.say = options, compile_program, say
+        self.usable = options.where.chip.usable
+        self.sizes = mesh_sizes(options.load.mesh, options.where.count)
         self.encoder_sizes = self.sizes
-        if "encode" in question.parts:
-            self.encoder_sizes = _encoder_sizes(question, self.sizes)
+        if "encode" in options.parts:
+            self.encoder_sizes = _encoder_sizes(options, self.sizes)
         self._weights = {
             name: weight_bytes(name, self.work("denoise", 1)) for name in sorted(DENOISER)
         }
 
     def work(self, name: Name, batch: int) -> Work:
-        q = self.question
-        model = dataclasses.replace(q.model, sampler=q.sampler)
-        work = Work(
-            model,
-            self.sizes,
-            batch,
-            q.height,
-            q.width,
-            q.dtype,
-            q.param_dtype,
-            q.int8_text_encoder,
-        )
+        work = self.options.work(self.sizes, batch)
         if name != "encode" or self.encoder_sizes == self.sizes:
             return work
         parts = self.encoder_sizes["data"] * self.encoder_sizes["fsdp"]
         share = math.ceil(work.images / parts)
         return dataclasses.replace(work, mesh=self.encoder_sizes, batch=share)
 
-    def beside(self, name: Name) -> int:
+    def other_weights(self, name: Name) -> int:
         """Bytes of weights on each chip that are not the program's own arguments."""
         if name == "encode":
             return 0
@@ -75,8 +71,8 @@ class Trial:
     def arithmetic(self, name: Name, batch: int) -> str | None:
         """What weights and inputs take, where that is already too much."""
         work = self.work(name, batch)
-        own = weight_bytes(COMPONENT[name], work)
-        needed = own + input_bytes(name, work) + self.beside(name)
+        weights = weight_bytes(COMPONENT[name], work)
+        needed = weights + input_bytes(name, work) + self.other_weights(name)
         if needed <= self.usable:
             return None
         of = f"{size_text(needed)} of the {size_text(self.usable)} of a chip"
@@ -86,20 +82,20 @@ class Trial:
         """(the program, "") or (None, why not)."""
         if fault := self.arithmetic(name, batch):
             return None, fault
-        self.say(f"compiling the {TITLES[name]} for {self.question.where.name}, batch {batch}")
+        self.say(f"compiling the {TITLES[name]} for {self.options.where.name}, batch {batch}")
         try:
             compiled = self.compile(name, self.work(name, batch))
         except OutOfMemory as error:
             self.say(f"the {TITLES[name]} does not fit at batch {batch}")
             return None, f"the compiler says: {error}"
-        needed = compiled.memory.peak + self.beside(name)
+        needed = compiled.memory.peak + self.other_weights(name)
         self.say(
             f"compiled the {TITLES[name]} in {compiled.seconds:.0f} s: {size_text(needed)} a chip"
         )
         if needed <= self.usable:
             return compiled, ""
         return None, (
-            f"it takes {size_text(needed)} with the weights that lie beside it, of the "
+            f"it takes {size_text(needed)} with the other weights in memory, of the "
             f"{size_text(self.usable)} of a chip"
         )
 
@@ -117,42 +113,40 @@ def largest_batch(
     return None, tried
 
 
-def _encoder_sizes(question: Question, sizes: dict[str, int]) -> dict[str, int]:
+def _encoder_sizes(options: PlanOptions, sizes: dict[str, int]) -> dict[str, int]:
     """The mesh of the text encoder."""
-    count, chip = question.where.count, question.where.chip
-    if question.encoder_mesh is not None:
-        return mesh_sizes(question.encoder_mesh, count)
+    count, chip = options.where.count, options.where.chip
+    if options.load.encoder_mesh is not None:
+        return mesh_sizes(options.load.encoder_mesh, count)
 
     def fits(mesh: dict[str, int]) -> bool:
-        dtypes = question.dtype, question.param_dtype, question.int8_text_encoder
-        work = Work(question.model, mesh, 1, 64, 64, *dtypes)
-        return weight_bytes("text_encoder", work) < chip.usable
+        return weight_bytes("text_encoder", options.work(mesh, 1)) < chip.usable
 
     splits = (k for k in range(2, count + 1) if count % k == 0)
     meshes = ({"data": count // k, "fsdp": k, "tensor": 1} for k in splits)
     return sizes if fits(sizes) else next(filter(fits, meshes), sizes)
 
 
-def weights_sentence(question: Question, name: Name, fault: str) -> str:
+def weights_sentence(options: PlanOptions, name: Name, fault: str) -> str:
     """Not even one image fits, and nothing was compiled to find that out."""
-    advice = f"split them with --mesh (for example data=-1,fsdp={min(4, question.where.count)})"
-    if question.where.count == 1:
+    advice = f"split them with --mesh (for example data=-1,fsdp={min(4, options.where.count)})"
+    if options.where.count == 1:
         advice = "take more chips, or a chip with more memory"
     if name == "encode":
-        if not question.int8_text_encoder:
+        if not options.load.int8_text_encoder:
             advice += ", or halve its weights with --int8-text-encoder"
         advice += ", or leave it out with --programs denoise,decode"
     return (
-        f"no batch fits {question.where.name} with --mesh {question.mesh}: for the {TITLES[name]} "
-        f"{fault} at batch 1; {advice}."
+        f"no batch fits {options.where.name} with --mesh {options.load.mesh}: for the "
+        f"{TITLES[name]} {fault} at batch 1; {advice}."
     )
 
 
 def batch_sentence(
-    question: Question, name: Name, fault: str, largest: int | None, tried: list[int]
+    options: PlanOptions, name: Name, fault: str, largest: int | None, tried: list[int]
 ) -> str:
-    where, words = question.where.name, ", ".join(map(str, tried))
-    start = f"--batch {question.batch} does not fit {where}: for the {TITLES[name]} "
+    where, words = options.where.name, ", ".join(map(str, tried))
+    start = f"--batch {options.batch} does not fit {where}: for the {TITLES[name]} "
     start += fault.rstrip(". ")
     if largest is not None:
         return f"{start}; the largest batch that fits is {largest} images a chip (tried: {words})."

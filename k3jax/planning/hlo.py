@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A reader of optimised HLO as text: computations, instructions, and what an instruction costs.
+"""A reader of optimised HLO as text: computations, instructions, and the memory that they move.
 
 Optimised HLO is what XLA:TPU ends with: each instruction of the entry computation is a kernel, a
 transfer, or control flow; a kernel that was fused has its own computation (`calls=`). Arrays that
@@ -10,8 +10,7 @@ import functools
 import math
 import re
 from dataclasses import dataclass, field
-
-from k3jax.planning.convolutions import convolution_flops
+from typing import Any
 
 
 BYTES = {
@@ -45,7 +44,7 @@ class Instruction:
 
     Attributes:
         arguments: the text between the brackets.
-        attributes: the text behind them.
+        attributes: the text after them.
         arrays: of the result, tuples flattened.
     """
 
@@ -66,7 +65,7 @@ class Instruction:
 
     @functools.cached_property
     def called(self) -> list[str]:
-        """The computations that it names, in the order in which they stand there."""
+        """The computations that it names, in the order of the text."""
         one = r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
         found = re.findall(one, self.attributes)
         branches = re.search(r"branch_computations=\{([^}]*)\}", self.attributes)
@@ -108,29 +107,12 @@ class Computation:
 
 @dataclass
 class Module:
+    """A program: its computations by name, and the name of the one that runs."""
+
     computations: dict[str, Computation]
     entry: str
-
-    def flops(self, instruction: Instruction, computation: Computation) -> float:
-        """Of the matrix products and convolutions in a kernel; 2 for a multiplication with its sum.
-
-        Elementwise arithmetic does not run on the matrix unit, and is in the schedule's cycles.
-        """
-        if instruction.op == "convolution":
-            lhs, rhs = (computation.by_name[n].arrays[0].shape for n in instruction.operands[:2])
-            labels = instruction.attribute(r"dim_labels=(\w+->\w+)")
-            window = instruction.attribute(r"window=\{([^}]*)\}") or ""
-            return convolution_flops(labels, window, lhs, rhs, instruction.arrays[0].shape)
-        if instruction.op == "dot":
-            lhs = computation.by_name[instruction.operands[0]].arrays[0].shape
-            over = instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or ""
-            contracted = math.prod(lhs[int(d)] for d in over.split(",") if d)
-            return 2 * math.prod(instruction.arrays[0].shape) * contracted
-        if instruction.op == "custom-call":  # a Pallas kernel says what it computes
-            return int(instruction.attribute(r'"cost_estimate":\{"flops":"(\d+)"') or 0)
-        if instruction.op in ("fusion", "async-start"):
-            return sum(self._flops_inside(name) for name in instruction.called)
-        return 0
+    cache: dict[tuple, Any] = field(default_factory=dict)
+    """Results by function and computation, which are needed again and again."""
 
     def hbm_bytes(self, instruction: Instruction, computation: Computation) -> float:
         """What a kernel reads from HBM and writes to it; of a large operand only what it slices."""
@@ -162,13 +144,6 @@ class Module:
         return "|".join(
             [instruction.op, *(_anywhere(t) for t in [instruction.type, *types]), *bodies]
         )
-
-    def _flops_inside(self, name: str) -> float:
-        cache = self.__dict__.setdefault("_flops", {})
-        if name not in cache:
-            computation = self.computations[name]
-            cache[name] = sum(self.flops(i, computation) for i in computation.instructions)
-        return cache[name]
 
     def _read(self, user: Instruction, number: int, size: float) -> float:
         """Bytes that `user` reads of its operand `number`, which has `size` bytes."""
@@ -209,8 +184,7 @@ class Module:
         return sum(array.bytes for array in where.by_name[update.operands[1]].arrays)
 
     def _text_of(self, name: str) -> str:
-        cache = self.__dict__.setdefault("_texts", {})
-        if name not in cache:
+        if ("text", name) not in self.cache:
             computation = self.computations[name]
             number = {i.name: n for n, i in enumerate(computation.instructions)}
             lines = []
@@ -221,8 +195,8 @@ class Module:
                 attributes = re.sub(r"(calls|to_apply)=%?[\w.\-]+", "", attributes)
                 below = "".join(self._text_of(called) for called in i.called)
                 lines.append(f"{_anywhere(i.type)} {i.op}({refers}{literal}){attributes}{below}")
-            cache[name] = str(hash("\n".join(lines)))
-        return cache[name]
+            self.cache["text", name] = str(hash("\n".join(lines)))
+        return self.cache["text", name]
 
 
 def parse_hlo(text: str) -> Module:
@@ -273,5 +247,5 @@ def _end(text: str, stop: str) -> int:
 
 
 def _anywhere(type_: str) -> str:
-    """A type without the memory that it lies in."""
+    """A type without its memory space."""
     return re.sub(r"S\(\d+\)", "", type_)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the programs of a batch take on the devices that are there.
+"""Measures the programs of a batch on the devices of this machine.
 
-The same programs as in `k3jax plan` (k3jax/planning/programs.py), so that a plan can be held
+The same programs as in `k3jax plan` (k3jax/planning/workload.py), so that a plan can be held
 against what a chip does. Weights are not loaded: how long arithmetic takes does not depend on its
 numbers, as long as they are not all alike (zeros would cost less power, and so run at higher
 clocks).
@@ -16,28 +16,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from k3jax.planning.programs import Name, Work, arguments, lower
+from k3jax.planning.workload import Name, Work, arguments, lower
 
 
 def measure(program: Name, work: Work, mesh: jax.sharding.Mesh, repeats: int = 5) -> dict[str, Any]:
     """Compiles a program and runs it; bytes are those of one device.
 
     Returns:
-        What a line of `k3jax benchmark` says of a program. `seconds` is the median of the repeats;
+        The figures of a line of `k3jax benchmark`. `seconds` is the median of the repeats;
         `compile_seconds` counts no tracing, and little where a compilation cache has the program.
-        What the backend does not tell is None.
+        Figures that the backend does not have are None.
     """
     start = time.perf_counter()
     lowered = lower(program, work, mesh)
     traced = time.perf_counter()
     compiled = lowered.compile()
     compile_seconds = time.perf_counter() - traced
-    given = jax.tree.map(_filled, arguments(program, work, mesh))
-    jax.block_until_ready(compiled(*given))
+    inputs = jax.tree.map(_filled, arguments(program, work, mesh))
+    jax.block_until_ready(compiled(*inputs))
     seconds = []
     for _ in range(repeats):
         before = time.perf_counter()
-        jax.block_until_ready(compiled(*given))
+        jax.block_until_ready(compiled(*inputs))
         seconds.append(time.perf_counter() - before)
     return {
         "case": program,

@@ -4,10 +4,10 @@
 import dataclasses
 from typing import Any, get_args
 
-from k3jax.planning.kinds import Kind
+from k3jax.planning.compiler import size_text
+from k3jax.planning.cost import Kind
 from k3jax.planning.plan import Plan, Program
-from k3jax.planning.question import TITLES
-from k3jax.planning.units import size_text
+from k3jax.planning.workload import TITLES
 
 
 CAVEATS = {
@@ -31,38 +31,38 @@ CAVEATS = {
 
 def notes(plan: Plan) -> list[str]:
     """What the numbers rest on, as sentences."""
-    question, figures = plan.question, {p.compiled.cost.figure for p in plan.programs}
+    options, figures = plan.options, {p.compiled.cost.figure for p in plan.programs}
     found = [CAVEATS[figure] for figure in ("schedule", "floor") if figure in figures]
-    if question.where.chip.name == "v6e":
+    if options.where.chip.name == "v6e":
         found.append(CAVEATS["v6e"])
     if any(p.compiled.cost.collectives for p in plan.programs):
         found.append(CAVEATS["collectives"])
     if any(p.compiled.cost.unknown_loops for p in plan.programs):
-        found.append("A loop whose trips the program does not tell was counted once.")
+        found.append("A loop with an unknown number of trips was counted once.")
     found.append(CAVEATS["left out"])
     return found
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
     """One object; bytes, seconds, FLOPs and dollars, all per chip unless named otherwise."""
-    question, chip = plan.question, plan.question.where.chip
+    options, chip = plan.options, plan.options.where.chip
     return {
-        "topology": question.where.name,
-        "chips": question.where.count,
+        "topology": options.where.name,
+        "chips": options.where.count,
         "chip": {
             "name": chip.name,
             "hbm_usable": int(chip.usable),
             "hbm_bandwidth": chip.bandwidth,
             "peak_flops": chip.peak,
         },
-        "batch_per_chip": question.batch,
-        "height": question.height,
-        "width": question.width,
-        "dtype": question.dtype,
-        "param_dtype": question.param_dtype,
-        "sampler": question.sampler.name,
-        "guidance_scale": question.sampler.guidance_scale,
-        "guidance_interval": question.guidance_interval,
+        "batch_per_chip": options.batch,
+        "height": options.size[0],
+        "width": options.size[1],
+        "dtype": options.load.dtype,
+        "param_dtype": options.param_dtype,
+        "sampler": options.sampler.name,
+        "guidance_scale": options.sampler.guidance_scale,
+        "guidance_interval": options.call.guidance_interval,
         "evaluations": {
             "steps": plan.evaluations.steps,
             "guided": plan.evaluations.guided,
@@ -71,7 +71,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         },
         "programs": [_program_json(program, chip) for program in plan.programs],
         "weights_fit_together": plan.together,
-        "price_per_chip_hour": question.price,
+        "price_per_chip_hour": options.price,
         "totals": dataclasses.asdict(plan.totals),
         "compiler": plan.programs[0].compiled.compiler,
         "notes": notes(plan),
@@ -80,11 +80,12 @@ def to_json(plan: Plan) -> dict[str, Any]:
 
 def to_lines(plan: Plan) -> list[str]:
     """The same for people."""
-    question, where = plan.question, plan.question.where
+    options, where = plan.options, plan.options.where
+    height, width = options.size
     chips = f"{where.count} chip{'s' * (where.count > 1)} of {size_text(where.chip.usable)}"
     lines = [
-        f"{where.name}: {chips}, {question.batch} image{'s' * (question.batch > 1)} per chip, "
-        f"{plan.totals.images} at a time, {question.width} x {question.height}, {question.dtype}",
+        f"{where.name}: {chips}, {options.batch} image{'s' * (options.batch > 1)} per chip, "
+        f"{plan.totals.images} at a time, {width} x {height}, {options.load.dtype}",
         "",
         *_table(plan),
         "",
@@ -104,7 +105,7 @@ def _program_json(program: Program, chip) -> dict[str, Any]:
         "runs": program.runs,
         "memory": {
             **dataclasses.asdict(memory),
-            "other_weights": program.beside,
+            "other_weights": program.other_weights,
             "peak": program.memory,
             "share_of_hbm": program.memory / chip.usable,
         },
@@ -127,7 +128,7 @@ def _share(cost, chip) -> float:
 
 
 def _table(plan: Plan) -> list[str]:
-    chip = plan.question.where.chip
+    chip = plan.options.where.chip
     columns = [_column(program, chip) for program in plan.programs]
     head = [TITLES[program.name] for program in plan.programs]
     rows = [("", *head)]
@@ -155,7 +156,7 @@ def _column(program: Program, chip) -> dict[str, str]:
         "arguments": size_text(memory.arguments),
         "temporaries": size_text(memory.temporaries),
         "outputs and code": size_text(memory.outputs + memory.code),
-        "other weights": size_text(program.beside),
+        "other weights": size_text(program.other_weights),
         "peak on a chip": size_text(program.memory),
         "of its HBM": f"{100 * program.memory / chip.usable:.0f} %",
         "TFLOP": f"{cost.flops / 1e12:.3g}",
@@ -177,12 +178,12 @@ def _collective(program: Program, kind: str | None) -> str:
 
 
 def _total_lines(plan: Plan) -> list[str]:
-    question, totals, made = plan.question, plan.totals, plan.evaluations
+    options, totals, counts = plan.options, plan.totals, plan.evaluations
     parts = {"encode": totals.encode, "denoise": totals.denoise, "decode": totals.decode}
-    split = ", ".join(f"{name} {parts[name]:.3g} s" for name in question.parts)
+    split = ", ".join(f"{name} {parts[name]:.3g} s" for name in options.parts)
     lines = [
-        f"{made.steps} steps of {question.sampler.name}, {made.guided} with guidance and "
-        f"{made.plain} without: {made.passes} U-Net passes an image",
+        f"{counts.steps} steps of {options.sampler.name}, {counts.guided} with guidance and "
+        f"{counts.plain} without: {counts.passes} U-Net passes an image",
         f"{totals.seconds:.3g} s for a batch of {totals.images} ({split})",
         f"{totals.images_per_second_per_chip:.3g} images/s/chip, "
         f"{100 * totals.share_of_peak:.0f} % of peak",
@@ -190,10 +191,10 @@ def _total_lines(plan: Plan) -> list[str]:
     ]
     if totals.dollars_per_1000 is not None:
         lines.append(
-            f"${totals.dollars_per_1000:.3g} per 1,000 images at ${question.price:g} a chip-hour"
+            f"${totals.dollars_per_1000:.3g} per 1,000 images at ${options.price:g} a chip-hour"
         )
     missing = [
-        TITLES[part] for part in ("encode", "denoise", "decode") if part not in question.parts
+        TITLES[part] for part in ("encode", "denoise", "decode") if part not in options.parts
     ]
     if missing:
         lines.append(f"Left out of all totals: {', '.join(missing)}.")

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The denoising loop: noise and context -> latents, as one `lax.scan` over the sampler's rows.
+"""The denoising loop: noise and conditioning -> latents, as a `lax.scan` over the sampler's rows.
+
+The compiled program has a fixed number of rows (`WINDOW`) and is called until all steps are done.
+Rows that are left over are inactive and cost nothing. So the program does not depend on the number
+of steps, on the strength of an edit, or on which steps are guided.
 
 Every sample has a random key of its own and nothing crosses the batch, so a sample's latents do not
 depend on what else is in the batch. State is float32 throughout.
@@ -14,25 +18,42 @@ import jax.numpy as jnp
 import numpy as np
 
 from k3jax.arguments import check_interval, whole_number
-from k3jax.config import PredictionType
-from k3jax.model.context import Context
+from k3jax.model.conditioning import Conditioning, interleave
 from k3jax.model.unet import UNet
-from k3jax.model.unet_blocks import ReadContext
-from k3jax.sampling.samplers import Sampler, Step, predicted_image
+from k3jax.sampling.samplers import Sampler
+from k3jax.sampling.steps import Step
 from k3jax.sharding import constrain
 
 
 Predict = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
 
 MAX_SEED = 2**64 - 1
+WINDOW = 5
+"""Rows of the compiled program. Between two calls the host shows progress and calls back, so few
+are better for people; each call costs the host some 20 ms (a thousand weights are its arguments),
+which the steps that are queued on the device must cover, so many are better for fast devices. 25
+and 50 steps divide by it, and Flash's 4 take one call."""
 
 
-class Known(NamedTuple):
-    """Latents that are put back at every step, noised to its level, and the result there.
+class LoopState(NamedTuple):
+    """What the loop carries from step to step, float32 (b, h, w, c) each.
+
+    Attributes:
+        latents: the noisy latents.
+        prediction: the image latents that the last step predicted: what multistep samplers
+            remember, and what previews show.
+    """
+
+    latents: jax.Array
+    prediction: jax.Array
+
+
+class PreservedRegion(NamedTuple):
+    """Latents that replace the loop's own at every step, noised to its level; inpainting.
 
     Attributes:
         latents: (b, h, w, c).
-        mask: (b, h, w, 1), 1 where they are put back.
+        mask: (b, h, w, 1), 1 where they replace.
         noise: (b, h, w, c), the same at every step.
     """
 
@@ -42,7 +63,7 @@ class Known(NamedTuple):
 
 
 def sample_keys(seeds: Sequence[int]) -> np.ndarray:
-    """Random keys (threefry) made of the seeds alone, as key data: uint32 (b, 2)."""
+    """Random keys (threefry) from the seeds alone, as key data: uint32 (b, 2)."""
     seeds = [whole_number(seed, "seed") for seed in seeds]
     for seed in seeds:
         if not 0 <= seed <= MAX_SEED:
@@ -67,46 +88,28 @@ def draw_noise(key_data: jax.Array, index, shape: tuple[int, ...]) -> jax.Array:
     return jax.vmap(one)(key_data)
 
 
-def predictor(
-    unet: UNet,
-    context: Context | ReadContext,
-    unconditional: Context | ReadContext | None,
-    guidance_scale: jax.Array | None,
-    extra_channels: jax.Array | None = None,
-) -> Predict:
+def predictor(unet: UNet, conditioning: Conditioning) -> Predict:
     """The U-Net with classifier-free guidance: (w + 1) conditional - w unconditional.
-
-    Args:
-        context: what `unet` is conditioned on; `UNet.read` it before, and the loop need not.
-        unconditional: of the negative prompts or of none; None to do without guidance.
-        guidance_scale: w of each sample, float32 (b,).
-        extra_channels: (b, h, w, c) put behind the latents' channels (inpainting: mask and masked
-            latents).
 
     Returns:
         predict(x, timestep, guide), x (b, h, w, 4), timestep a scalar, guide a scalar bool (None:
-        always guide) that says whether this step pays for the unconditional half.
+        always guide) that is true where this step runs the unconditional half.
     """
 
-    def run(x, timestep, context, repeats):
-        if extra_channels is not None:
-            x = jnp.concatenate([x, extra_channels], axis=-1)
-        x = _interleave(*[x] * repeats)
-        return unet(x, jnp.full(x.shape[:1], timestep), context)
-
     def conditional(x, timestep):
-        return run(x, timestep, context, 1)
+        return unet(x, jnp.full(x.shape[:1], timestep), conditioning)
 
-    if unconditional is None:
+    if conditioning.unconditional is None:
         return lambda x, timestep, guide: conditional(x, timestep)
 
-    both = jax.tree.map(_interleave, context, unconditional)
+    pairs = conditioning.pairs()
 
     def guided(x, timestep):
-        pairs = run(x, timestep, both, 2)
-        pairs = constrain(pairs.reshape(-1, 2, *pairs.shape[1:]), "batch", ...)
-        w = guidance_scale[:, None, None, None]
-        return (w + 1) * pairs[:, 0] - w * pairs[:, 1]
+        both = interleave(x, x)
+        both = unet(both, jnp.full(both.shape[:1], timestep), pairs)
+        both = constrain(both.reshape(-1, 2, *both.shape[1:]), "batch", ...)
+        w = conditioning.guidance_scale[:, None, None, None]
+        return (w + 1) * both[:, 0] - w * both[:, 1]
 
     def predict(x, timestep, guide):
         if guide is None:
@@ -120,65 +123,65 @@ def denoise(
     predict: Predict,
     step: Step,
     rows: dict[str, jax.Array],
-    carry: tuple[jax.Array, ...],
+    state: LoopState,
     *,
     key_data: jax.Array | None,
     step_noise: jax.Array | None = None,
     renoise: bool = False,
-    known: Known | None = None,
-    preview: PredictionType | None = None,
-) -> tuple[jax.Array, ...]:
+    preserved: PreservedRegion | None = None,
+) -> LoopState:
     """Scans a sampler's step over `rows` (all of its rows, or a run of them).
 
     Args:
-        rows: columns of the sampler's table, plus `index` (int, the number of the step, which
-            selects its noise) and, for a guidance interval, `guide` (bool).
-        carry: (latents float32 (b, h, w, c), the sampler's memory or None); with `preview` also
-            the image latents that the last step predicted.
+        rows: columns of `loop_rows`, or of a `window` of them.
+        state: from `initial_state`, or the state after the rows before these.
         key_data: keys to draw noise from, or None for a deterministic sampler.
-        step_noise: (steps, b, h, w, c) used instead of drawn noise.
+        step_noise: (rows, b, h, w, c) used instead of drawn noise.
         renoise: see `Sampler`.
-        known: what is put back before each step.
-        preview: what the U-Net predicts, for a carry that holds the predicted image.
+        preserved: what replaces a part of the latents before each step.
 
     Returns:
-        The carry after the last row.
+        The state after the last row.
     """
 
-    def body(carry, inputs):
-        row, given = inputs
-        x, memory = carry[:2]
-        noise = given
-        if given is None and key_data is not None:
+    @jax.named_scope("step")
+    def run(state, row, noise):
+        x = state.latents
+        if noise is None and key_data is not None:
             noise = draw_noise(key_data, row["index"] + 1, x.shape[1:])
-        if known is not None:
-            level = (1.0, 0.0) if renoise else (row["alpha"], row["sigma"])
-            there = level[0] * known.latents + level[1] * known.noise
-            x = known.mask * there + (1 - known.mask) * x
+        if preserved is not None:
+            alpha, sigma = (1.0, 0.0) if renoise else (row["alpha"], row["sigma"])
+            noised = alpha * preserved.latents + sigma * preserved.noise
+            x = preserved.mask * noised + (1 - preserved.mask) * x
         if renoise:
             x = row["alpha"] * x + row["sigma"] * noise
         output = predict(x, row["timestep"], row.get("guide"))
-        after = step(x, output, noise, row, memory)
-        if preview is not None:
-            after = (*after, predicted_image(preview, x, output, row))
-        return after, None
+        new = LoopState(*step(x, output, noise, row, state.prediction))
+        return jax.tree.map(lambda x: constrain(x, "batch", ...), new)
 
-    carry, _ = jax.lax.scan(body, carry, (rows, step_noise))
-    return carry
+    def body(state, inputs):
+        row, noise = inputs
+        if "active" not in row:
+            return run(state, row, noise), None
+        return jax.lax.cond(row["active"], run, lambda state, *_: state, state, row, noise), None
+
+    state, _ = jax.lax.scan(body, state, (rows, step_noise))
+    return state
 
 
-def initial_carry(
-    sampler: Sampler, latents: jax.Array, preview: bool = False
-) -> tuple[jax.Array, ...]:
+def initial_state(latents: jax.Array) -> LoopState:
     """What `denoise` starts from."""
-    carry = latents, (jnp.zeros_like(latents) if sampler.multistep else None)
-    return (*carry, jnp.zeros_like(latents)) if preview else carry
+    return LoopState(latents, jnp.zeros_like(latents))
 
 
 def loop_rows(
     sampler: Sampler, guidance_interval: tuple[int, int] | None = None
 ) -> dict[str, np.ndarray]:
     """The sampler's table with the columns that `denoise` adds.
+
+    They are `index`, the number of the step, which selects its noise, and with an interval `guide`.
+    Without an interval every step is guided and the program is another one: it has no unguided
+    branch, which would take as long to compile as the guided one.
 
     Args:
         guidance_interval: first and last step (counted from 0, both included) that are guided, of
@@ -195,40 +198,41 @@ def loop_rows(
     return rows
 
 
-@functools.partial(jax.jit, static_argnames=("step", "renoise", "stochastic", "preview"))
+def window(
+    rows: dict[str, np.ndarray], step_noise: np.ndarray | None, first: int, count: int
+) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+    """`count` rows and their noise from row `first`, and inactive ones up to WINDOW.
+
+    Args:
+        count: at most WINDOW.
+    """
+    number = np.arange(WINDOW)
+    index = first + np.minimum(number, count - 1)
+    padded = {name: column[index] for name, column in rows.items()} | {"active": number < count}
+    return padded, None if step_noise is None else step_noise[index]
+
+
+@functools.partial(jax.jit, static_argnames=("step", "renoise"))
 def denoise_program(
     unet: UNet,
-    context: Context | ReadContext,
-    unconditional: Context | ReadContext | None,
-    guidance_scale: jax.Array | None,
-    extra_channels: jax.Array | None,
-    carry: tuple[jax.Array, ...],
+    conditioning: Conditioning,
+    state: LoopState,
     rows: dict[str, jax.Array],
-    key_data: jax.Array,
+    key_data: jax.Array | None,
     step_noise: jax.Array | None,
-    known: Known | None = None,
+    preserved: PreservedRegion | None = None,
     *,
     step: Step,
-    stochastic: bool,
     renoise: bool,
-    preview: PredictionType | None = None,
-) -> tuple[jax.Array, ...]:
+) -> LoopState:
     """`predictor` and `denoise` as one compiled program; the arguments are theirs."""
-    predict = predictor(unet, context, unconditional, guidance_scale, extra_channels)
     return denoise(
-        predict,
+        predictor(unet, conditioning),
         step,
         rows,
-        carry,
-        key_data=key_data if stochastic else None,
-        step_noise=step_noise if stochastic else None,
+        state,
+        key_data=key_data,
+        step_noise=step_noise,
         renoise=renoise,
-        known=known,
-        preview=preview,
+        preserved=preserved,
     )
-
-
-def _interleave(*arrays: jax.Array) -> jax.Array:
-    """Rows a0 b0 a1 b1 ...: each device of a split batch keeps its own samples."""
-    rows = jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
-    return constrain(rows, "batch", ...)

@@ -1,30 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The samplers: each is a table of coefficients, one row per step, and a pure step function.
+"""The samplers: each is a table of coefficients, one row per step, and a step of steps.py.
 
-    step(x, output, noise, row, memory) -> (x, memory)
-
-`x` is the noisy latents, `output` the U-Net's (guided) output, `noise` fresh standard noise (None
-for a deterministic sampler), `row` this step's coefficients, `memory` what a multistep sampler
-carries. All of it is float32. The tables are made in numpy, in the references' order of operations.
+The tables are computed in numpy, in the references' order of operations. A new sampler is one
+function that returns a `Sampler`, and one row of `SAMPLERS`.
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from k3jax.arguments import check_number, whole_number
-from k3jax.config import PredictionType, SamplerConfig
+from k3jax.config import SamplerConfig
 from k3jax.sampling import schedule
-
-
-Row = Mapping[str, jax.Array]
-Step = Callable[[jax.Array, jax.Array, jax.Array | None, Row, Any], tuple[jax.Array, Any]]
+from k3jax.sampling.steps import (
+    ImagePrediction,
+    Step,
+    ancestral_step,
+    ddim_step,
+    dpm_step,
+    image_step,
+    kandinsky_step,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +29,12 @@ class Sampler:
     """A sampler set up for a number of steps.
 
     Attributes:
-        rows: coefficient name -> float32 (steps,); `timestep` is what the U-Net is given.
-        step: the step function; the same object for the same settings, so that jit can cache on it.
+        rows: coefficient name -> float32 (steps,); `timestep` is the U-Net's input.
+        step: the step function.
         stochastic: whether a step uses noise.
         renoise: whether x is noised to the step's level before the U-Net sees it (Flash).
         guided: False where guidance has no meaning (Flash is distilled without it).
-        multistep: whether the previous step's prediction is carried.
-        prediction_type: what the U-Net's output is.
-        first_step: which step of the whole schedule the first row is; see `last_steps`.
+        first_step: number of the first row in the whole schedule; see `last_steps`.
     """
 
     rows: dict[str, np.ndarray]
@@ -47,8 +42,6 @@ class Sampler:
     stochastic: bool = True
     renoise: bool = False
     guided: bool = True
-    multistep: bool = False
-    prediction_type: PredictionType = "epsilon"
     first_step: int = 0
 
     @property
@@ -60,7 +53,7 @@ def make_sampler(config: SamplerConfig) -> Sampler:
     """The sampler a config describes.
 
     Raises:
-        ValueError: a number of steps the sampler cannot make.
+        ValueError: a number of steps or an eta that the sampler does not have.
     """
     steps = whole_number(config.num_inference_steps, "num_inference_steps")
     limit = schedule.NUM_TRAIN_TIMESTEPS
@@ -68,43 +61,11 @@ def make_sampler(config: SamplerConfig) -> Sampler:
         raise ValueError(f"num_inference_steps is {steps}; it must be between 1 and {limit}.")
     if not 0 <= check_number(config.eta, "eta") <= 1:
         raise ValueError(f"eta is {config.eta}; it must be between 0 and 1.")
-    return _MAKERS[config.name](dataclasses.replace(config, num_inference_steps=steps))
+    return SAMPLERS[config.name](dataclasses.replace(config, num_inference_steps=steps))
 
 
 def _table(**columns) -> dict[str, np.ndarray]:
     return {name: np.asarray(column, np.float32) for name, column in columns.items()}
-
-
-# --- limiting of the predicted image ------------------------------------------------------------
-
-
-def dynamic_threshold(x0: jax.Array, percentile: float, maximum: float = float("inf")) -> jax.Array:
-    """Clips each sample to its own percentile s of |x0| (at least 1, at most `maximum`), over s.
-
-    Imagen (arXiv:2205.11487), section 2.3. x0 is (b, h, w, c).
-    """
-    s = jnp.quantile(jnp.abs(x0).reshape(x0.shape[0], -1), percentile, axis=1)
-    s = jnp.clip(s, 1.0, maximum)[:, None, None, None]
-    return jnp.clip(x0, -s, s) / s
-
-
-def _diffusers_limit(config: SamplerConfig, clip: bool) -> Callable[[jax.Array], jax.Array]:
-    if config.thresholding:
-        return lambda x0: dynamic_threshold(
-            x0, config.dynamic_thresholding_ratio, config.sample_max_value
-        )
-    if clip and config.clip_sample:
-        return lambda x0: jnp.clip(x0, -config.clip_sample_range, config.clip_sample_range)
-    return lambda x0: x0
-
-
-def predicted_image(prediction_type: PredictionType, x, output, row):
-    """x0 from what the U-Net predicts, at signal level `alpha` and noise level `sigma`."""
-    if prediction_type == "sample":
-        return output
-    if prediction_type == "v_prediction":
-        return row["alpha"] * x - row["sigma"] * output
-    return (x - row["sigma"] * output) / row["alpha"]
 
 
 # --- Kandinsky's own ----------------------------------------------------------------------------
@@ -129,19 +90,8 @@ def _kandinsky(config: SamplerConfig) -> Sampler:
         direction=np.sqrt(np.maximum(1 - a_prev - sigma**2, 0)),
         noise=np.where(previous == 0, 0, sigma),
     )
-    return Sampler(rows, _kandinsky_step(config.threshold_percentile), stochastic=config.eta > 0)
-
-
-@functools.cache
-def _kandinsky_step(percentile):
-    def step(x, output, noise, row, memory):
-        x0 = (x - row["sigma"] * output) / row["alpha"]
-        x0 = dynamic_threshold(x0, percentile)
-        epsilon = (x - row["alpha"] * x0) / row["sigma"]
-        x = row["alpha_prev"] * x0 + row["direction"] * epsilon
-        return (x if noise is None else x + row["noise"] * noise), memory
-
-    return step
+    image = ImagePrediction(percentile=config.threshold_percentile)
+    return Sampler(rows, Step(kandinsky_step, image), stochastic=config.eta > 0)
 
 
 def _kandinsky30(config: SamplerConfig) -> Sampler:
@@ -167,17 +117,8 @@ def _kandinsky30(config: SamplerConfig) -> Sampler:
         noise=std,
     )
     rows = {name: column[::-1].copy() for name, column in chain.items()}
-    return Sampler(rows, _kandinsky30_step(config.threshold_percentile))
-
-
-@functools.cache
-def _kandinsky30_step(percentile):
-    def step(x, output, noise, row, memory):
-        x0 = (x - row["sigma"] * output) / row["alpha"]
-        x0 = dynamic_threshold(x0, percentile)
-        return row["from_x0"] * x0 + row["from_x"] * x + row["noise"] * noise, memory
-
-    return step
+    image = ImagePrediction(percentile=config.threshold_percentile)
+    return Sampler(rows, Step(ancestral_step, image))
 
 
 def _flash(config: SamplerConfig) -> Sampler:
@@ -188,14 +129,18 @@ def _flash(config: SamplerConfig) -> Sampler:
     timesteps = np.asarray(schedule.FLASH_TIMESTEPS)
     a = schedule.alphas_cumprod(schedule.cosine_betas(schedule.NUM_TRAIN_TIMESTEPS))[timesteps]
     rows = _table(timestep=timesteps, alpha=np.sqrt(a), sigma=np.sqrt(1 - a))
-    return Sampler(rows, _flash_step, renoise=True, guided=False)
-
-
-def _flash_step(x, output, noise, row, memory):
-    return (x - row["sigma"] * output) / row["alpha"], memory
+    return Sampler(rows, Step(image_step, ImagePrediction()), renoise=True, guided=False)
 
 
 # --- diffusers' schedulers ----------------------------------------------------------------------
+
+
+def _diffusers_prediction(config: SamplerConfig, clip: bool) -> ImagePrediction:
+    if config.thresholding:
+        ratio, maximum = config.dynamic_thresholding_ratio, config.sample_max_value
+        return ImagePrediction(config.prediction_type, ratio, maximum)
+    limit = config.clip_sample_range if clip and config.clip_sample else None
+    return ImagePrediction(config.prediction_type, clip=limit)
 
 
 def _ddpm(config: SamplerConfig) -> Sampler:
@@ -225,18 +170,7 @@ def _ddpm(config: SamplerConfig) -> Sampler:
         from_x=np.sqrt(alpha_step) * (1 - a_prev) / (1 - a),
         noise=np.where(timesteps > 0, std(), 0),
     )
-    return Sampler(rows, _ddpm_step(_shared(config)), prediction_type=config.prediction_type)
-
-
-@functools.cache
-def _ddpm_step(config):
-    limit = _diffusers_limit(config, clip=True)
-
-    def step(x, output, noise, row, memory):
-        x0 = limit(predicted_image(config.prediction_type, x, output, row))
-        return row["from_x0"] * x0 + row["from_x"] * x + row["noise"] * noise, memory
-
-    return step
+    return Sampler(rows, Step(ancestral_step, _diffusers_prediction(config, clip=True)))
 
 
 def _ddim(config: SamplerConfig) -> Sampler:
@@ -258,25 +192,8 @@ def _ddim(config: SamplerConfig) -> Sampler:
         direction=np.sqrt(np.maximum(1 - a_prev - std**2, 0)),
         noise=std,
     )
-    return Sampler(
-        rows,
-        _ddim_step(_shared(config)),
-        stochastic=config.eta > 0,
-        prediction_type=config.prediction_type,
-    )
-
-
-@functools.cache
-def _ddim_step(config):
-    limit = _diffusers_limit(config, clip=True)
-
-    def step(x, output, noise, row, memory):
-        x0 = predicted_image(config.prediction_type, x, output, row)
-        epsilon = (x - row["alpha"] * x0) / row["sigma"]  # of the unlimited image
-        x = row["alpha_prev"] * limit(x0) + row["direction"] * epsilon
-        return (x if noise is None else x + row["noise"] * noise), memory
-
-    return step
+    image = _diffusers_prediction(config, clip=True)
+    return Sampler(rows, Step(ddim_step, image), stochastic=config.eta > 0)
 
 
 def _dpm_solver(config: SamplerConfig) -> Sampler:
@@ -302,35 +219,11 @@ def _dpm_solver(config: SamplerConfig) -> Sampler:
         gain=gain,
         second=second,
     )
-    return Sampler(
-        rows,
-        _dpm_step(_shared(config)),
-        stochastic=False,
-        multistep=True,
-        prediction_type=config.prediction_type,
-    )
+    image = _diffusers_prediction(config, clip=False)
+    return Sampler(rows, Step(dpm_step, image), stochastic=False)
 
 
-@functools.cache
-def _dpm_step(config):
-    limit = _diffusers_limit(config, clip=False)
-
-    def step(x, output, noise, row, memory):
-        x0 = limit(predicted_image(config.prediction_type, x, output, row))
-        x = row["ratio"] * x + row["gain"] * x0 + row["second"] * (x0 - memory)
-        return x, x0
-
-    return step
-
-
-def _shared(config: SamplerConfig) -> SamplerConfig:
-    """The config without what only goes into the tables, so that equal steps are one object."""
-    return dataclasses.replace(
-        config, num_inference_steps=1, guidance_scale=0.0, eta=0.0, threshold_percentile=1.0
-    )
-
-
-_MAKERS = {
+SAMPLERS = {
     "kandinsky": _kandinsky,
     "kandinsky30": _kandinsky30,
     "flash": _flash,
@@ -344,7 +237,7 @@ _MAKERS = {
 
 
 def steps_of_strength(strength: float, num_steps: int) -> int:
-    """How many of `num_steps` are made, as diffusers counts; 0 only for strength 0.
+    """How many of `num_steps` run, as diffusers counts them; 0 only for strength 0.
 
     Raises:
         ValueError: outside of 0 to 1, or so small that no step remains.
@@ -361,15 +254,15 @@ def steps_of_strength(strength: float, num_steps: int) -> int:
 
 
 def least_strength(num_steps: int) -> float:
-    """The smallest strength that makes a step, rounded up to 4 digits."""
+    """The smallest strength that leaves a step, rounded up to 4 digits."""
     return math.ceil(10_000 / num_steps) / 10_000
 
 
 def last_steps(sampler: Sampler, count: int) -> Sampler:
-    """The sampler that makes only the last `count` (1 or more) steps."""
+    """The sampler that runs only the last `count` (1 or more) steps."""
     first = sampler.num_steps - count
     rows = {name: column[first:] for name, column in sampler.rows.items()}
-    if sampler.multistep:
+    if "second" in rows:  # multistep
         # There is no step before the first one: that is of first order, as diffusers has it.
         rows["second"] = rows["second"].copy()
         rows["second"][0] = 0

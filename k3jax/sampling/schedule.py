@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Noise schedules and lists of timesteps, as numpy tables made before anything is traced.
+"""Noise schedules and lists of timesteps, as numpy tables, computed before anything is traced.
 
 `alphas_cumprod[t]` is the share of the signal's variance left at time t of 0..999.
 """
@@ -51,7 +51,7 @@ def alphas_cumprod(betas: np.ndarray) -> np.ndarray:
 def kandinsky_timesteps(num_inference_steps: int) -> np.ndarray:
     """Timesteps of the original 3.1 sampler: range(999, 0, -1000 // n).
 
-    Python's floor of the negative number makes strides of ceil(1000 / n), so the list can be
+    Python's floor of the negative number gives strides of ceil(1000 / n), so the list can be
     shorter than asked: 300 gives 250 steps. Source: t2i_pipeline.py.
     """
     return np.arange(NUM_TRAIN_TIMESTEPS - 1, 0, -NUM_TRAIN_TIMESTEPS // num_inference_steps)
@@ -86,22 +86,22 @@ def dpm_timesteps(config: SamplerConfig, num_inference_steps: int) -> np.ndarray
 
 
 def _trailing(total: int, n: int) -> np.ndarray:
-    # For some n (499, 998) the range has n + 1 values, because of rounding; diffusers then makes
+    # For some n (499, 998) the range has n + 1 values, because of rounding; diffusers then runs
     # one step more, at time -1.
     return np.round(np.arange(total, 0, -total / n)).astype(np.int64)[:n] - 1
 
 
 def _checked(timesteps: Callable[[int], np.ndarray], n: int, config: SamplerConfig) -> np.ndarray:
-    """`timesteps(n)`, where they fall at every step and lie in the schedule."""
+    """`timesteps(n)`, if they fall at every step and are in the schedule."""
 
-    def fit(found: np.ndarray) -> bool:
+    def fit(times: np.ndarray) -> bool:
         return (
-            found[0] < config.num_train_timesteps and found[-1] >= 0 and (np.diff(found) < 0).all()
+            times[0] < config.num_train_timesteps and times[-1] >= 0 and (np.diff(times) < 0).all()
         )
 
-    found = timesteps(n)
-    if fit(found):
-        return found
+    times = timesteps(n)
+    if fit(times):
+        return times
     most = next((fewer for fewer in range(n - 1, 0, -1) if fit(timesteps(fewer))), None)
     advice = "" if most is None else f" ({most} is the most below that)"
     raise ValueError(

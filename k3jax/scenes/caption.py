@@ -30,10 +30,10 @@ PLURALS = {shape: "crosses" if shape == "cross" else f"{shape}s" for shape in SH
 
 
 def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
-    """What a scene shows, in lower case: "a large striped blue square on a navy background".
+    """The caption of a scene, in lower case: "a large striped blue square on a navy background".
 
     Args:
-        rng: chooses how a relation is put; without it the first of PHRASES is taken.
+        rng: chooses the phrase of a relation; None: the first of PHRASES.
     """
     if scene.kind == "count":
         words = [NUMBERS[scene.count], *_adjectives(scene.objects[0])]
@@ -61,13 +61,13 @@ def captioned(
         The image uint8 (size, size, 3), its caption and its scene.
     """
     scene = scene_at(seed, index, split, size, mix)
-    # A stream of its own: the phrasing must not depend on how many draws the scene took.
+    # A stream of its own: the phrasing must not depend on the number of draws of the scene.
     rng = np.random.default_rng([seed, index, SPLITS[split], 1])
     return render(scene), caption(scene, rng), scene
 
 
 def vocabulary() -> list[str]:
-    """Every word that captions can have, sorted."""
+    """Every word of all captions, sorted."""
     phrases = [phrase for options in PHRASES.values() for phrase in options]
     texts = ["a an and on background", *phrases, *NUMBERS.values(), *PLURALS.values()]
     texts += [*SHAPES, *COLORS, *BACKGROUNDS, *POSITIONS, *filter(None, SIZES)]

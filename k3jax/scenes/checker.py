@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads from the pixels alone what a picture shows, and holds it against a scene.
+"""Recognises the objects of a picture from its pixels, and compares them with a scene.
 
-It is made for the output of a small diffusion model: soft edges, some noise, colours a little off.
-All measuring is done at 128 pixels; pictures of another size are resized first.
+For the output of a small diffusion model: soft edges, some noise, slightly wrong colours. All
+measurements are at 128 pixels; pictures of another size are resized first.
 """
 
 import functools
@@ -37,7 +37,7 @@ SMALL, LARGE = 15.5, 24.5  # half sides; midway between the sizes that scenes ha
 TONE = 0.8  # of a colour, below which a pixel is dark
 DARK_SHARE = (0.1, 0.85)  # of an object with a texture
 STRIPED = 0.45  # share of the variance of dark and light that lies between columns
-SLACK = 4.0  # pixels that a centre may lie outside of its third of the canvas
+SLACK = 4.0  # pixels that a centre may be outside of its third of the canvas
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Reading:
-    """All that is read of a picture of `size` pixels; `objects` are largest first."""
+    """Everything recognised in a picture of `size` pixels; `objects` are largest first."""
 
     objects: tuple[Found, ...]
     background: str
@@ -67,19 +67,19 @@ class Reading:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What of a caption is right in a picture; None where the caption says nothing of the kind.
+    """Which parts of a caption are right in a picture; None: the caption does not mention it.
 
     Attributes:
-        color_on_shape: every named shape is there in its colour; of a count, at least one.
-        objects: of captions with two objects, both are there.
-        relation: the first lies in the named direction of the second, farther than to the side.
+        color_on_shape: every named shape exists in its colour; of a count, at least one.
+        objects: of captions with two objects, both exist.
+        relation: the first is in the named direction of the second, farther than sideways.
         count: as many objects of the named colour and shape as the caption says.
         background: the named one.
-        position: the centre lies in the named third of the canvas, give or take SLACK.
-        size, texture: every object with a named size or texture is there and has it.
+        position: the centre is in the named third of the canvas, within SLACK.
+        size, texture: every object with a named size or texture exists and has it.
 
-    What is missing lies and looks wrong. What the caption does not name may be there besides, and
-    of several alike in colour and shape the largest counts, or of a count all.
+    A missing object is wrong in everything. Objects that the caption does not name are allowed. Of
+    several with the same colour and shape the largest counts, or of a count all.
     """
 
     color_on_shape: bool
@@ -93,7 +93,7 @@ class Verdict:
 
 
 def read(image: np.ndarray) -> Reading:
-    """What a picture (size, size, 3) shows; uint8, or float in 0..1."""
+    """Recognises a picture (size, size, 3), uint8 or float in 0..1."""
     found, background = _read(_pixels(image))
     objects = tuple(_scaled(item, len(image) / CANVAS) for item in found)
     return Reading(objects, background, len(image))
@@ -110,7 +110,7 @@ def check(scene: Scene, image: np.ndarray) -> Verdict:
 
 
 def judge(scene: Scene, reading: Reading) -> Verdict:
-    """Judges what was read of a picture, which need not be of the scene's size, by its caption."""
+    """Judges a reading by the caption of a scene, which may have another size."""
     named = scene.objects[:1] if scene.kind == "count" else scene.objects
     looks = [(item.color, item.shape) for item in named]
     matches = [[f for f in reading.objects if (f.color, f.shape) == look] for look in looks]
@@ -133,12 +133,12 @@ def judge(scene: Scene, reading: Reading) -> Verdict:
 
 
 def summary(verdicts: Iterable[Verdict]) -> dict[str, float]:
-    """Name -> share of right among the verdicts that judge it; what none judges is left out."""
+    """Name -> share of right verdicts among those that are not None, if there are any."""
     shares, rows = {}, [astuple(verdict) for verdict in verdicts]
     for number, field in enumerate(fields(Verdict)):
-        said = [row[number] for row in rows if row[number] is not None]
-        if said:
-            shares[field.name] = sum(said) / len(said)
+        answers = [row[number] for row in rows if row[number] is not None]
+        if answers:
+            shares[field.name] = sum(answers) / len(answers)
     return shares
 
 
@@ -157,7 +157,7 @@ def _pixels(image: np.ndarray) -> np.ndarray:
 
 
 def _background(pixels: np.ndarray) -> tuple[str, np.ndarray]:
-    """The background that most pixels are nearest to, and the RGB that it really has here."""
+    """The background that is nearest to most pixels, and its RGB in this picture."""
     pixels = pixels[::2, ::2].reshape(-1, 3)
     palette = np.array(list(BACKGROUNDS.values()), np.float32)
     distances = _distances(pixels, palette)
@@ -288,9 +288,9 @@ def _placed(position: str, item: Found, size: int) -> bool:
 
 
 def _all_have(attribute: str, named, matches, kind: str) -> bool | None:
-    wanted = [(getattr(item, attribute), m) for item, m in zip(named, matches, strict=True)]
-    wanted = [(value, m) for value, m in wanted if value not in (None, "plain")]
-    if not wanted:
+    expected = [(getattr(item, attribute), m) for item, m in zip(named, matches, strict=True)]
+    expected = [(value, m) for value, m in expected if value not in (None, "plain")]
+    if not expected:
         return None
     some = slice(None) if kind == "count" else slice(1)
-    return all(m and all(getattr(f, attribute) == value for f in m[some]) for value, m in wanted)
+    return all(m and all(getattr(f, attribute) == value for f in m[some]) for value, m in expected)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random scenes of one to four coloured shapes, and which of them are kept out of training.
+"""Random scenes of one to four coloured shapes, and the looks that no training scene has.
 
 Lengths are given for a canvas of 128 pixels and scale with it. x grows to the right, y downwards.
 """
@@ -56,7 +56,7 @@ POSITIONS = {
     "at the bottom": (1, 2),
     "in the bottom right corner": (2, 2),
 }
-"""Column and row, in thirds of the canvas, that the centre of the object lies in."""
+"""Column and row of the object's centre, in thirds of the canvas."""
 
 CANVAS, MARGIN, GAP = 128, 3.0, 4.0
 ALONG, ACROSS = 34.0, 16.0  # least distance along the axis of a relation, most across it
@@ -80,7 +80,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in a picture of `size` x `size` pixels, and what of it the caption tells."""
+    """The objects of a picture of `size` x `size` pixels, and what its caption mentions."""
 
     objects: tuple[SceneObject, ...]
     background: str
@@ -100,10 +100,10 @@ def held_out(triple: tuple[str, str, str]) -> bool:
 
 @functools.cache
 def held_out_pair(color1: str, shape1: str, relation: str, color2: str, shape2: str) -> bool:
-    """Whether no training scene has these two objects so; `relation` is "and" where none is named.
+    """Whether no training scene has these two objects in this relation; "and": none is named.
 
-    The same picture told from the other object is the same combination: left of and right of,
-    above and below are one, and "and" has no order.
+    The same picture described from the other object is the same combination: left of and right of
+    are one, above and below too, and "and" has no order.
     """
     first, second = (color1, shape1), (color2, shape2)
     if relation in ("right of", "below"):
@@ -129,7 +129,7 @@ def sample_scene(
         mix: "places": only scenes whose caption says where something is; "pairs": mostly two
             objects; "several": mostly two to four; see MIXES.
     """
-    wanted = SPLITS[split] == 1
+    is_test = SPLITS[split] == 1
     # The kind is drawn before anything is rejected, so both splits have the same kinds.
     kinds, placed = MIXES[mix]
     kind = _draw(rng, kinds)
@@ -139,14 +139,14 @@ def sample_scene(
     while True:
         looks = [_look(rng) for _ in range(2 if two else 1)]
         alike = two and (looks[0][1] == looks[1][1] or looks[0][2] == looks[1][2])
-        if not alike and _unseen(looks, kind, relation) == wanted:
+        if not alike and _unseen(looks, kind, relation) == is_test:
             break
     names = ("small", None, "large") if kind == "single" else ("small", None)
     size_names = [names[rng.integers(len(names))] for _ in looks]
     radii = [float(rng.uniform(*SIZES[name])) for name in size_names]
     if kind == "count":
         looks, size_names = looks * count, size_names * count
-        # Four objects of the largest medium size would hardly ever find places at random.
+        # Four objects of the largest medium size would hardly ever fit at random.
         radii = [min(radii[0], 19.0 if count == 4 else 22.0)] * count
     position = None
     if kind == "single" and rng.random() < placed:

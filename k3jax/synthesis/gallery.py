@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A data set as one HTML page that opens from disk: thumbnails, prompts, seeds, a search box.
 
-Thumbnails stand in the page itself; those of a large set in scripts beside it, which a page opened
-from disk may load where it may not read data.
+Thumbnails are in the page itself; those of a large set are in scripts next to it, because a page
+that is opened from disk may load scripts, but no other files.
 """
 
 import base64
@@ -11,7 +11,7 @@ import io
 import json
 import os
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from typing import Any
@@ -21,12 +21,10 @@ from tqdm import tqdm
 
 from k3jax.checkpoints.digests import abbreviated
 from k3jax.images.decoding import opened
-from k3jax.synthesis.checking import finished_shards
-from k3jax.synthesis.layout import DATA
-from k3jax.synthesis.run_manifest import Manifest
+from k3jax.synthesis.metadata import Column, columns_of, finished_shards, read_sidecar
+from k3jax.synthesis.run_manifest import RunManifest
 from k3jax.synthesis.shard_formats import read_shard
-from k3jax.synthesis.sidecar import OK, read_sidecar
-from k3jax.synthesis.storage import Store, write_bytes
+from k3jax.synthesis.store import Store
 
 
 PAGE, FOLDER = "gallery.html", "gallery"
@@ -36,12 +34,17 @@ THUMBNAIL = 320  # pixels of the longer side
 
 
 def write_gallery(
-    store: Store, manifest: Manifest, most: int = 100_000, progress: bool = False
+    store: Store,
+    manifest: RunManifest,
+    most: int = 100_000,
+    progress: bool = False,
+    target: Store | None = None,
 ) -> list[str]:
-    """Writes gallery.html into the data set, and a folder gallery/ if it is a large one.
+    """Writes gallery.html, and a folder gallery/ if the data set is a large one.
 
     Args:
-        most: images shown; of a larger set every n-th.
+        most: images shown; of a larger set, every n-th.
+        target: the folder to write into; None: the data set's own.
 
     Returns:
         The names of the page and, if there is one, of the folder.
@@ -49,12 +52,15 @@ def write_gallery(
     Raises:
         ValueError: no shard is finished, or one is damaged.
     """
+    inside = target is None
+    target = store if inside else target
     shards = sorted(finished_shards(store, manifest.layout))
     if not shards:
         raise ValueError(f"{store} has no finished shard yet.")
     total = sum(len(range(*manifest.layout.range(shard))) for shard in shards)
     every = -(-total // most)
     large = -(-total // every) > INLINE_IMAGES
+    columns = [column for column in columns_of(manifest) if column.caption]
     images: list[list[Any]] = []
     waiting: list[str | None] = []
     chunks: list[str] = []
@@ -63,7 +69,7 @@ def write_gallery(
         number, text = len(chunks), json.dumps(waiting)
         if large:
             content = f"k3jaxThumbnails({number}, {text});\n"
-            write_bytes(store, f"{FOLDER}/{number}.js", content.encode())
+            target.write(f"{FOLDER}/{number}.js", content.encode())
             chunks.append("")
         else:
             chunks.append(
@@ -71,24 +77,26 @@ def write_gallery(
             )
         waiting.clear()
 
-    store.delete(FOLDER)
+    if inside:  # another folder may have a gallery/ of its own
+        store.delete(FOLDER)
     bar = tqdm(total=total, unit="image", desc="gallery", disable=not progress)
     with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
         for shard in shards:
-            rows = _shown(store, manifest, shard, every)
+            links = inside and manifest.layout.format == "files"
+            rows = _shown(store, manifest, shard, every, links)
             # `map` starts all at once: a shard's thumbnails, no more, are in memory.
             names = [f"{store}/{row['shard']}, image {row['key']}" for row in rows]
             contents = [row.pop("content", None) for row in rows]
             thumbnails = pool.map(thumbnail, contents, names)
             for row, small in zip(rows, thumbnails, strict=True):
-                images.append(_entry(row))
+                images.append(_entry(row, columns))
                 waiting.append(small)
                 if len(waiting) == PER_PAGE:
                     flush()
             bar.update(len(range(*manifest.layout.range(shard))))
     if waiting:
         flush()
-    write_bytes(store, PAGE, _page(store, manifest, images, chunks, total).encode())
+    target.write(PAGE, _page(store, manifest, columns, images, chunks, total).encode())
     return [PAGE, FOLDER] if large else [PAGE]
 
 
@@ -114,7 +122,9 @@ def thumbnail(content: bytes | None, name: str) -> str | None:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def _shown(store: Store, manifest: Manifest, shard: int, every: int) -> list[dict[str, Any]]:
+def _shown(
+    store: Store, manifest: RunManifest, shard: int, every: int, links: bool
+) -> list[dict[str, Any]]:
     """The rows of a shard that are shown, each with its image's bytes, in the prompts' order."""
     layout = manifest.layout
     name = layout.data(shard)
@@ -125,9 +135,8 @@ def _shown(store: Store, manifest: Manifest, shard: int, every: int) -> list[dic
         for image in read_shard(store, name, layout.format):
             if image.key in rows:
                 rows[image.key]["content"] = image.content
-                if layout.format == "files":
-                    file = f"{name.removeprefix(f'{DATA}/')}/{image.key}.{extension}"
-                    rows[image.key]["link"] = f"{DATA}/{file}"
+                if links:  # to the image's own file
+                    rows[image.key]["link"] = f"{name}/{image.key}.{extension}"
     except Exception as error:
         raise ValueError(
             f"{store}/{name} cannot be read ({error}); `k3jax verify --repair` mends it."
@@ -135,27 +144,19 @@ def _shown(store: Store, manifest: Manifest, shard: int, every: int) -> list[dic
     return list(rows.values())
 
 
-def _entry(row: Mapping[str, Any]) -> list[Any]:
-    """A row in the order that the page's script knows."""
-    seed = row["seed"]
-    return [
-        row["id"],
-        row["prompt"],
-        row["negative_prompt"],
-        None if seed is None else str(seed),  # numbers of JavaScript have 53 bits
-        row["width"],
-        row["height"],
-        row["guidance_scale"],
-        row["shard"],
-        None if row["status"] == OK else row["reason"],
-        # The page is no address: a % of the file's name must not be read as one of a link.
-        row["link"].replace("%", "%25") if "link" in row else None,
-    ]
+def _entry(row: Mapping[str, Any], columns: Sequence[Column]) -> list[Any]:
+    """The values of a row: its columns, then its shard, and the address of its file or None."""
+    values = [row.get(column.name) for column in columns]
+    # Numbers of JavaScript have 53 bits.
+    values = [str(v) if isinstance(v, int) and abs(v) >= 1 << 53 else v for v in values]
+    # In an address, a % of the file's name is written as %25.
+    return [*values, row["shard"], row["link"].replace("%", "%25") if "link" in row else None]
 
 
 def _page(
     store: Store,
-    manifest: Manifest,
+    manifest: RunManifest,
+    columns: Sequence[Column],
     images: list[list[Any]],
     chunks: list[str],
     total: int,
@@ -178,6 +179,8 @@ def _page(
         "per_page": PER_PAGE,
         "folder": FOLDER,
         "command": f"k3jax regenerate {shlex.quote(str(store))}",
+        "names": [*(column.name for column in columns), "shard", "link"],
+        "captions": {column.name: column.caption for column in columns} | {"shard": "shard"},
         "images": images,
     }
     parts = {
@@ -190,14 +193,14 @@ def _page(
 
 
 def _filled(template: str, parts: Mapping[str, str]) -> Iterator[str]:
-    """The template with its {{names}} replaced; what is put in is not looked at again."""
+    """The template with its {{names}} replaced, but not those in the replacements."""
     for piece in template.split("{{"):
         name, closed, rest = piece.partition("}}")
         yield parts[name] + rest if closed and name in parts else piece
 
 
 def _in_script(value: Any) -> str:
-    """JSON that no prompt can end: every < is written as an escape."""
+    """JSON in which no prompt can end the script: every < is written as an escape."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")

@@ -1,36 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the work goes: a bar for people, JSON lines for programs, a text file for Prometheus.
+"""Progress of a process: a bar for people, JSON lines for programs, a text file for Prometheus.
 
-Durations are those of the monotonic clock; the time of day stands in the JSON lines and decides on
-nothing.
+Durations come from the monotonic clock; the time of day appears only in the JSON lines.
 """
 
 import contextlib
 import json
-import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from prometheus_client import CollectorRegistry, Metric, write_to_textfile
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from tqdm import tqdm
 
 
 WRITE_EVERY = 5.0  # seconds between two states of the Prometheus file
 
-HELP = {
-    "k3jax_images_total": ("counter", "Images made by this process."),
-    "k3jax_failed_samples_total": ("counter", "Samples that could not be made."),
-    "k3jax_shards_total": ("counter", "Shards finished by this process."),
-    "k3jax_device_seconds_total": ("counter", "Time in which the devices had work."),
-    "k3jax_share_samples": ("gauge", "Samples of this process's share of the data set."),
-    "k3jax_share_samples_finished": ("gauge", "Of them, those in finished shards."),
-    "k3jax_images_per_second": ("gauge", "Rate since the first image."),
-    "k3jax_eta_seconds": ("gauge", "Estimated time to the end of the share."),
+METRICS = {
+    "k3jax_images_total": (CounterMetricFamily, "Images made by this process."),
+    "k3jax_failed_samples_total": (CounterMetricFamily, "Failed samples."),
+    "k3jax_shards_total": (CounterMetricFamily, "Shards finished by this process."),
+    "k3jax_device_seconds_total": (CounterMetricFamily, "Time in which the devices had work."),
+    "k3jax_share_samples": (GaugeMetricFamily, "Samples of this process's share."),
+    "k3jax_share_samples_finished": (GaugeMetricFamily, "Those of them in finished shards."),
+    "k3jax_images_per_second": (GaugeMetricFamily, "Rate since the first image."),
+    "k3jax_eta_seconds": (GaugeMetricFamily, "Estimated time to the end of the share."),
 }
+"""Metric -> its kind and description."""
 
 
 class Progress:
@@ -56,8 +57,10 @@ class Progress:
         self._samples, self._finished = samples, finished
         self._labels, self._json_lines, self._prometheus = dict(labels), json_lines, prometheus
         self._lock = threading.Lock()
+        self._registry = CollectorRegistry()
         self._started: float | None = None
         self._written = 0.0
+        self._registry.register(self)
         self._bar = tqdm(
             total=samples, initial=finished, unit="image", disable=not bar, smoothing=0.05
         )
@@ -72,7 +75,7 @@ class Progress:
         self._bar.close()
 
     def start(self) -> None:
-        """The first batch begins: what came before (loading, compiling) is no part of the rate."""
+        """The first batch begins: the rate counts from here, without loading and compiling."""
         self._started = self._started or time.monotonic()
 
     def device(self, seconds: float) -> None:
@@ -98,11 +101,11 @@ class Progress:
         self._line(shard=name, images=images, failed=failed, seconds=round(seconds, 3))
 
     def state(self) -> dict[str, float]:
-        """The values of HELP's names."""
+        """The values of all metrics."""
         with self._lock:
             seconds = time.monotonic() - self._started if self._started else 0.0
-            made = self.images + self.failed
-            rate = made / seconds if seconds > 0 else 0.0
+            done = self.images + self.failed
+            rate = done / seconds if seconds > 0 else 0.0
             left = self._samples - self._finished
             return {
                 "k3jax_images_total": self.images,
@@ -115,22 +118,21 @@ class Progress:
                 "k3jax_eta_seconds": round(left / rate, 3) if rate else float("nan"),
             }
 
+    def collect(self) -> Iterator[Metric]:
+        """The metrics as Prometheus' registry asks for them."""
+        for name, value in self.state().items():
+            kind, description = METRICS[name]
+            family = kind(name, description, labels=list(self._labels))
+            family.add_metric(list(self._labels.values()), value)
+            yield family
+
     def tick(self, now: bool = False) -> None:
-        """Brings the Prometheus file up to date, now and then."""
+        """Writes the Prometheus file every few seconds."""
         if self._prometheus is None or (not now and time.monotonic() - self._written < WRITE_EVERY):
             return
         self._written = time.monotonic()
-        labels = ",".join(f'{k}="{_escaped(v)}"' for k, v in self._labels.items())
-        lines = []
-        for name, value in self.state().items():
-            kind, text = HELP[name]
-            number = "NaN" if value != value else value
-            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
-            lines.append(f"{name}{{{labels}}} {number}")
-        part = self._prometheus.with_name(f".{self._prometheus.name}.{os.getpid()}")
-        with contextlib.suppress(OSError):  # metrics are not worth the run
-            part.write_text("\n".join(lines) + "\n")
-            part.replace(self._prometheus)
+        with contextlib.suppress(OSError):  # metrics must not end the run
+            write_to_textfile(str(self._prometheus), self._registry)
 
     def _line(self, **values: Any) -> None:
         if self._json_lines is None:
@@ -145,7 +147,3 @@ class Progress:
         }
         with contextlib.suppress(OSError), open(self._json_lines, "a") as file:
             file.write(json.dumps(line) + "\n")
-
-
-def _escaped(text: str) -> str:
-    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")

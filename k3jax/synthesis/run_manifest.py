@@ -1,42 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
-"""manifest.json: what every byte of a data set is a function of.
+"""manifest.json: everything that a data set is a function of, and the names of its files.
 
-It is written once, by whichever process comes first, and holds nothing of time or place except
-where the checkpoint and the prompts were found, which does not count.
+manifest.json              written once, by the first process
+prompts-index.parquet      the checked rows of the prompt files
+data/000012.tar            shard 12 (.tar, .parquet, or a folder)
+metadata/000012.parquet    its sidecar, written last: a shard that has one is finished
+metrics/                   progress of the processes; not part of the data
+
+The manifest has no times, and the places of the checkpoint and the prompts are not part of its
+fingerprint.
 """
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, make_dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from k3jax.config import ModelConfig, SamplerConfig, from_dict, to_dict
-from k3jax.pipelines import request
+from k3jax.pipelines import call_inputs
+from k3jax.pipelines.option_fields import config_fields
+from k3jax.pipelines.options import TextToImageOptions
 from k3jax.sampling.samplers import make_sampler
-from k3jax.synthesis.encoding import ImageFormat, codec_version
-from k3jax.synthesis.layout import MANIFEST, Format, Layout
-from k3jax.synthesis.prompt_source import PromptIndex
+from k3jax.synthesis.image_formats import ImageFormat, codec_version
+from k3jax.synthesis.prompt_index import Summary
 from k3jax.synthesis.samples import RowRules
-from k3jax.synthesis.storage import Store, read_bytes
+from k3jax.synthesis.store import Store
 
 
+Format = Literal["webdataset", "parquet", "files"]
+
+MANIFEST = "manifest.json"
+DATA, METADATA, METRICS = "data", "metadata", "metrics"
+ENDINGS = {"webdataset": ".tar", "parquet": ".parquet", "files": ""}
 VERSION = 1
 PACKAGES = ("k3jax", "jax", "jaxlib", "libtpu", "numpy", "pillow", "pyarrow")
-IDENTITY = ("weights", "prompts", "settings", "versions")
+
+CALL_OPTIONS = tuple(
+    field
+    for field in config_fields("generate", TextToImageOptions)
+    if field[0]
+    # These are in `SamplerConfig`, or belong to samples.
+    not in {
+        *("sampler", "num_inference_steps", "guidance_scale", "eta"),
+        *("negative_prompt", "height", "width", "num_images_per_prompt", "seed"),
+    }
+)
+"""(name, type, default) of the other options of a pipeline call. Each is a field of `Settings`."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What is made, in what form.
+@dataclass(frozen=True, kw_only=True)
+class Settings(make_dataclass("CallSettings", CALL_OPTIONS, frozen=True, kw_only=True)):
+    """What images are computed, and how they are stored.
 
     Attributes:
         quality: of lossy images; None for lossless ones.
-        seed: of the run; those of the samples come from it.
+        seed: of the run; those of the samples are derived from it.
         buckets: see `RowRules`.
-        sampler: with the number of steps and the guidance of rows that name none.
+        sampler: with the number of steps, and the guidance of rows that name none.
         columns: known column -> its name in the prompt files, where they differ.
         skip_bad: bad lines are failed samples.
         strength: of rows with an image that name none.
@@ -53,7 +76,6 @@ class Settings:
     buckets: tuple[str, ...]
     negative_prompt: str | None
     sampler: SamplerConfig
-    guidance_interval: tuple[int, int] | None
     conditioning: str
     dtype: str
     param_dtype: str
@@ -61,6 +83,11 @@ class Settings:
     skip_bad: bool
     strength: float | None = None
     int8_text_encoder: bool = False
+
+    @property
+    def call_options(self) -> dict[str, Any]:
+        """The options of every call of a pipeline, beyond the sampler and those of samples."""
+        return {name: getattr(self, name) for name, *_ in CALL_OPTIONS}
 
     def row_rules(self, model: ModelConfig) -> RowRules:
         """What rows are checked against, for a checkpoint's model."""
@@ -71,7 +98,7 @@ class Settings:
             self.height,
             self.sampler.guidance_scale,
             self.negative_prompt,
-            request.size_multiple(model),
+            call_inputs.size_multiple(model),
             tuple(parse_size(size) for size in self.buckets),
             make_sampler(self.sampler).num_steps,
             self.strength,
@@ -84,12 +111,50 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """
+class ShardLayout:
+    """Names of the shards' files, and which samples each holds."""
+
+    samples: int
+    samples_per_shard: int
+    format: Format
+
+    @property
+    def shards(self) -> int:
+        return -(-self.samples // self.samples_per_shard)
+
+    def range(self, shard: int) -> tuple[int, int]:
+        """First sample of a shard, and the one after its last."""
+        first = shard * self.samples_per_shard
+        return first, min(first + self.samples_per_shard, self.samples)
+
+    def name(self, shard: int) -> str:
+        return f"{shard:0{max(6, len(str(self.shards - 1)))}d}"
+
+    def data(self, shard: int) -> str:
+        return f"{DATA}/{self.name(shard)}{ENDINGS[self.format]}"
+
+    def sidecar(self, shard: int) -> str:
+        return f"{METADATA}/{self.name(shard)}.parquet"
+
+    def shard_of_file(self, file: str) -> int | None:
+        """The shard of a file in data/ or metadata/; None for any other file."""
+        stem = file.split(".")[0]
+        if not stem.isdigit():
+            return None
+        shard = int(stem)
+        names = (self.data(shard).split("/")[1], self.sidecar(shard).split("/")[1])
+        return shard if shard < self.shards and file in names else None
+
+
+@dataclass(frozen=True)
+class RunManifest:
+    """The content of manifest.json.
+
     Attributes:
         weights: the checkpoint's fingerprint.
         prompts: sha256 and rows of every prompt file, and the tasks that they ask for.
         found_at: where the checkpoint and the prompts were; not part of the fingerprint.
+        added_columns: metadata columns beyond those of the first version; not part of it either.
     """
 
     weights: Mapping[str, Any]
@@ -97,24 +162,26 @@ class Manifest:
     settings: Settings
     versions: Mapping[str, str]
     found_at: Mapping[str, Any]
+    added_columns: Sequence[str] = ()
+    stored_fingerprint: str | None = None
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> ShardLayout:
         settings = self.settings
         samples = self.prompts["rows"] * settings.images_per_prompt
-        return Layout(samples, settings.samples_per_shard, settings.format)
+        return ShardLayout(samples, settings.samples_per_shard, settings.format)
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of all that a data set is a function of."""
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+        """sha256 of everything that a data set is a function of.
+
+        Of a stored manifest, the one in the file: it may lack settings that came later.
+        """
+        return self.stored_fingerprint or _fingerprint(self.identity)
 
     @property
     def identity(self) -> dict[str, Any]:
-        settings = to_dict(self.settings)
-        prompts = {**self.prompts, "files": [_content(f) for f in self.prompts["files"]]}
-        values = {"weights": self.weights, "prompts": prompts, "settings": settings}
-        return json.loads(json.dumps({**values, "versions": self.versions}))
+        return _identity(self._values())
 
     def to_json(self) -> bytes:
         values = {
@@ -122,10 +189,14 @@ class Manifest:
             "fingerprint": self.fingerprint,
             "samples": self.layout.samples,
             "shards": self.layout.shards,
-            **dataclasses.asdict(self),
-            "settings": to_dict(self.settings),
+            **self._values(),
         }
         return (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode()
+
+    def _values(self) -> dict[str, Any]:
+        values = {**vars(self), "settings": to_dict(self.settings)}
+        del values["stored_fingerprint"]
+        return values
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -136,13 +207,14 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def prompts_entry(index: PromptIndex) -> dict[str, Any]:
-    files = [{"name": f.name, "rows": f.rows, "sha256": f.sha256} for f in index.files]
-    return {"rows": index.rows, "tasks": list(index.tasks), "files": files}
+def prompts_entry(summary: Summary) -> dict[str, Any]:
+    """What a manifest holds of the prompts."""
+    rows = sum(file["rows"] for file in summary.files)
+    return {"rows": rows, "tasks": summary.tasks, "files": summary.files}
 
 
 def versions() -> dict[str, str]:
-    """Of everything that has a say in the bytes."""
+    """Of the packages that decide on the bytes."""
     found = {}
     for package in PACKAGES:
         try:
@@ -152,31 +224,28 @@ def versions() -> dict[str, str]:
     return found | {"codecs": codec_version()}
 
 
-def read_manifest(store: Store) -> Manifest:
+def read_manifest(store: Store) -> RunManifest:
     """The manifest of a data set.
 
     Raises:
         ValueError: there is none, or it is damaged, or of another version.
     """
     try:
-        content = read_bytes(store, MANIFEST)
+        content = store.read(MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{store} is not a data set of k3jax: it has no {MANIFEST}.") from None
     try:
         values = json.loads(content)
         if values["data_set_version"] != VERSION:
             raise ValueError(f"it is of version {values['data_set_version']}, not {VERSION}")
-        manifest = Manifest(
-            **{
-                name: from_dict(Settings, value) if name == "settings" else value
-                for name, value in values.items()
-                if name in {field.name for field in dataclasses.fields(Manifest)}
-            }
-        )
+        if _fingerprint(_identity(values)) != values["fingerprint"]:
+            raise ValueError("its fingerprint is not that of its content: it was changed by hand")
+        names = {field.name for field in dataclasses.fields(RunManifest)} & values.keys()
+        known = {name: values[name] for name in names}
+        known |= {"settings": from_dict(Settings, values["settings"])}
+        manifest = RunManifest(**known, stored_fingerprint=values["fingerprint"])
         if manifest.settings.format not in get_args(Format):
             raise ValueError(f"unknown format {manifest.settings.format!r}")
-        if manifest.fingerprint != values["fingerprint"]:
-            raise ValueError("its fingerprint is not that of its content: it was changed by hand")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{store}/{MANIFEST} is damaged ({error}): bring the old one back, or start the same "
@@ -185,21 +254,25 @@ def read_manifest(store: Store) -> Manifest:
     return manifest
 
 
-def write_or_compare(store: Store, manifest: Manifest) -> None:
-    """Records what is made, or checks that the folder's data set is this one.
+def write_or_compare(store: Store, manifest: RunManifest) -> RunManifest:
+    """Writes the manifest of a new data set, or checks that the folder's data set is this one.
+
+    Returns:
+        The manifest that is stored.
 
     Raises:
         ValueError: it is another one, with everything that differs.
     """
     if store.create_new(MANIFEST, manifest.to_json()):
-        return
+        return dataclasses.replace(manifest, stored_fingerprint=manifest.fingerprint)
     recorded = read_manifest(store)
     found = differences(recorded.identity, manifest.identity)
     if found:
         raise ValueError(
             f"{store} holds another data set: {'; '.join(found)}. Take another folder, or run "
-            "with what its manifest says."
+            "with the settings in its manifest."
         )
+    return dataclasses.replace(recorded, found_at=manifest.found_at)
 
 
 def differences(old: Any, new: Any, prefix: str = "", limit: int = 8) -> list[str]:
@@ -213,9 +286,17 @@ def differences(old: Any, new: Any, prefix: str = "", limit: int = 8) -> list[st
     return found if len(found) <= limit else [*found[:limit], f"{len(found) - limit} more"]
 
 
-def _content(file: Mapping[str, Any]) -> dict[str, Any]:
-    """A prompt file without its name: it is the same under another."""
-    return {key: file[key] for key in ("rows", "sha256")}
+def _identity(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a manifest's values that the data set is a function of."""
+    identity = {name: values[name] for name in ("weights", "prompts", "settings", "versions")}
+    # The names of prompt files are not part of it.
+    files = [{key: file[key] for key in ("rows", "sha256")} for file in values["prompts"]["files"]]
+    identity["prompts"] = {**values["prompts"], "files": files}
+    return json.loads(json.dumps(identity))
+
+
+def _fingerprint(identity: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def _flat(value: Any, prefix: str) -> dict[str, Any]:

@@ -5,23 +5,29 @@ A row gives `images_per_prompt` samples side by side. A sample's place in the da
 shard, is arithmetic on the row's number; its seed is a hash of the run's seed and its id.
 """
 
+import contextlib
 import hashlib
 import math
 import numbers
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from k3jax.model.tokenizer import check_prompt
+from k3jax.pipelines.option_fields import option_fields
+from k3jax.pipelines.options import ImageToImageOptions, InpaintOptions
 from k3jax.sampling.samplers import steps_of_strength
 
+
+Operation = Literal["text", "image", "inpaint"]
+"""What is done with a sample's inputs: text to image, image to image, or inpainting."""
 
 COLUMNS = (
     *("id", "prompt", "negative_prompt", "seed", "width", "height", "guidance_scale"),
     *("image", "mask", "strength"),
 )
-DEFAULT_STRENGTH = 0.3  # as `Kandinsky3Img2ImgPipeline` has it
 MAX_SEED = 2**63 - 1  # what the int64 columns of every reader hold
+MAX_SIDE = 1 << 20  # pixels
 MAX_ID, MAX_PROMPT = 1000, 100_000  # characters; more is a file of another kind
 SAFE = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
 KEY_LENGTH = 80  # with an ending, below the 100 bytes of a name in a USTAR archive
@@ -29,15 +35,16 @@ KEY_LENGTH = 80  # with an ending, below the 100 bytes of a name in a USTAR arch
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One image to be made.
+    """One image of a data set: what it is a function of.
 
     Attributes:
         index: its place in the data set, from 0.
         line: of the prompt file, from 1.
-        image, mask: files that it starts from; see image_task.py.
-        image_sha256, mask_sha256: of their content, where it is known already.
+        seed: None only in a row of a prompt file that names none.
+        image, mask: files that it starts from; see input_images.py.
         strength: how much of the image is changed; None without one.
-        fault: why it cannot be made; then only `index`, `id` and `line` mean anything.
+        image_sha256, mask_sha256: of the content of these files, where it is known already.
+        fault: why there is no image; then only `index`, `id` and `line` have a meaning.
     """
 
     index: int
@@ -45,7 +52,7 @@ class Sample:
     line: int
     prompt: str = ""
     negative_prompt: str | None = None
-    seed: int = 0
+    seed: int | None = None
     width: int = 0
     height: int = 0
     guidance_scale: float = 0.0
@@ -56,32 +63,21 @@ class Sample:
     mask_sha256: str | None = None
     fault: str | None = None
 
-
-@dataclass(frozen=True)
-class Row:
-    """A line of a prompt file that is good; None where the line says nothing."""
-
-    id: str
-    prompt: str
-    negative_prompt: str | None
-    seed: int | None
-    width: int
-    height: int
-    guidance_scale: float
-    image: str | None
-    mask: str | None
-    strength: float | None
+    @property
+    def operation(self) -> Operation:
+        if self.image is None:
+            return "text"
+        return "image" if self.mask is None else "inpaint"
 
 
 @dataclass(frozen=True)
 class RowRules:
-    """What rows are checked against, and what holds where they say nothing.
+    """The rules for rows of prompt files, and the values of those that name none.
 
     Attributes:
-        multiple: of which width and height must be, in pixels.
-        buckets: sizes (width, height) that the images are made in; a row gets the nearest. Empty:
-            every row its own.
-        steps: of the sampler, of which a strength leaves some.
+        multiple: width and height must be multiples of this many pixels.
+        buckets: sizes (width, height); a row gets the nearest one. Empty: its own size.
+        steps: of the sampler; a strength runs a part of them.
         strength: of rows with an image that name none; None: 0.3, and 1 where there is a mask.
         masked_only: the checkpoint is an inpainting one.
     """
@@ -98,29 +94,29 @@ class RowRules:
     strength: float | None = None
     masked_only: bool = False
 
-    def row(self, values: Mapping[str, Any], default_id: str) -> Row:
-        """Checks the values of a line.
+    def sample(self, values: Mapping[str, Any], default_id: str, number: int, line: int) -> Sample:
+        """Row `number` (from 0) of the prompt files as a sample; see `expand`.
 
         Raises:
-            ValueError: what is wrong, without the place.
+            ValueError: what is wrong with the values, without the file and line.
         """
-        identity = _identity(values.get("id"), default_id)
         prompt = _text(values.get("prompt"), "prompt")
         if not prompt:
             raise ValueError("has no prompt")
-        negative = _text(values.get("negative_prompt"), "negative_prompt")
         seed = _whole(values.get("seed"), "seed")
         if seed is not None and not 0 <= seed <= MAX_SEED - self.images_per_prompt:
-            raise ValueError(f"has the seed {seed}; it must be between 0 and 2^63 - 1")
+            raise ValueError(f"has the seed {_shown(seed)}; it must be between 0 and 2^63 - 1")
         guidance = _number(values.get("guidance_scale"), "guidance_scale")
         if guidance is not None and (not math.isfinite(guidance) or guidance < 0):
             raise ValueError(f"has the guidance_scale {guidance:g}; it must be 0 or more")
         width, height = self._size(values)
         image, mask, strength = self._image(values)
-        return Row(
-            identity,
+        return Sample(
+            number,
+            _identity(values.get("id"), default_id),
+            line,
             prompt,
-            negative or self.negative_prompt,
+            _text(values.get("negative_prompt"), "negative_prompt") or self.negative_prompt,
             seed,
             width,
             height,
@@ -130,36 +126,16 @@ class RowRules:
             strength,
         )
 
-    def samples(self, row: Row, number: int, line: int) -> list[Sample]:
-        """The samples of row `number` (from 0) of the data set."""
-        made = []
+    def expand(self, row: Sample) -> Iterator[Sample]:
+        """The samples of a row: `images_per_prompt`, side by side, each with its own seed."""
         for k in range(self.images_per_prompt):
+            index = row.index * self.images_per_prompt + k
+            if row.fault is not None:  # no good row has such an id
+                yield replace(row, index=index, id=f"bad:{row.id}-{k}")
+                continue
             name = row.id if self.images_per_prompt == 1 else f"{row.id}-{k}"
             seed = derived_seed(self.run_seed, name) if row.seed is None else row.seed + k
-            made.append(
-                Sample(
-                    number * self.images_per_prompt + k,
-                    name,
-                    line,
-                    row.prompt,
-                    row.negative_prompt,
-                    seed,
-                    row.width,
-                    row.height,
-                    row.guidance_scale,
-                    row.image,
-                    row.mask,
-                    row.strength,
-                )
-            )
-        return made
-
-    def bad_samples(self, fault: str, default_id: str, number: int, line: int) -> list[Sample]:
-        """The samples of a row that cannot be read; their ids cannot be those of good rows."""
-        return [
-            Sample(number * self.images_per_prompt + k, f"bad:{default_id}-{k}", line, fault=fault)
-            for k in range(self.images_per_prompt)
-        ]
+            yield replace(row, index=index, id=name, seed=seed)
 
     def _image(self, values: Mapping[str, Any]) -> tuple[str | None, str | None, float | None]:
         image, mask = (_text(values.get(name), name) or None for name in ("image", "mask"))
@@ -175,7 +151,7 @@ class RowRules:
         if strength is None:
             strength = self.strength
         if strength is None:
-            strength = DEFAULT_STRENGTH if mask is None else 1.0
+            strength = _default_strength(ImageToImageOptions if mask is None else InpaintOptions)
         try:
             if steps_of_strength(strength, self.steps) == 0 and mask is not None:
                 raise ValueError("strength is 0, which repaints nothing: give more.")
@@ -184,20 +160,24 @@ class RowRules:
         return image, mask, strength
 
     def _size(self, values: Mapping[str, Any]) -> tuple[int, int]:
-        given = [_whole(values.get(name), name) for name in ("width", "height")]
-        if given == [None, None]:
+        sizes = [_whole(values.get(name), name) for name in ("width", "height")]
+        if sizes == [None, None]:
             return self.width, self.height
-        for name, size in zip(("width", "height"), given, strict=True):
+        for name, size in zip(("width", "height"), sizes, strict=True):
             if size is None:
                 other = "height" if name == "width" else "width"
                 raise ValueError(f"has a {other} but no {name}")
-            if size < 1 or (size % self.multiple and not self.buckets):
-                near = max(self.multiple, round(size / self.multiple) * self.multiple)
+            if not 1 <= size <= MAX_SIDE or (size % self.multiple and not self.buckets):
+                near = round(min(size, MAX_SIDE) / self.multiple) * self.multiple
                 raise ValueError(
-                    f"has the {name} {size}; it must be a positive multiple of {self.multiple} "
-                    f"(the nearest is {near})"
+                    f"has the {name} {_shown(size)}; it must be a positive multiple of "
+                    f"{self.multiple} (the nearest is {max(self.multiple, near)})"
                 )
-        return nearest_size(self.buckets, *given) if self.buckets else (given[0], given[1])
+        return nearest_size(self.buckets, *sizes) if self.buckets else (sizes[0], sizes[1])
+
+
+def _default_strength(options: type) -> float:
+    return option_fields(options)["strength"].default
 
 
 def nearest_size(buckets: tuple[tuple[int, int], ...], width: int, height: int) -> tuple[int, int]:
@@ -232,7 +212,7 @@ def _identity(value: Any, default: str) -> str:
     if value is None or value == "":
         return default
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        return str(int(value))
+        value = str(int(value))
     text = _text(value, "id")
     if len(text) > MAX_ID:
         raise ValueError(f"has an id of {len(text)} characters; at most {MAX_ID} are allowed")
@@ -245,7 +225,7 @@ def _text(value: Any, name: str) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str):
-        raise ValueError(f"has the {name} {value!r}; it must be a string"[:200])
+        raise ValueError(f"has the {name} {_shown(value)}; it must be a string")
     if len(value) > MAX_PROMPT:
         raise ValueError(f"has a {name} of {len(value):,} characters; the model sees 128 tokens")
     if not value.isprintable():
@@ -261,11 +241,9 @@ def _number(value: Any, name: str) -> float | None:
     if value is None or value == "":
         return None
     if isinstance(value, str | numbers.Real) and not isinstance(value, bool):
-        try:
+        with contextlib.suppress(ValueError, OverflowError):
             return float(value)
-        except ValueError:
-            pass
-    raise ValueError(f"has the {name} {value!r}, which is not a number"[:200])
+    raise ValueError(f"has the {name} {_shown(value)}, which is not a number")
 
 
 def _whole(value: Any, name: str) -> int | None:
@@ -276,8 +254,11 @@ def _whole(value: Any, name: str) -> int | None:
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, str):
-        try:
+        with contextlib.suppress(ValueError):
             return int(value)
-        except ValueError:
-            pass
-    raise ValueError(f"has the {name} {value!r}, which is not a whole number"[:200])
+    raise ValueError(f"has the {name} {_shown(value)}, which is not a whole number")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 150 else f"{text[:150]}..."

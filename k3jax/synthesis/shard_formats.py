@@ -18,37 +18,42 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Protocol
 
-from k3jax.synthesis.layout import Format
-from k3jax.synthesis.storage import Store
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from k3jax.synthesis.metadata import Column
+from k3jax.synthesis.run_manifest import Format
+from k3jax.synthesis.store import Store
 
 
 ROW_GROUP = 100  # images; what a writer holds in memory
 METADATA_FILE = "metadata.jsonl"
 IMAGE_FEATURE = {"_type": "Image"}
-FEATURE_OF = {int: "int64", float: "float64", str: "string"}
+FEATURE_OF = {"double": "float64"}
+"""Names of types where `datasets` has other ones than Arrow."""
 
 
 @dataclass(frozen=True)
 class StoredImage:
-    """An image as it stands in a shard."""
+    """An image of a shard."""
 
     key: str
     content: bytes
 
 
-class Writer(Protocol):
+class ShardFileWriter(Protocol):
     def add(self, key: str, extension: str, content: bytes, record: Mapping[str, Any]) -> None:
-        """Appends a sample: its image and what is known of it."""
+        """Appends a sample: its image and its record."""
 
 
 @contextlib.contextmanager
 def create_shard(
-    store: Store, name: str, kind: Format, types: Mapping[str, type]
-) -> Iterator[tuple[Writer, "Digest"]]:
-    """A shard that appears when the body of the `with` has ended well.
+    store: Store, name: str, kind: Format, columns: Sequence[Column]
+) -> Iterator[tuple[ShardFileWriter, "Digest"]]:
+    """A shard that gets its name when the body of the `with` has ended without an error.
 
     Args:
-        types: of what is known of a sample.
+        columns: see `shard_columns`.
 
     Yields:
         (writer, digest); the digest is complete when the `with` has been left.
@@ -61,8 +66,8 @@ def create_shard(
             writer.close()
         return
     with store.create(name) as file:
-        target = _Hashed(file, digest)
-        writer = _TarWriter(target) if kind == "webdataset" else _ParquetWriter(target, types)
+        target = _HashedFile(file, digest)
+        writer = _TarWriter(target) if kind == "webdataset" else _ParquetWriter(target, columns)
         try:
             yield writer, digest
             writer.close()
@@ -84,8 +89,6 @@ def read_shard(store: Store, name: str, kind: Format) -> Iterator[StoredImage]:
                     content = archive.extractfile(member).read()
                     yield StoredImage(member.name.split(".")[0], content)
     else:
-        import pyarrow.parquet as pq
-
         with store.open(name) as file:
             table = pq.ParquetFile(file, page_checksum_verification=True)
             for batch in table.iter_batches(ROW_GROUP, columns=["image", "key"]):
@@ -94,7 +97,7 @@ def read_shard(store: Store, name: str, kind: Format) -> Iterator[StoredImage]:
 
 
 def shard_digest(store: Store, name: str, kind: Format) -> "Digest | None":
-    """Size and hash of a shard as it lies there; None where it is missing."""
+    """Size and hash of a shard as it is stored; None where it is missing."""
     digest = Digest()
     if kind == "files":
         names = store.names(name)
@@ -135,14 +138,14 @@ class Digest:
         return hashlib.sha256(lines.encode()).hexdigest()
 
 
-class _Hashed(io.RawIOBase):
+class _HashedFile(io.RawIOBase):
     """A file that is hashed as it is written, front to back."""
 
     def __init__(self, file: BinaryIO, digest: Digest):
         self._file, self._digest = file, digest
 
     def end(self) -> None:
-        """What a writer of an abandoned shard still has to say goes nowhere."""
+        """Ignores what the writer of an abandoned shard still writes."""
         self._file = io.BytesIO()
 
     def writable(self) -> bool:
@@ -158,16 +161,16 @@ class _Hashed(io.RawIOBase):
         return self._digest.size
 
     def close(self) -> None:
-        """The file is its creator's to close."""
+        """Nothing: whoever created the file closes it."""
 
 
 class _TarWriter:
-    def __init__(self, file: _Hashed):
+    def __init__(self, file: _HashedFile):
         self._archive = tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)
 
     def add(self, key, extension, content, record):
         for ending, data in ((extension, content), ("json", _json(record))):
-            # TarInfo's defaults are those of nobody and no time: ids and mtime are 0.
+            # TarInfo's defaults have no owner and no time: ids and mtime are 0.
             member = tarfile.TarInfo(f"{key}.{ending}")
             member.size = len(data)
             self._archive.addfile(member, io.BytesIO(data))
@@ -196,8 +199,8 @@ class _FolderWriter:
 
 
 class _ParquetWriter:
-    def __init__(self, file: _Hashed, types: Mapping[str, type]):
-        self._file, self._writer, self._schema = file, None, parquet_schema(types)
+    def __init__(self, file: _HashedFile, columns: Sequence[Column]):
+        self._file, self._writer, self._schema = file, None, parquet_schema(columns)
         self._rows: list[dict[str, Any]] = []
 
     def add(self, key, extension, content, record):
@@ -212,16 +215,13 @@ class _ParquetWriter:
         self._writer.close()
 
     def _flush(self):
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         schema = self._schema
         others = [name for name in schema.names if name != "image"]
         if self._writer is None:
             self._writer = pq.ParquetWriter(
                 self._file,
                 schema,
-                # Images are compressed already, and none is there twice.
+                # Images are compressed already, and none occurs twice.
                 compression={name: "zstd" for name in others},
                 use_dictionary=others,
                 write_statistics=others,
@@ -233,52 +233,20 @@ class _ParquetWriter:
         self._rows.clear()
 
 
-RECORD_TYPES: dict[str, type] = {
-    "index": int,
-    "id": str,
-    "line": int,
-    "prompt": str,
-    "negative_prompt": str,
-    "seed": int,
-    "width": int,
-    "height": int,
-    "guidance_scale": float,
-    "steps": int,
-    "sampler": str,
-    "sha256": str,
-}
-INPUT_TYPES = {"input_image": str, "input_mask": str, "strength": float}
-INPUT_COLUMNS = {"input_image": "image", "input_mask": "mask"}
-"""Names in shards, where `image` is what was made, -> those of the sidecar."""
-
-
-def record_types(tasks: Sequence[str]) -> dict[str, type]:
-    """What is known of a sample in a shard, in every format, and its types."""
-    return RECORD_TYPES | (INPUT_TYPES if set(tasks) - {"text"} else {})
-
-
-def record_of(row: Mapping[str, Any], types: Mapping[str, type]) -> dict[str, Any]:
-    """The part of a sidecar's row that stands in the shard too.
-
-    Without nulls: readers that guess types from the first samples take a null for a type.
-    """
-    values = {name: row[INPUT_COLUMNS.get(name, name)] for name in types}
-    return {name: kind() if values[name] is None else values[name] for name, kind in types.items()}
-
-
-def parquet_schema(types: Mapping[str, type]):
+def parquet_schema(columns: Sequence[Column]) -> pa.Schema:
     """Columns of a Parquet shard, with the note by which `datasets` knows the image as one."""
-    import pyarrow as pa
-
-    arrow = {int: pa.int64(), float: pa.float64(), str: pa.string()}
-    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    columns = {"key": str, **types}
+    types = {"key": pa.string(), **{column.shard: _wide(column.type) for column in columns}}
     features = {"image": IMAGE_FEATURE} | {
-        name: {"dtype": FEATURE_OF[kind], "_type": "Value"} for name, kind in columns.items()
+        name: {"dtype": FEATURE_OF.get(str(type), str(type)), "_type": "Value"}
+        for name, type in types.items()
     }
     note = json.dumps({"info": {"features": features}})
-    fields = [("image", image), *((name, arrow[kind]) for name, kind in columns.items())]
-    return pa.schema(fields, metadata={"huggingface": note})
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    return pa.schema([("image", image), *types.items()], metadata={"huggingface": note})
+
+
+def _wide(type: pa.DataType) -> pa.DataType:
+    return pa.int64() if pa.types.is_integer(type) else type
 
 
 def _json(record: Mapping[str, Any]) -> bytes:

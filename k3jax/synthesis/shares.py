@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which shards are this process's: arithmetic on its number among jobs x hosts, no scheduler.
+"""The share of the shards that a process makes: arithmetic on its number among jobs x hosts.
 
-The number comes from flags, or from what Kubernetes, SLURM, a TPU slice or jax.distributed tell
-every process they start.
+The number comes from flags, or from the variables that Kubernetes, SLURM, a TPU slice or
+jax.distributed set for every process that they start.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ class Share:
     """Shards `worker`, `worker + workers`, ...
 
     Attributes:
-        reason: where the numbers come from, for people.
+        reason: where the numbers come from, as text.
     """
 
     worker: int
@@ -40,23 +40,23 @@ def find_share(
 
     Args:
         environment: os.environ.
-        job, jobs, host, hosts: from flags; None: as the environment says, or one of one.
+        job, jobs, host, hosts: from flags; None: from the environment, or one of one.
 
     Raises:
-        ValueError: a number without its count, or outside of it; or one that cannot be told from
-            what the environment says.
+        ValueError: a number without its count, or outside of it; or one that does not follow
+            from the environment.
     """
     reasons = []
-    said = _host(environment, reasons) if host is None else None
-    host, hosts = _pair("host", host, hosts, said, reasons)
-    said = _job(environment, hosts, jobs) if job is None else None
-    job, jobs = _pair("job", job, jobs, said, reasons)
-    reason = ", ".join(reasons) or "nothing says that there are others"
+    place = _host(environment, reasons) if host is None else None
+    host, hosts = _pair("host", host, hosts, place, reasons)
+    place = _job(environment, hosts, jobs) if job is None else None
+    job, jobs = _pair("job", job, jobs, place, reasons)
+    reason = ", ".join(reasons) or "the only process"
     return Share(job * hosts + host, jobs * hosts, reason)
 
 
 def _job(environment, hosts: int, jobs: int | None) -> tuple[str, int, int | None] | None:
-    """(where it is said, number, count or None) of this job.
+    """(variable, number, count or None) of this job.
 
     Args:
         jobs: from the flag.
@@ -77,11 +77,11 @@ def _array_place(environment, jobs: int | None) -> tuple[int, int]:
     """(place of this task in its SLURM array, from 0; how many tasks that has).
 
     An array may start anywhere and leave out numbers evenly (--array=1,5,9 or 0-30:10). A part of
-    an array that is submitted again counts only its own tasks: where --jobs says that there are
-    others, nothing says whether the first array began at 0 or at 1.
+    an array that is submitted again counts only its own tasks: if --jobs is larger, it is
+    unknown whether the first array began at 0 or at 1.
 
     Raises:
-        ValueError: the place cannot be told.
+        ValueError: the place is ambiguous.
     """
     task = _number(environment, "SLURM_ARRAY_TASK_ID")
     count = _number(environment, "SLURM_ARRAY_TASK_COUNT", None)
@@ -92,16 +92,16 @@ def _array_place(environment, jobs: int | None) -> tuple[int, int]:
         tasks = "an unknown number of" if count is None else count
         shares = "how many jobs there are" if jobs is None else f"{jobs} jobs"
         raise ValueError(
-            f"SLURM_ARRAY_TASK_ID is {task} in an array of {tasks} tasks, which does not say which "
-            f"of {shares} this is: give its number from 0, and how many there are, with --job and "
-            "--jobs."
+            f"SLURM_ARRAY_TASK_ID is {task} in an array of {tasks} tasks, so that it is unknown "
+            f"which of {shares} this is: give its number from 0, and how many there are, with "
+            "--job and --jobs."
         )
     gap, uneven = divmod(last - first, max(count - 1, 1))
     place, between = divmod(task - first, max(gap, 1))
     if uneven or between or not 0 <= place < count:
         raise ValueError(
             f"SLURM_ARRAY_TASK_ID is {task} of {count} tasks from {first} to {last} at uneven "
-            "distances, which does not say which of them this is: submit an array such as "
+            "distances, so that it is unknown which of them this is: submit an array such as "
             f"--array=0-{count - 1}, or give --job and --jobs."
         )
     return place, count
@@ -117,7 +117,7 @@ def _host(environment, reasons) -> tuple[str, int, int | None] | None:
         count = _number(environment, "SLURM_NTASKS", None)
         if number > 0 or _in_srun(environment):
             return "SLURM_PROCID", number, _number(environment, "SLURM_STEP_NUM_TASKS", count)
-        # A batch script is one process, whatever --ntasks says: nobody starts the others.
+        # A batch script is one process, whatever --ntasks is: nobody starts the others.
         if count not in (None, 1):
             reasons.append(f"SLURM_NTASKS is {count}, but srun did not start this process: alone")
         return None
@@ -133,23 +133,20 @@ def _in_srun(environment) -> bool:
     return step is not None and step < FIRST_STEP_WITHOUT_SRUN
 
 
-def _pair(name, number, count, said, reasons) -> tuple[int, int]:
+def _pair(name, number, count, place, reasons) -> tuple[int, int]:
     source = f"--{name}"
-    if number is None and said is not None:
-        source, number, found = said
-        count = found if count is None else count
+    if number is None and place is not None:
+        source, number, known = place
+        count = known if count is None else count
     if number is None:
         if count not in (None, 1):
-            raise ValueError(f"--{name}s is {count}: say which of them this is with --{name}.")
+            raise ValueError(f"--{name}s is {count}: give the number of this one with --{name}.")
         return 0, 1
     if count is None:
-        raise ValueError(
-            f"{source} says that this is {name} {number}, but not of how many: give --{name}s."
-        )
+        raise ValueError(f"{source} is {number}, without the number of {name}s: give --{name}s.")
     if not 0 <= number < count:
         raise ValueError(
-            f"{source} says that this is {name} {number}, which must be at least 0 and below "
-            f"the number of {name}s, {count}."
+            f"{source} is {number}; it must be at least 0 and below the number of {name}s, {count}."
         )
     if count > 1:
         reasons.append(f"{name} {number} of {count} by {source}")

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be wrong with a run's checkpoints: which are damaged, and what an error says of it."""
+"""Faults of a run's checkpoints: damaged files, a full disk, other arrays; and their messages."""
 
+import errno
 import json
 import logging
 import math
+import os
 import re
 import shutil
 import warnings
@@ -18,16 +20,16 @@ from k3jax.training.signals import agree
 
 
 DAMAGED_FOLDER = "damaged_checkpoints"
-"""In the run's folder: where checkpoints go that cannot be read."""
+"""Folder in the run's, for checkpoints that cannot be read."""
 LOSS = "loss"
 
 
 class DamagedCheckpoint(CheckpointError):
-    """A checkpoint of which a file is missing or damaged."""
+    """A checkpoint with a missing or damaged file."""
 
 
 def set_aside_unreadable_losses(folder: epath.Path) -> None:
-    """Orbax opens no folder in which the losses of one checkpoint are damaged."""
+    """Moves checkpoints with damaged losses away; with one of them Orbax opens no other."""
     if not folder.is_dir():
         return
     steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
@@ -38,49 +40,53 @@ def set_aside_unreadable_losses(folder: epath.Path) -> None:
             if file.exists():
                 loss_of(json.loads(file.read_text()))
         except (ValueError, AttributeError):
-            damaged[step] = f"{file} is no JSON"
+            damaged[step] = f"{file} is not JSON"
     for step, reason in damaged.items():
         set_aside(folder, step, reason, steps)
         steps.remove(step)
 
 
 def set_aside(folder: epath.Path, step: int, reason: str, steps: list[int]) -> None:
-    """Moves a damaged checkpoint out of the way of the others of `steps`."""
+    """Moves a damaged checkpoint into DAMAGED_FOLDER.
+
+    Raises:
+        DamagedCheckpoint: it is the only one of `steps`.
+    """
     path = folder / str(step)
     if len(steps) == 1:
         raise DamagedCheckpoint(
             f"{path} cannot be read ({reason}), and it is the only checkpoint: remove that "
-            "folder to begin the run anew."
+            "folder to start the run again."
         )
-    place = folder.parent / DAMAGED_FOLDER / str(step)
+    target = folder.parent / DAMAGED_FOLDER / str(step)
     warnings.warn(
-        f"the checkpoint {path} cannot be read ({reason}) and is moved to {place}; the run "
-        "goes on from the newest that is whole.",
+        f"the checkpoint {path} cannot be read ({reason}) and is moved to {target}; the run "
+        "resumes from the newest complete one.",
         stacklevel=3,
     )
     agree(False)  # all processes have seen it
     if jax.process_index() == 0:
-        place.parent.mkdir(exist_ok=True)
-        if place.exists():
-            place.rmtree()
-        path.rename(place)
+        target.parent.mkdir(exist_ok=True)
+        if target.exists():
+            target.rmtree()
+        path.rename(target)
     agree(False)  # and no process goes on before it is moved
 
 
 def check_space(folder: epath.Path, size: int) -> None:
-    """Checks that the disk has room for a checkpoint of `size` bytes.
+    """Checks that the disk has space for a checkpoint of `size` bytes.
 
-    Before Orbax begins: when its writes fail, TensorStore prints a traceback for each of them.
+    Before Orbax writes: TensorStore prints a traceback for each write that fails.
 
     Raises:
-        CheckpointError: it has not, on every process of the job.
+        CheckpointError: the disk is too full; on every process of the job.
     """
     first = jax.process_index() == 0 and is_local(folder)
     free = shutil.disk_usage(folder).free if first else size
     if agree(free < size):
         raise CheckpointError(
             f"A checkpoint in {folder} needs {size / 1e9:.3g} GB, and {free / 1e9:.3g} GB are "
-            "free: make room; the checkpoints before it are whole, and the same command goes on "
+            "free: free some space. Earlier checkpoints are complete, and the same command resumes "
             "from the newest."
         )
 
@@ -90,16 +96,18 @@ def loss_of(metrics: Mapping[str, float | None] | None) -> float:
     return math.inf if loss is None else loss
 
 
-def differences(found: Mapping[str, Any], wanted: Mapping[str, jax.ShapeDtypeStruct]) -> list[str]:
-    """What is not alike, a phrase for each kind, with the first few names."""
-    missing = [name for name in wanted if name not in found]
-    unknown = [name for name in found if name not in wanted]
-    unlike = [
-        f"{name} ({_kind(found[name])} instead of {_kind(struct)})"
-        for name, struct in wanted.items()
-        if name in found and _kind(found[name]) != _kind(struct)
+def differences(
+    stored: Mapping[str, Any], expected: Mapping[str, jax.ShapeDtypeStruct]
+) -> list[str]:
+    """A phrase for each kind of difference between arrays, with the first few names."""
+    missing = [name for name in expected if name not in stored]
+    unknown = [name for name in stored if name not in expected]
+    different = [
+        f"{name} ({_kind(stored[name])} instead of {_kind(struct)})"
+        for name, struct in expected.items()
+        if name in stored and _kind(stored[name]) != _kind(struct)
     ]
-    kinds = {"missing": missing, "unknown": unknown, "of another shape or dtype": unlike}
+    kinds = {"missing": missing, "unknown": unknown, "of another shape or dtype": different}
     return [
         f"{len(names)} {kind}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
         for kind, names in kinds.items()
@@ -112,35 +120,44 @@ def _kind(array: Any) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """What the first cause of an error says, in a line; a long one is cut in its middle."""
+    """The reason of an error: the system's, if it has one, else the first line of its first cause.
+
+    A long line is cut in its middle.
+    """
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO):
+        if any(os.strerror(number) in str(cause) for cause in causes):
+            return os.strerror(number)
     while error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, json.JSONDecodeError):
-        return "one of its files is no JSON"
+        return "one of its files is not JSON"
     lines = str(error).strip().splitlines()
     if not lines:
         return type(error).__name__
-    # After the text TensorStore puts places in its source and the numbers of errors.
+    # TensorStore appends locations in its source and numbers of errors.
     text = re.split(r" \[[\w ]+=", lines[0])[0].strip().rstrip(".")
     return text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
 
 
 def silence_orbax() -> Callable[[], None]:
-    """Keeps Orbax from logging exceptions that it also raises, which are put in a sentence.
+    """Keeps Orbax from logging exceptions that it also raises.
 
     Returns:
-        Makes it loud again.
+        A function that ends this.
     """
 
-    def wanted(record: logging.LogRecord) -> bool:
-        told = "orbax" in record.pathname or "never retrieved" in record.getMessage()
-        return not (told and record.levelno >= logging.ERROR)
+    def shown(record: logging.LogRecord) -> bool:
+        raised = "orbax" in record.pathname or "never retrieved" in record.getMessage()
+        return not (raised and record.levelno >= logging.ERROR)
 
     def undo() -> None:
         for logger in loggers:
-            logger.removeFilter(wanted)
+            logger.removeFilter(shown)
 
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     for logger in loggers:
-        logger.addFilter(wanted)
+        logger.addFilter(shown)
     return undo

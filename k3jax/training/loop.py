@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loop: batches -> steps -> metrics, checkpoints, samples; until the last step or a signal.
+"""The loop: batches -> steps -> metrics, checkpoints, pictures; until the last step or a signal.
 
-A run that was killed anywhere goes on from its last checkpoint with the very same steps: the state
-and the position in the data are saved together, and everything random hangs on the step's number.
+A killed run repeats exactly the steps after its last checkpoint: the state and the position in the
+data are saved together, and everything random depends on the number of the step only.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,30 +15,21 @@ import optax
 from jax.sharding import Mesh
 
 from k3jax.sharding import batch_sharding
-from k3jax.training.checkpoints import RunCheckpoints
-from k3jax.training.config import TrainConfig
+from k3jax.training.data.training_data import Batches
 from k3jax.training.metrics import MetricWriter
+from k3jax.training.run_checkpoints import RunCheckpoints
 from k3jax.training.signals import Stop, agree
 from k3jax.training.state import TrainState
-from k3jax.training.timing import StepTimer
+from k3jax.training.throughput import StepTimer
+from k3jax.training.train_config import TrainConfig
 
 
 SMOOTHING = 0.99
-"""Memory, per log line, of the training loss that stands in for a validation loss."""
-
-
-class Batches(Protocol):
-    """Host batches without end, of this process's rows, that know their position."""
-
-    def __next__(self) -> dict[str, np.ndarray]: ...
-
-    def state(self) -> dict[str, Any]: ...
-
-    def restore(self, state: Mapping[str, Any]) -> None: ...
+"""Decay, per log line, of the average training loss that replaces a missing validation loss."""
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch, as arrays that are split over the mesh along the batch."""
+    """This process's rows of a batch, as arrays split over the mesh along the batch."""
     sharding = batch_sharding(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, np.asarray(value))
@@ -61,18 +52,18 @@ def run_loop(
     learning_rate: optax.Schedule,
     timer: StepTimer,
     validate: Callable[[TrainState], float] | None = None,
-    sample: Callable[[TrainState, int], None] | None = None,
+    sample: Callable[[TrainState], np.ndarray] | None = None,
 ) -> TrainState:
     """Trains up to `config.steps`, or until `stop` is set; saves a checkpoint at the end.
 
     Args:
-        step: compiled, taking its first argument over.
+        step: jitted; donates its first argument.
         position: of the checkpoint that `state` is from; empty at the start.
         validate: state -> loss of held-out data; decides which checkpoints are the best.
-        sample: shows pictures made with the state.
+        sample: state -> a grid of pictures.
 
     Raises:
-        ValueError: the loss is not finite; nothing of that is saved.
+        ValueError: the loss is not finite; that state is not saved.
     """
     done = int(state.step)
     smoothed = position.get("smoothed_loss")
@@ -105,7 +96,7 @@ def run_loop(
                 checkpoints.save(done, state, here, metric, force=True)
         if sample is not None and config.sample_every and done % config.sample_every == 0:
             with timer.pause(state):
-                sample(state, done)
+                writer.images(done, "samples", sample(state))
         if stopping:
             break
     checkpoints.wait()

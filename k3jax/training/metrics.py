@@ -15,9 +15,8 @@ import jax
 import numpy as np
 from PIL import Image
 
-from k3jax.files import is_local
 from k3jax.images.pngs import write_png
-from k3jax.training.files import naming, write_whole
+from k3jax.training.run_files import name_in_errors, write_whole
 
 
 METRICS = "metrics.jsonl"
@@ -26,7 +25,7 @@ RESERVED = ("step", "time", "nonfinite")
 
 
 class MetricWriter:
-    """Writes what a run tells about itself; on process 0 only, elsewhere every method does nothing.
+    """Writes the metrics of a run, on process 0; on other processes every method does nothing.
 
     In the folder of the run:
 
@@ -38,17 +37,9 @@ class MetricWriter:
     def __init__(self, folder: str | os.PathLike, progress: bool = True):
         """
         Args:
-            folder: the run's; made if it is not there.
+            folder: of the run; created if necessary.
             progress: also write a line on stdout for every step.
-
-        Raises:
-            ValueError: the folder is in a bucket.
         """
-        if not is_local(folder):
-            raise ValueError(
-                f"{folder} is no local folder, and metrics are lines appended to a file: "
-                "write them to a local folder, and copy it."
-            )
         self.folder = Path(folder)
         self.progress = progress
         self._active = jax.process_index() == 0
@@ -64,7 +55,7 @@ class MetricWriter:
         return self.folder / METRICS
 
     def resume(self, step: int) -> None:
-        """Drops what was written after `step`, by a run that died before its next checkpoint."""
+        """Drops the lines after `step`, of a run that was killed before its next checkpoint."""
         if not self._active:
             return
         self._first_step, self._last = step + 1, None
@@ -77,10 +68,10 @@ class MetricWriter:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes the metrics of a step; a second call for the same step adds to its line.
 
-        A value that is not finite becomes null in the JSONL, beside `"nonfinite": true`.
+        A value that is not finite becomes null in the JSONL, with `"nonfinite": true`.
 
         Raises:
-            ValueError: an earlier step than that of the last call, or a reserved name.
+            ValueError: a step before that of the last call, or a reserved name.
         """
         if not self._active:
             return
@@ -96,10 +87,10 @@ class MetricWriter:
             tensorboard.scalars(step, values)
 
     def images(self, step: int, name: str, grid: np.ndarray) -> None:
-        """Writes a picture: `samples/step_00000010.png`, or `step_00000010_name.png` beside it.
+        """Writes a picture: `samples/step_00000010.png` or `samples/step_00000010_name.png`.
 
         Args:
-            name: what it shows; "samples" for the one without a name in its file's.
+            name: of the picture; "samples" is left out of the file name.
             grid: uint8 (h, w, 3).
         """
         if not self._active:
@@ -111,7 +102,7 @@ class MetricWriter:
         folder.mkdir(exist_ok=True)
         suffix = "" if name == "samples" else f"_{name}"
         path = folder / f"step_{step:08d}{suffix}.png"
-        with naming(path):
+        with name_in_errors(path):
             write_png(Image.fromarray(grid), path)
         tensorboard = self._open_tensorboard()
         if tensorboard is not None:
@@ -126,7 +117,7 @@ class MetricWriter:
         return self
 
     def __exit__(self, kind, *exception) -> None:
-        # Of a disk that is full the first error says what could not be written.
+        # After a first error (a full disk), a second one would hide it.
         with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
             self.close()
 
@@ -134,7 +125,7 @@ class MetricWriter:
         if self._last is not None and step < self._last["step"]:
             raise ValueError(f"Metrics of step {step} after those of step {self._last['step']}.")
         record = {"step": step, "time": round(time.time(), 3)}
-        with naming(self.path), open(self.path, "ab") as file:
+        with name_in_errors(self.path), open(self.path, "ab") as file:
             if self._last is not None and step == self._last["step"]:
                 record = self._last
                 file.truncate(self._last_offset)
@@ -156,14 +147,14 @@ class MetricWriter:
                     "pip install 'k3jax[train]'.",
                     stacklevel=3,
                 )
-                self._tensorboard = False  # warned once, never asked again
+                self._tensorboard = False  # warn once
             else:
                 self._tensorboard = TensorBoard(self.folder / TENSORBOARD, self._first_step)
         return self._tensorboard or None
 
 
 def read_metrics(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
-    """The records of a metrics.jsonl, without lines that were not written to their end."""
+    """The records of a metrics.jsonl, without incomplete lines."""
     with open(path, errors="replace") as file:
         for line in file:
             try:
@@ -181,7 +172,7 @@ def _line(record: Mapping[str, Any]) -> str:
 def _readable(step: int, values: Mapping[str, float]) -> str:
     columns = [f"step {step:>8}"]
     for name, value in values.items():
-        # NaN is what one must not overlook among twenty columns.
+        # NaN must be visible among twenty columns.
         text = f"{value:.4g}" if math.isfinite(value) else f"{value} (!)"
         columns.append(f"{name} {text:<9}")
     return "  ".join(columns).rstrip()

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The optimiser that a config describes, made of optax's parts."""
+"""The optimiser of a config, from parts of optax."""
 
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
-from k3jax.training.config import OptimizerConfig
+from k3jax.training.train_config import OptimizerConfig
 
 
 NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
 """The quintic of Muon's iteration (Jordan et al. 2024, kellerjordan.github.io/posts/muon)."""
 
 ENDS = {"conv_in", "conv_out", "time_embedding", "reading_heads"}
-"""Layers at the ends of a network, whose inputs or outputs are not features: not for Muon."""
+"""Layers at the ends of a network: not for Muon, since their inputs or outputs are no features."""
 
 LORA_FACTORS = ("a", "b")
 
@@ -37,7 +37,7 @@ def make_optimizer(
     """Clipping by global norm, then AdamW, Adafactor or Muon, at the rate of `learning_rate`.
 
     Args:
-        fixed: beginnings of the names of weights that stay as they are.
+        fixed: prefixes of the names of weights that do not change.
 
     Raises:
         ValueError: a warm-up that is longer than the run.
@@ -49,7 +49,7 @@ def make_optimizer(
         )
     rate = learning_rate(config, steps)
     if config.name == "adafactor":
-        # No momentum, and of the second moments only a row and a column: next to no memory.
+        # No momentum, and only a row and a column of the second moments: little memory.
         rule = optax.chain(
             optax.scale_by_factored_rms(),
             optax.clip_by_block_rms(1.0),
@@ -59,14 +59,14 @@ def make_optimizer(
     elif config.name == "muon":
         direction = muon(
             1.0,
-            # Given once per iteration, they make a loop, which compiles a tenth of the operations.
+            # One entry per iteration compiles to a loop: a tenth of the operations.
             ns_coeffs=(NEWTON_SCHULZ,) * 5,
             muon_weight_dimension_numbers=matrices,
             consistent_rms=0.2,
             adam_b1=config.b1,
             adam_b2=config.b2,
         )
-        # optax's own decay would leave out what it gives to Adam, such as embeddings.
+        # optax's own decay omits the weights that Adam updates, such as embeddings.
         rule = optax.chain(
             direction,
             optax.scale(-1.0),
@@ -85,7 +85,7 @@ def make_optimizer(
     parts = [rule]
     if config.max_grad_norm is not None:
         parts.insert(0, optax.clip_by_global_norm(config.max_grad_norm))
-    if fixed:  # Weight decay moves also what has no gradient.
+    if fixed:  # weight decay also changes weights without a gradient
         parts.append(
             optax.masked(
                 optax.set_to_zero(),
@@ -102,11 +102,11 @@ def _is_kernel(name: str) -> bool:
 
 
 def matrices(weights):
-    """What Muon orthogonalises, and along which axes; Adam does the rest, and both ends.
+    """The axes along which Muon orthogonalises a weight; None: Adam updates it.
 
-    A convolution (h, w, in, out) is the matrix of its patches. Stacked layers have an axis more in
-    front, and each layer is a matrix of its own. LoRA's factors are left to Adam: orthogonal
-    factors would all have full rank at once.
+    A convolution (h, w, in, out) is the matrix of its patches. Stacked layers have a leading axis,
+    and each layer is a matrix. Adam updates both ends and LoRA's factors: orthogonal factors would
+    have full rank from the start.
     """
 
     def one(name, weight):
@@ -122,8 +122,8 @@ def matrices(weights):
 def decayed(weights):
     """Kernels, token embeddings and LoRA's factors.
 
-    Not biases (the one by relative position is a table of them), norm scales, the null embedding,
-    nor MoVQ's codebook, which no loss reaches.
+    Not biases (the relative position bias is a table of them), norm scales, the null embedding, nor
+    MoVQ's codebook, which has no gradient.
     """
 
     def one(name):

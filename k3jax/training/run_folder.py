@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of a run: whose it is (run.json), what it has made (result.json), who works in it.
+"""The folder of a run: its settings (run.json), its result (result.json), its lock.
 
-run.json says what a run was started with, so that another run does not go on in its folder. It is
-written when the first step is about to be made: what failed before that leaves the folder free.
+run.json has the settings of the run: a run with other settings is not resumed in its folder. It is
+written before the first step, so a run that fails earlier leaves the folder free.
 """
 
 import json
@@ -20,10 +20,10 @@ from etils import epath
 from k3jax.checkpoints.format import as_path
 from k3jax.config import ModelConfig, from_dict, to_dict
 from k3jax.files import is_local
-from k3jax.training import checkpoints
-from k3jax.training.config import TrainConfig
-from k3jax.training.files import only_run, write_whole
+from k3jax.training import run_checkpoints as checkpoints
+from k3jax.training.run_files import exclusive_lock, write_whole
 from k3jax.training.signals import agree
+from k3jax.training.train_config import TrainConfig
 
 
 RUN_FILE, RESULT_FILE, LOCK_FILE = "run.json", "result.json", ".lock"
@@ -36,7 +36,7 @@ MAY_CHANGE = (
     "train.output",
     "train.data.num_workers",
 )
-"""What a resumed run may have otherwise than the run before; names, or patterns with *."""
+"""Settings that may differ in a resumed run: names, or patterns with *."""
 
 _MISSING = object()
 
@@ -51,49 +51,49 @@ class RunFolder:
         """
         if not is_local(path):
             raise ValueError(
-                f"train.output is {path}, which is no local folder, and metrics are lines appended "
-                "to a file: train into a local folder, and copy it."
+                f"train.output is {path}, which is no local folder, and metrics are appended to a "
+                "file: train into a local folder, and copy it."
             )
         self.path = Path(as_path(path))
 
     def lock(self) -> AbstractContextManager[None]:
-        """Keeps other processes out of the folder; see `only_run`."""
+        """Excludes other processes from the folder; see `exclusive_lock`."""
         busy = (
             f"another process is training in {self.path} now: wait for it to end, or set another "
             "train.output (--output)."
         )
-        return only_run(self.path / LOCK_FILE, busy)
+        return exclusive_lock(self.path / LOCK_FILE, busy)
 
     def started(self) -> bool:
-        """Whether there is anything to go on with: a checkpoint of the run, or a result."""
+        """Whether there is a checkpoint of the run, or a result."""
         results = (self.path / name for name in (RESULT_FILE, "checkpoint", "lora"))
         return self._last_step() > 0 or any(path.exists() for path in results)
 
     def check(self, description: Mapping[str, Any]) -> None:
-        """Checks that what has been made in the folder is of this run.
+        """Checks that the folder is new or belongs to this run.
 
-        Two descriptions are of one run where they mean the same: paths to the same files, fields
-        that came later with their defaults, 1 and 1.0.
+        Descriptions are equal if they mean the same: other paths to the same files, missing fields
+        and their defaults, 1 and 1.0.
 
         Args:
             description: `train` and `model`, as `to_dict` gives them, and `base`, the fingerprint.
 
         Raises:
-            ValueError: the folder belongs to a run that differs, with all that does; it has made
-                more steps than this run is to; or run.json cannot be read.
+            ValueError: the folder belongs to another run, with all differences; it has more steps
+                than this run; or run.json cannot be read.
         """
         path = self.path / RUN_FILE
         if not path.exists() or not self.started():
             return
         try:
             recorded = json.loads(path.read_text())
-            old = dict(_meaning(recorded))
+            old = dict(_normalised(recorded))
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{path} cannot be read ({error}): take another output folder, or delete that file "
-                "if the folder is of this very run."
+                f"{path} cannot be read ({error}): use another output folder, or delete that file "
+                "if the folder belongs to this run."
             ) from None
-        new = dict(_meaning(json.loads(json.dumps(description))))
+        new = dict(_normalised(json.loads(json.dumps(description))))
         faults = [
             f"{name} is {_shown(new, name)} and was {_shown(old, name)}"
             for name in dict.fromkeys([*old, *new])
@@ -104,29 +104,29 @@ class RunFolder:
         if faults:
             raise ValueError(
                 f"{self.path} holds another run ({'; '.join(faults)}): "
-                "take another output folder, or go on with the settings in its run.json."
+                "use another output folder, or the settings in its run.json."
             )
-        made, steps = max(self._last_step(), self._result()[0]), new["train.steps"]
-        if made > steps:
+        finished, steps = max(self._last_step(), self._result()[0]), new["train.steps"]
+        if finished > steps:
             raise ValueError(
-                f"the run in {self.path} has made {made} steps, and train.steps is {steps}: give "
-                f"--steps {made} or more, or take another output folder."
+                f"the run in {self.path} has {finished} steps, and train.steps is {steps}: give "
+                f"--steps {finished} or more, or use another output folder."
             )
 
     def record(self, description: Mapping[str, Any]) -> None:
-        """Writes what the run is started with."""
+        """Writes the settings of the run."""
         if jax.process_index() == 0:
             resolved = {**description, "train": _resolved(description["train"])}
             _write_json(self.path / RUN_FILE, resolved)
 
     def finished(self, steps: int) -> Path | None:
-        """The folder of the result, where the run has been trained for so many steps."""
-        made, result = self._result()
-        there = made == steps and (self.path / result).is_dir()
-        return self.path / result if agree(there) else None
+        """The folder of the result, if it is that of so many steps; else None."""
+        result_steps, result = self._result()
+        exists = result_steps == steps and (self.path / result).is_dir()
+        return self.path / result if agree(exists) else None
 
     def record_result(self, steps: int, result: Path) -> None:
-        """Notes that the result of a run of `steps` is whole."""
+        """Notes that the result of `steps` steps is complete."""
         if jax.process_index() == 0:
             _write_json(self.path / RESULT_FILE, {"steps": steps, "result": result.name})
 
@@ -136,7 +136,7 @@ class RunFolder:
         return max((int(name) for name in names if name.isdigit()), default=0)
 
     def _result(self) -> tuple[int, str]:
-        """(steps, name of the folder) of the result; (0, "") where it has to be made (again)."""
+        """(steps, name of the folder) of the result; (0, "") if there is none."""
         try:
             content = json.loads((self.path / RESULT_FILE).read_text())
             return int(content["steps"]), str(content["result"])
@@ -149,10 +149,10 @@ def _write_json(path: Path, content: Any) -> None:
     write_whole(path, lambda file: file.write(text.encode()))
 
 
-def _meaning(description: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Dotted names and values, with what was left to defaults or spelled in another way filled in.
+def _normalised(description: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Dotted names and values in a form that can be compared, with all defaults.
 
-    Where the cache is means nothing, only whether there is one.
+    Of the cache it has only whether there is one, not its path.
     """
     train = _resolved(_completed(TrainConfig, description.get("train") or {}))
     data = train.get("data") or {}
@@ -162,7 +162,7 @@ def _meaning(description: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _completed(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """With the defaults of fields that came later; as it is where it has fields unknown here."""
+    """With the defaults of missing fields; unchanged if it has unknown fields."""
     try:
         return to_dict(from_dict(cls, values))
     except ValueError:
@@ -170,7 +170,7 @@ def _completed(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _resolved(train: Mapping[str, Any]) -> dict[str, Any]:
-    """With absolute paths without links in them."""
+    """With absolute paths without links."""
     train = dict(train)
     for group in ("data", "prior"):
         path = (train.get(group) or {}).get("path")
@@ -181,10 +181,9 @@ def _resolved(train: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _steps_fault(old: Mapping[str, Any], new: Mapping[str, Any]) -> Sequence[str]:
-    """More steps make a longer run of the same kind, but for a schedule that ends with the run.
+    """More steps continue a run, unless its schedule depends on the number of steps.
 
-    A cosine of 200 steps and one of 400 differ from the first step on, so what has been made of one
-    is no beginning of the other, and the rate would jump.
+    A cosine of 200 steps and one of 400 differ from the first step on.
     """
     name, schedule = "train.steps", "train.optimizer.schedule"
     if new.get(schedule) != "cosine" or old.get(name) == new.get(name):
@@ -196,7 +195,7 @@ def _steps_fault(old: Mapping[str, Any], new: Mapping[str, Any]) -> Sequence[str
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts -> dotted names; an empty dict is a value of its own."""
+    """Nested dicts -> dotted names; an empty dict counts as a value."""
     if not isinstance(value, dict) or not value:
         return {prefix.removesuffix("."): value}
     return {
@@ -207,7 +206,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Equality for which NaN is NaN."""
+    """Equality, also of NaN with NaN."""
     if isinstance(one, list) and isinstance(other, list):
         return len(one) == len(other) and all(map(_same, one, other))
     if isinstance(one, float) and isinstance(other, float) and math.isnan(one):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SIGTERM and SIGINT as a flag that the training loop looks at between two steps."""
+"""SIGTERM and SIGINT set a flag, which the training loop reads between two steps."""
 
 import contextlib
 import os
@@ -13,18 +13,18 @@ from jax.experimental import multihost_utils
 
 
 class Stop:
-    """Whether somebody asked this process to stop."""
+    """The flag: whether this process was asked to stop."""
 
     requested: str | None = None
-    """Name of the first signal that came, such as "SIGTERM"."""
+    """Name of the first signal, such as "SIGTERM"."""
 
 
 @contextlib.contextmanager
 def stop_requested() -> Iterator[Stop]:
-    """Catches SIGTERM and SIGINT while the body of the `with` runs.
+    """Catches SIGTERM and SIGINT during the `with`.
 
-    A second SIGINT raises KeyboardInterrupt, for people who do not want to wait. Only the main
-    thread can catch signals; elsewhere the flag stays unset.
+    A second SIGINT raises KeyboardInterrupt. Only the main thread can catch signals; in other
+    threads the flag stays unset.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
@@ -41,7 +41,7 @@ def stop_requested() -> Iterator[Stop]:
                 raise KeyboardInterrupt
             interrupted = True
         again = "; once more stops at once" if name == "SIGINT" else ""
-        # Not print: the signal may have come in the middle of one.
+        # Not print: the signal may interrupt one.
         os.write(2, f"\n{name}: stopping after this step, with a checkpoint{again}\n".encode())
         stop.requested = stop.requested or name
 
@@ -50,7 +50,7 @@ def stop_requested() -> Iterator[Stop]:
         yield stop
     finally:
         for number, handler in old.items():
-            # None: a handler of C code, which Python cannot put back.
+            # None: a handler of C code, which Python cannot restore.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
@@ -58,8 +58,8 @@ def agree(flag: bool) -> bool:
     """True on every process if `flag` is true on any, so that all stop at the same step.
 
     A signal reaches the processes of a job at different steps, or only some of them. Every process
-    must call this, at the same steps. It waits for the devices' work so far, so call it where the
-    loop waits anyway, as when metrics are read.
+    must call this at the same steps. It waits for the devices, so call it where the loop waits
+    anyway, as when metrics are read.
     """
     if jax.process_count() == 1:
         return flag

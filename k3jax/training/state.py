@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state of a training run: weights, their moving average, the optimiser's memory.
+"""The state of a training run: weights, their moving average, the optimiser's state.
 
-Weights are a flat dict "unet.conv_in.kernel" -> array, which optax, Orbax and LoRA all take as it
-is. A module is made of it where it is called. Everything is split over the mesh by
-`k3jax.sharding.TRAINING_RULES`: over `fsdp` and `tensor`, copied over `data`.
+Weights are a flat dict "unet.conv_in.kernel" -> array, a form that optax, Orbax and LoRA share.
+`with_weights` turns it into a module. Everything is sharded by `k3jax.sharding.TRAINING_RULES`:
+split over `fsdp` and `tensor`, copied over `data`.
 """
 
 from collections.abc import Mapping
@@ -24,17 +24,24 @@ Weights = dict[str, jax.Array]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """Attributes:
-    step: int32 scalar, updates made so far.
-    weights: float32, what is trained.
-    ema: their exponential moving average, or None.
-    opt_state: the optimiser's.
+    """The state of a run after some steps.
+
+    Attributes:
+        step: int32 scalar, number of updates.
+        weights: float32, the trained weights.
+        ema: their exponential moving average, or None.
+        opt_state: of the optimiser.
     """
 
     step: jax.Array
     weights: Weights
     ema: Weights | None
     opt_state: optax.OptState
+
+
+def final_weights(state: TrainState) -> Weights:
+    """The moving average, or the weights themselves if there is none."""
+    return state.weights if state.ema is None else state.ema
 
 
 def weights_of(modules: Mapping[str, nnx.Module]) -> Weights:
@@ -47,7 +54,7 @@ def weights_of(modules: Mapping[str, nnx.Module]) -> Weights:
 
 
 def with_weights(module: nnx.Module, component: str, weights: Mapping[str, jax.Array]):
-    """A copy of a (possibly abstract) module that has these weights."""
+    """A copy of a (possibly abstract) module with these weights."""
     graph, state = nnx.split(module)
     flat = [
         (path, variable.replace(weights[f"{component}.{_dotted(path)}"]))
@@ -57,7 +64,7 @@ def with_weights(module: nnx.Module, component: str, weights: Mapping[str, jax.A
 
 
 def weight_shardings(modules: Mapping[str, nnx.Module], mesh: Mesh) -> dict[str, NamedSharding]:
-    """Where each weight of `weights_of` goes."""
+    """The sharding of each weight of `weights_of`."""
     return {
         f"{component}.{_dotted(path)}": variable.get_value()
         for component, module in modules.items()
@@ -72,9 +79,9 @@ def state_shardings(
     mesh: Mesh,
     ema: bool,
 ) -> TrainState:
-    """A TrainState of shardings: the optimiser's moments lie where their weights do.
+    """A TrainState of shardings: the optimiser's moments are sharded as their weights.
 
-    What has another shape than its weight (Adafactor's rows and columns) is small and copied.
+    Moments of another shape than their weight (Adafactor's rows and columns) are small and copied.
     """
     copied = NamedSharding(mesh, PartitionSpec())
     weights, placed = dict(weights), dict(placed)
@@ -90,7 +97,7 @@ def state_shardings(
 def new_state(
     weights: Weights, optimizer: optax.GradientTransformation, placed: TrainState
 ) -> TrainState:
-    """The state at step 0, each array where `placed` says. Takes the weights over."""
+    """The state at step 0, with the shardings `placed`. Donates the weights."""
 
     def make(weights):
         ema = None if placed.ema is None else jax.tree.map(jnp.copy, weights)
@@ -105,7 +112,7 @@ def abstract_state(
     optimizer: optax.GradientTransformation,
     placed: TrainState,
 ) -> TrainState:
-    """The state as ShapeDtypeStructs with shardings: what a checkpoint is restored into."""
+    """The state as ShapeDtypeStructs with shardings, to restore a checkpoint into."""
     weights = dict(weights)
     shapes = TrainState(
         jax.ShapeDtypeStruct((), jnp.int32),

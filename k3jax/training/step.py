@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from k3jax.model.layers import with_fast_cpu_gradients
 from k3jax.training.state import TrainState, Weights
+from k3jax.training.train_config import TrainConfig
 
 
 # (trained weights, frozen modules, batch, key) -> (loss, metrics)
@@ -22,24 +24,18 @@ Loss = Callable[[Weights, Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.A
 
 
 def make_step(
-    loss: Loss,
-    optimizer: optax.GradientTransformation,
-    *,
-    seed: int,
-    ema_decay: float | None,
-    gradient_accumulation_steps: int = 1,
+    loss: Loss, optimizer: optax.GradientTransformation, config: TrainConfig
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """The step as a function to be jitted with its first argument donated.
 
-    Args:
-        gradient_accumulation_steps: the batch is worked through in so many parts, one after the
-            other, with the memory of one part. Each part takes every n-th sample, so that a batch
-            that is split over devices stays where it is.
+    With gradient accumulation the parts of a batch are computed one after the other, with the
+    memory of one part. Each part has every n-th sample, so that a batch that is split over devices
+    is not moved.
     """
-    gradient = jax.value_and_grad(loss, has_aux=True)
+    parts, ema_decay = config.optimizer.gradient_accumulation_steps, config.ema_decay
+    gradient = jax.value_and_grad(with_fast_cpu_gradients(loss), has_aux=True)
 
     def accumulated(weights, frozen, batch, key):
-        parts = gradient_accumulation_steps
         if parts == 1:
             return gradient(weights, frozen, batch, key)
 
@@ -48,8 +44,8 @@ def make_step(
 
         def add(total, inputs):
             number, part = inputs
-            made = gradient(weights, frozen, part, jax.random.fold_in(key, number))
-            return jax.tree.map(lambda t, m: t + m / parts, total, made), None
+            result = gradient(weights, frozen, part, jax.random.fold_in(key, number))
+            return jax.tree.map(lambda t, m: t + m / parts, total, result), None
 
         cuts = (jnp.arange(parts), jax.tree.map(cut, batch))
         one = jax.tree.map(lambda x: x[0], cuts[1])
@@ -58,16 +54,16 @@ def make_step(
         return jax.lax.scan(add, zeros, cuts)[0]
 
     def step(state: TrainState, frozen: Any, batch: Any):
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         (value, metrics), grads = accumulated(state.weights, frozen, batch, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.weights)
         weights = optax.apply_updates(state.weights, updates)
         ema = state.ema
         if ema is not None:
-            # A short memory at first, or the average would hold on to the random start.
+            # A low decay at first, or the average would keep too much of the random start.
             count = state.step.astype(jnp.float32)
             decay = jnp.minimum(ema_decay, (1 + count) / (10 + count))
-            # In this form what does not change is exactly the same in the average.
+            # In this form weights that do not change are exactly the same in the average.
             ema = jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), ema, weights)
         metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), **metrics}
         return TrainState(state.step + 1, weights, ema, opt_state), metrics

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TensorBoard files of a run, written by this thread: what cannot be written is raised here.
+"""TensorBoard files of a run, written by the calling thread, which gets the errors.
 
-(`tensorboardX.SummaryWriter` writes in a thread, whose errors come at the exit of the process.)
+(`tensorboardX.SummaryWriter` writes in a thread of its own and reports errors at process exit.)
 """
 
 import time
@@ -13,7 +13,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from k3jax.training.files import naming
+from k3jax.training.run_files import name_in_errors
 
 
 FLUSH_SECONDS = 30
@@ -22,16 +22,16 @@ FLUSH_SECONDS = 30
 class TensorBoard:
     """An event file in a folder.
 
-    Every method raises OSError, with the folder, where the file cannot be written.
+    Every method raises OSError with the folder's name if the file cannot be written.
     """
 
     def __init__(self, folder: Path, first_step: int):
         """
         Args:
-            first_step: TensorBoard hides what earlier files hold from this step on; 0: nothing.
+            first_step: TensorBoard hides values of earlier files from this step on; 0: none.
         """
         self.folder, self._flushed_at = folder, time.monotonic()
-        with naming(folder):
+        with name_in_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._writer = EventsWriter(str(folder / "events"))
             if first_step:
@@ -39,18 +39,18 @@ class TensorBoard:
                 self._write(Event(step=first_step, session_log=log))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        with naming(self.folder):
+        with name_in_errors(self.folder):
             for name, value in values.items():
                 self._write(Event(step=step, summary=summary.scalar(name, value)))
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
         """Adds a picture, uint8 (h, w, 3)."""
         picture = summary.image(name, pixels, dataformats="HWC")
-        with naming(self.folder):
+        with name_in_errors(self.folder):
             self._write(Event(step=step, summary=picture))
 
     def close(self) -> None:
-        with naming(self.folder):
+        with name_in_errors(self.folder):
             self._writer.close()
 
     def _write(self, event: Event) -> None:

@@ -6,7 +6,7 @@ import os
 import numpy as np
 from flax import nnx
 
-from k3jax.checkpoints.restore import CheckpointWriter
+from k3jax.checkpoints.writer import CheckpointWriter
 from k3jax.config import ModelConfig, TextEncoderConfig, TextProjectionConfig, UNetConfig
 from k3jax.model import abstract
 

@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from k3jax.checkpoints.cards import RELEASED, model_card
-from k3jax.checkpoints.packaged import DEFAULT
-from k3jax.checkpoints.restore import CheckpointWriter, read_checkpoint, save_module, verify
+from k3jax.checkpoints.format import DEFAULT, read_checkpoint
+from k3jax.checkpoints.restore import save_module, verify
+from k3jax.checkpoints.writer import CheckpointWriter
 from k3jax.config import ModelConfig
 from k3jax.convert.to_torch import export
 
@@ -83,9 +84,9 @@ def test_checkpoints_come_with_one(tmp_path):
 def test_exports_come_with_one(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for layout in ("diffusers", "original"):
-            export(DEFAULT, tmp_path / layout, layout, progress=False)
+        export(DEFAULT, tmp_path / "diffusers", progress=False)
     diffusers = (tmp_path / "diffusers" / "README.md").read_text()
     assert top(diffusers)["library_name"] == "diffusers" and "from_pretrained" in diffusers
-    assert "library_name" not in top((tmp_path / "original" / "README.md").read_text())
+    original = model_card(ModelConfig(), {}, "float16", "0123abc", "original")
+    assert "library_name" not in top(original) and "ai-forever/Kandinsky-3" in original
     assert "trained with k3jax" in diffusers and read_checkpoint(DEFAULT).fingerprint in diffusers

@@ -8,12 +8,9 @@ import os
 import numpy as np
 import pytest
 
-from k3jax.checkpoints.restore import (
-    CheckpointError,
-    read_checkpoint,
-    restore,
-    verify,
-)
+from k3jax.checkpoints.format import read_checkpoint
+from k3jax.checkpoints.restore import restore, verify
+from k3jax.files import CheckpointError
 
 from checkpoints import disk_arrays, flip, largest_file, one_sentence, write
 
@@ -106,6 +103,8 @@ def test_bad_config(ckpt, change, message):
 def test_not_a_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
         read_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="k3jax convert owner/name DIR"):
+        read_checkpoint("owner/name")
     with pytest.raises(CheckpointError, match=r"it has no config\.json\.$"):
         read_checkpoint(tmp_path)
     (tmp_path / "model_index.json").touch()

@@ -10,6 +10,7 @@ import sys
 import textwrap
 
 import numpy as np
+import pytest
 
 from k3jax.config import TextEncoderConfig, TextProjectionConfig
 
@@ -26,6 +27,7 @@ PROCESS = """
     import sys
     import jax
     import numpy as np
+import pytest
     from k3jax.checkpoints.restore import restore
     from k3jax.sharding import make_mesh
 
@@ -50,6 +52,7 @@ PROCESS = """
 """
 
 
+@pytest.mark.slow
 def test_each_of_two_processes_reads_its_half(tmp_path):
     config = dataclasses.replace(
         CONFIG,

@@ -10,12 +10,10 @@ import numpy as np
 import pytest
 
 from k3jax.checkpoints import writer as checkpoint_writer
-from k3jax.checkpoints.restore import (
-    CheckpointError,
-    CheckpointWriter,
-    read_checkpoint,
-    verify,
-)
+from k3jax.checkpoints.format import read_checkpoint
+from k3jax.checkpoints.restore import verify
+from k3jax.checkpoints.writer import CheckpointWriter
+from k3jax.files import CheckpointError
 
 from checkpoints import CONFIG, disk_arrays, write
 
@@ -64,7 +62,7 @@ def test_exception_leaves_nothing_and_keeps_the_old_one(tmp_path, ckpt):
     with pytest.raises(RuntimeError, match="without commit"):
         with CheckpointWriter(tmp_path / "new"):
             pass
-    with pytest.raises(CheckpointError, match=r"norm\.scale is there twice"):
+    with pytest.raises(CheckpointError, match=r"norm\.scale occurs twice"):
         with CheckpointWriter(tmp_path / "new") as writer:
             for _ in range(2):
                 writer.write("text_projection", {"norm.scale": np.ones(8, np.float32)})
@@ -100,6 +98,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow
 def test_kill_leaves_nothing_that_looks_like_a_checkpoint(tmp_path):
     with subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path / "c")],

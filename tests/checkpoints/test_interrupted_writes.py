@@ -9,8 +9,9 @@ import shutil
 
 import pytest
 
-from k3jax.checkpoints.format import looks_like_checkpoint
-from k3jax.checkpoints.restore import CheckpointError, read_checkpoint, verify
+from k3jax.checkpoints.format import looks_like_checkpoint, read_checkpoint
+from k3jax.checkpoints.restore import verify
+from k3jax.files import CheckpointError
 
 from checkpoints import disk_arrays, one_sentence, write
 from interruptions import NEED_ROOM, WRITES, disk_full_at, snapshots
@@ -36,7 +37,7 @@ def full_disk(tmp_path, number):
 
 
 def test_a_full_disk(tmp_path, writes):
-    for number in range(0, writes, 5):
+    for number in range(0, writes, 11):
         full_disk(tmp_path, number)
     write(tmp_path / "c")
     assert verify(tmp_path / "c") == []
@@ -51,7 +52,7 @@ def test_a_full_disk_at_every_write(tmp_path, writes):
 def test_a_full_disk_keeps_the_checkpoint_that_is_to_be_replaced(tmp_path, writes):
     write(tmp_path / "c")
     before = read_checkpoint(tmp_path / "c").fingerprint
-    for number in range(1, writes + 2, 9):
+    for number in range(1, writes + 2, 14):
         done = False
         with contextlib.suppress(CheckpointError), disk_full_at(tmp_path, number):
             write(tmp_path / "c", projection=disk_arrays("text_projection", seed=3), overwrite=True)
@@ -102,7 +103,7 @@ def killed(tmp_path, chosen, overwrite):
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_kill(tmp_path, writes, overwrite):
-    killed(tmp_path, range(2, writes, 8), overwrite)
+    killed(tmp_path, range(2, writes, 14), overwrite)
 
 
 @pytest.mark.slow

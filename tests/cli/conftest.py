@@ -2,7 +2,9 @@
 """The command line in this process, with a cache folder of its own."""
 
 import pytest
+from PIL import Image
 
+from k3jax.cli.image_run import ImageRun
 from k3jax.cli.main import main
 
 from random_checkpoint import write_random_checkpoint
@@ -23,6 +25,19 @@ def demo(cache, tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoints") / "demo"
     write_random_checkpoint(path)
     return path
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """The runs that commands would start, with the arguments of `write`; nothing is generated."""
+    runs = []
+
+    def write(self, images, progress, *inputs):
+        runs.append((self, images, *inputs))
+        return [Image.new("RGB", (64, 64)) for _ in images]
+
+    monkeypatch.setattr(ImageRun, "write", write)
+    return runs
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from k3jax.checkpoints.packaged import DEFAULT
+from k3jax.checkpoints.format import DEFAULT
 
 import torch_checkpoints
 

@@ -3,15 +3,17 @@
 
 import os
 import pathlib
+import pwd
 import subprocess
 import sys
 
 import jax
 import pytest
 
-from k3jax.cli import generate, quick_compiles
+from k3jax.cli import environment as machine
+from k3jax.cli import generate
+from k3jax.cli.environment import FLAG
 from k3jax.cli.main import split_overrides
-from k3jax.cli.quick_compiles import FLAG
 from k3jax.pipelines.compilation_cache import enable_compilation_cache
 
 
@@ -22,9 +24,9 @@ def test_help_and_usage_errors_import_nothing_heavy():
     script = f"""
 import contextlib, io, sys, time
 start = time.perf_counter()
-from k3jax.cli.output import PlannedImage
-from k3jax.cli.main import main
-for args in ([], ["generate"], ["img2img"], ["info"], ["convert"], ["export"], ["plan"]):
+from k3jax.cli.image_files import PlannedImage
+from k3jax.cli.main import COMMANDS, main
+for args in ([], *([command] for command in COMMANDS)):
     with contextlib.redirect_stdout(io.StringIO()) as out:
         try:
             main([*args, "--help"])
@@ -121,18 +123,63 @@ def test_compilation_cache(tmp_path, monkeypatch):
     ],
 )
 def test_less_optimising_on_cpus(monkeypatch, environment, expected):
-    monkeypatch.setattr(quick_compiles, "ACCELERATORS", ("no_such_package",))
+    monkeypatch.setattr(machine, "ACCELERATORS", ("no_such_package",))
     for name in ("JAX_PLATFORMS", "XLA_FLAGS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    quick_compiles.compile_quickly_on_cpus()
+    machine.compile_quickly_on_cpus()
     assert os.environ.get("XLA_FLAGS", "") == expected
 
 
 def test_accelerators_keep_their_optimising(monkeypatch):
-    monkeypatch.setattr(quick_compiles, "ACCELERATORS", ("no_such_package", "k3jax"))
+    monkeypatch.setattr(machine, "ACCELERATORS", ("no_such_package", "k3jax"))
     monkeypatch.delenv("JAX_PLATFORMS")
     monkeypatch.setenv("XLA_FLAGS", "")
-    quick_compiles.compile_quickly_on_cpus()
+    machine.compile_quickly_on_cpus()
     assert os.environ["XLA_FLAGS"] == ""
+
+
+def test_without_docstrings(tmp_path):
+    """`python -OO` removes them; the help of the commands is made of them."""
+    command = [sys.executable, "-OO", "-m", "k3jax", "generate", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "--num-images" in done.stdout, done.stderr
+
+
+def test_closed_standard_streams(tmp_path):
+    """As by `>&-` and `<&-`: the output goes nowhere, also not into the next file opened."""
+    script = (
+        "import sys\n"
+        "from k3jax.cli.main import main\n"
+        "codes = [main(['generate', '--prompts-file', '-']), main(['info', 'nowhere'])]\n"
+        "open('codes', 'w').write(str(codes))\n"
+        "print('lost')\n"
+    )
+    command = f'exec {sys.executable} -c "{script}" <&- >&- 2>&-'
+    assert subprocess.run(["sh", "-c", command], cwd=tmp_path).returncode == 0
+    assert (tmp_path / "codes").read_text() == "[2, 2]"
+
+
+@pytest.fixture
+def no_home(monkeypatch):
+    """A user without HOME and without an entry in /etc/passwd."""
+
+    def unknown(uid):
+        raise KeyError(uid)
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+
+
+def test_without_a_home_directory(run, refuses, no_home):
+    code, lines, _ = run("info", "tiny", "--verify")
+    assert code == 0 and lines[-1] == "  All files are as they were written."
+    assert "home directory" in refuses("generate", "a", "-o", "~/out")
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        assert enable_compilation_cache() is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)

@@ -11,7 +11,7 @@ from k3jax.cli.run_config import build, collect
 from k3jax.config import ModelConfig
 from k3jax.planning import compiler
 from k3jax.planning import measurement as benchmark
-from k3jax.planning.programs import weight_bytes
+from k3jax.planning.workload import weight_bytes
 
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -38,7 +38,7 @@ def test_plan_without_the_compiler(refuses, no_compiler):
         (("--topology", "v9:2x2"), "known are v4, v5e, v5p, v6e"),
         (("--topology", "v5e:5x5"), "do not make up a side of 5"),
         (("--topology", "v5e:2x2", "--height", "65"), "multiple of 32"),
-        (("--topology", "v5e:2x2", "--steps", "0"), "must be between 1 and 1000"),
+        (("--topology", "v5e:2x2", "--steps", "0"), "num_inference_steps is 0"),
         (("--topology", "v5e:2x2", "--guidance-interval", "5", "2"), "guidance_interval"),
         (("--topology", "v5e:2x2", "--price-per-chip-hour", "-1"), "--price-per-chip-hour is -1"),
         (("--topology", "v5e:2x2", "--programs", "decoder"), "choose of encode, denoise, decode"),
@@ -88,7 +88,7 @@ CHIPS = {"v5e_1": "v5e:1x1", "v5e_256": "v5e:16x16", "v6e_8": "v6e:2x4", "h100_8
 
 
 @pytest.mark.parametrize(
-    "name", sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "__init__")
+    "name", sorted(path.stem for path in CONFIGS.glob("*/*.py") if path.stem != "__init__")
 )
 def test_every_config_can_be_planned(asked, name):
     values = collect(name)
@@ -127,10 +127,11 @@ def check_lines(lines, cases, data=4, tensor=2):
 SMALL = ("--height", 64, "--width", 64, "--repeats", 2, "--mesh", "data=4,tensor=2")
 
 
+@pytest.mark.usefixtures("one_device")
 def test_benchmark(run, refuses):
-    code, lines, err = run("benchmark", *SMALL, "--programs", "encode")
+    code, lines, err = run("benchmark", *SMALL, "--mesh", "data=1", "--programs", "encode")
     assert code == 0 and err == []
-    encode, total = check_lines(lines, ["encode"])
+    encode, total = check_lines(lines, ["encode"], data=1, tensor=1)
     assert total["seconds"] == encode["seconds"]
     assert "--repeats is 0" in refuses("benchmark", "--repeats", 0)
 

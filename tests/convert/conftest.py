@@ -12,7 +12,7 @@ from conversions import quiet
 from torch_checkpoints import write_diffusers, write_original
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def diffusers(tmp_path_factory):
     """A diffusers checkpoint in shards."""
     folder = tmp_path_factory.mktemp("diffusers")
@@ -20,7 +20,7 @@ def diffusers(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def original(tmp_path_factory):
     """All three variants of 3.1 in one folder, as published."""
     folder = tmp_path_factory.mktemp("original")
@@ -35,7 +35,7 @@ def copy(diffusers, tmp_path):
     return shutil.copytree(diffusers, tmp_path / "copy")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def converted(tmp_path_factory):
     """(source, checkpoint, state dicts) of a diffusers checkpoint, as fp16 with fp32 `wo`."""
     folder = tmp_path_factory.mktemp("diffusers")

@@ -18,7 +18,7 @@ from diffusers import Kandinsky3UNet
 
 from k3jax.checkpoints.restore import iterate_leaves
 from k3jax.config import TextEncoderConfig
-from k3jax.convert import text_encoder
+from k3jax.convert import keys
 from k3jax.convert.rules import to_torch_array
 from k3jax.convert.safetensors_writer import SafetensorsWriter, shards, write_index
 from k3jax.convert.tensors import open_weights
@@ -95,7 +95,7 @@ def run_watched(script: str, *paths: Path) -> dict[str, float]:
 
 def write_encoder(folder: Path, config: TextEncoderConfig) -> None:
     """Random finite bfloat16 weights in the shards of transformers, tensor by tensor."""
-    table = text_encoder.table()
+    table = keys.table("text_encoder")
     d, inner = config.d_model, config.d_kv * config.num_heads
     attention = {"q": (d, inner), "k": (d, inner), "v": (d, inner), "o": (inner, d)}
     mlp = {"wi_0": (d, config.d_ff), "wi_1": (d, config.d_ff), "wo": (config.d_ff, d)}
@@ -134,7 +134,7 @@ def write_source(folder: Path, config: TextEncoderConfig) -> None:
     fields = {**dataclasses.asdict(config), "feed_forward_proj": "gated-silu"}
     (folder / "text_encoder" / "config.json").write_text(json.dumps(fields))
     unet = Kandinsky3UNet.from_config(
-        {**tiny.torch_unet().config, "encoder_hid_dim": config.d_model}
+        {**tiny.torch_unet(torch_checkpoints.UNET).config, "encoder_hid_dim": config.d_model}
     )
     unet.save_pretrained(folder / "unet")
 
@@ -166,7 +166,7 @@ def test_full_size_encoder(tmp_path, capsys):
         before = copy_seconds(source, tmp_path / "copy")
         found = run_watched(CONVERT, source, ours)
         theirs = open_weights(sorted((source / "text_encoder").glob("*.safetensors")))
-        table = text_encoder.table()
+        table = keys.table("text_encoder")
         for name, array in itertools.islice(iterate_leaves(ours, "text_encoder"), 9):
             ((rule, torch_name),) = table.from_jax(name)
             back = to_torch_array(rule, array)

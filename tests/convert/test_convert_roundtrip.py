@@ -8,16 +8,16 @@ import pytest
 import torch
 from diffusers import Kandinsky3Pipeline
 
-from k3jax.checkpoints.restore import leaf_shapes, read_checkpoint, restore
+from k3jax.checkpoints.format import read_checkpoint
+from k3jax.checkpoints.restore import leaf_shapes, restore
 from k3jax.convert import from_torch, to_torch
 from k3jax.convert.from_torch import convert
 from k3jax.convert.rules import ConversionError
 from k3jax.convert.to_torch import export
 
-import tiny
 import torch_checkpoints
 from conversions import assert_equal, load, quiet
-from torch_checkpoints import ARCHITECTURE, write_diffusers, write_original, write_pipeline
+from torch_checkpoints import ARCHITECTURE, UNET, write_diffusers, write_original, write_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,7 @@ def test_original_31(original, tmp_path):
     assert (encoder / "spiece.model").read_bytes() == torch_checkpoints.spiece_model()
 
 
+@pytest.mark.slow
 def test_original_30(tmp_path):
     states = write_original(tmp_path / "src", version="3.0")
     quiet(convert, tmp_path / "src", tmp_path / "ours", architecture=ARCHITECTURE)
@@ -127,6 +128,7 @@ def test_variants_share_the_text_encoder(original, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.slow
 def test_original_to_diffusers(original, tmp_path):
     _, ours, _ = original
     with pytest.warns(UserWarning, match="conditions them in its own way"):
@@ -177,7 +179,7 @@ def test_the_source_hash_follows_the_weights(converted, tmp_path):
     noted = read_checkpoint(ours).source
     assert noted["layout"] == "diffusers" and noted["variant"] == "base"
     assert noted["path"] == str(source)
-    name = "up_blocks.3.resnets_out.1.resnet_blocks.2.projection.bias"
+    name = "up_blocks.1.resnets_out.1.resnet_blocks.2.projection.bias"
     changed = states["unet"][name].clone()
     changed[3] += 1
     write_diffusers(
@@ -195,4 +197,4 @@ def test_the_source_hash_follows_the_weights(converted, tmp_path):
 
 def test_tiny_config_is_what_the_fixtures_hold(converted):
     """So that the other tests of this file really compare the tiny models."""
-    assert read_checkpoint(converted[1]).config.unet == tiny.UNET
+    assert read_checkpoint(converted[1]).config.unet == UNET

@@ -12,7 +12,7 @@ from diffusers import Kandinsky3UNet, VQModel
 from transformers import T5Config, T5EncoderModel
 
 from k3jax.config import ModelConfig, MoVQConfig
-from k3jax.convert import movq, text_encoder, text_projection, unet
+from k3jax.convert import keys
 from k3jax.convert.modules import (
     layer_shapes,
     module_shapes,
@@ -26,15 +26,15 @@ from k3jax.model.abstract import abstract_module
 
 
 TABLES = {
-    "text_encoder": text_encoder.table(),
-    "text_projection diffusers": text_projection.table("diffusers"),
-    "text_projection original": text_projection.table("original"),
-    "text_projection original30": text_projection.table("original30"),
-    "text_projection fork": text_projection.table("fork"),
-    "unet diffusers": unet.table("diffusers"),
-    "unet original": unet.table("original"),
-    "movq diffusers": movq.table("diffusers"),
-    "movq original": movq.table("original", 4),
+    "text_encoder": keys.table("text_encoder"),
+    "text_projection diffusers": keys.table("text_projection"),
+    "text_projection original": keys.table("text_projection", "original"),
+    "text_projection original30": keys.table("text_projection", "original30"),
+    "text_projection fork": keys.table("text_projection", "fork"),
+    "unet diffusers": keys.table("unet"),
+    "unet original": keys.table("unet", "original"),
+    "movq diffusers": keys.table("movq"),
+    "movq original": keys.table("movq", "original", levels=4),
 }
 
 
@@ -197,6 +197,17 @@ def test_every_row_is_a_bijection(name):
                 1 if axis == "1" else size for size, axis in enumerate(rule.layout.split()[:4], 2)
             )[: len(rule.layout.split("->")[0].split())]
             assert rule.torch_shape(rule.jax_shape(shape)) == shape
+
+
+def test_an_unknown_prefix_of_all_names_is_named():
+    """In one line, and not one line for each of a thousand tensors."""
+    table, names = TABLES["unet diffusers"], ("conv_in.bias", "conv_out.bias", "conv_in.weight")
+    for prefix in ("model.diffusion_model.", "module."):
+        plan = table.to_jax({f"{prefix}{name}": (4,) for name in names}, {"conv_in.bias": (4,)})
+        (fault,) = plan.faults
+        assert f"the first is {prefix}conv_in.bias" in str(fault) and f"'{prefix}'" in str(fault)
+    (fault,) = table.to_jax({"a.b": (1,)}, {"conv_in.bias": (4,)}).faults
+    assert "none of its 1 tensors has a known name; the first is a.b." in str(fault)
 
 
 def test_templates_that_count_from_the_other_end():

@@ -1,23 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finding, opening and refusing PyTorch checkpoints; nothing is converted here."""
 
+import json
+import math
 import shutil
+import warnings
 
 import pytest
 import torch
 
 from k3jax.config import SamplerConfig
-from k3jax.convert.architecture import movq_config, sampler_config, text_encoder_config, unet_config
+from k3jax.convert.diffusers_json import (
+    movq_config,
+    sampler_config,
+    text_encoder_config,
+    unet_config,
+)
 from k3jax.convert.from_torch import plan
 from k3jax.convert.layouts import find_layout
 from k3jax.convert.rules import ConversionError
 from k3jax.convert.sources import open_source
-from k3jax.convert.tensors import flat, open_weights
+from k3jax.convert.tensors import flat, open_weights, unwrapped
+from k3jax.sampling.samplers import make_sampler
 
 import tiny
 import torch_checkpoints
 from conversions import PUBLISHED, refused
-from torch_checkpoints import ARCHITECTURE, write_diffusers, write_original
+from torch_checkpoints import ARCHITECTURE, UNET, write_diffusers, write_original
 
 
 # Architecture
@@ -29,7 +38,7 @@ def test_diffusers_checkpoint_is_described_by_its_configs(diffusers):
     assert source.config == tiny.CONFIG.__class__(
         tiny.TEXT_ENCODER,
         tiny.PROJECTION,
-        tiny.UNET,
+        UNET,
         tiny.MOVQ,
         conditioning="diffusers",
         sampler=SamplerConfig(name="ddpm", num_inference_steps=25),
@@ -48,7 +57,7 @@ def test_diffusers_checkpoint_is_described_by_its_configs(diffusers):
 def test_original_checkpoint_is_described_by_its_shapes(original, variant, sampler):
     source = open_source(original, variant=variant, architecture=ARCHITECTURE)
     channels = 9 if variant == "inpainting" else 4
-    assert source.config.unet == tiny.UNET.__class__(**{**vars(tiny.UNET), "in_channels": channels})
+    assert source.config.unet == UNET.__class__(**{**vars(UNET), "in_channels": channels})
     assert source.config.movq == tiny.MOVQ.__class__(**{**vars(tiny.MOVQ), "num_vq_embeddings": 0})
     assert source.config.text_projection.null_embedding
     assert source.config.conditioning == "original"
@@ -61,7 +70,7 @@ def test_original_in_a_weights_folder_and_without_config_json(original, tmp_path
     (tmp_path / "weights" / "flan_ul2_encoder" / "config.json").unlink()
     source = open_source(tmp_path, architecture=ARCHITECTURE)
     assert source.config.text_encoder == tiny.TEXT_ENCODER  # read off the shapes
-    assert source.config.unet.attention_head_dim == tiny.UNET.attention_head_dim
+    assert source.config.unet.attention_head_dim == UNET.attention_head_dim
     with pytest.raises(ConversionError, match=r"do not split into unet\.groups = 32"):
         open_source(tmp_path)  # what leaves no trace in shapes is that of the released model
 
@@ -86,7 +95,7 @@ def test_the_authors_own_names_in_diffusers_layout(tmp_path):
     torch_checkpoints.save({**states["unet"], **projection}, file)
     (tmp_path / "unet" / "config.json").write_text('{"_class_name": "UNetKandi3"}')
     source = open_source(tmp_path, architecture={"unet": ARCHITECTURE["unet"]})
-    assert source.config.unet == tiny.UNET and source.config.text_projection == tiny.PROJECTION
+    assert source.config.unet == UNET and source.config.text_projection == tiny.PROJECTION
     plans = plan(source, "it")
     assert sum(len(p.steps) for p in plans.values()) == sum(map(len, source.tensors.values()))
     with pytest.raises(ConversionError, match="'vae', which is no component"):
@@ -99,9 +108,11 @@ def test_names_of_wrapped_models(tmp_path, prefix):
     state = {f"{prefix}a.weight": torch.ones(2), f"{prefix}module.bias": torch.ones(3)}
     for number, name in enumerate(state):
         torch_checkpoints.save({name: state[name]}, tmp_path / f"{number}.safetensors")
-    found = open_weights(sorted(tmp_path.glob("*.safetensors")))
-    assert found.keys() == flat(state, tmp_path).keys() == {"a.weight", "module.bias"}
-    assert flat({**state, "b": torch.ones(1)}, tmp_path).keys() == {*state, "b"}
+    with pytest.warns(UserWarning, match=f"every name starts with '{prefix}'"):
+        found = open_weights(sorted(tmp_path.glob("*.safetensors")))
+    assert found.keys() == {"a.weight", "module.bias"}
+    other = flat({**state, "b": torch.ones(1)}, tmp_path)
+    assert unwrapped(other).keys() == {*state, "b"}
 
 
 @pytest.mark.parametrize("levels", [2, 3])
@@ -109,7 +120,7 @@ def test_flags_of_models_with_fewer_levels(levels):
     """The references zip 4 flags from both ends with the levels (semantics of the up path)."""
     from diffusers import Kandinsky3UNet
 
-    from k3jax.convert import unet
+    from k3jax.convert import keys
     from k3jax.convert.architecture import Shapes, inferred_unet
 
     model = Kandinsky3UNet(
@@ -122,7 +133,7 @@ def test_flags_of_models_with_fewer_levels(levels):
         encoder_hid_dim=16,
     )
     found = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    config = inferred_unet(Shapes(unet.table("diffusers"), found))
+    config = inferred_unet(Shapes(keys.table("unet"), found))
     assert config.add_cross_attention == config.add_self_attention == (False, True, True, True)
     assert config.block_out_channels == (32, 64, 64)[:levels]
 
@@ -138,11 +149,32 @@ def test_configs_that_are_not_kandinsky():
         sampler_config({"_class_name": "EulerDiscreteScheduler"}, "scheduler_config.json")
     with pytest.raises(ConversionError, match="rescale_betas_zero_snr"):
         sampler_config({"rescale_betas_zero_snr": True}, "scheduler_config.json")
+    dpm = {"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": -math.inf}
+    for key, value in (("solver_order", 3), ("use_karras_sigmas", True)):
+        with pytest.raises(ConversionError, match=f"only supported with {key} = "):
+            sampler_config({**dpm, key: value}, "scheduler_config.json")
     with pytest.raises(ConversionError, match=r"beta_start must be float"):
         sampler_config({"beta_start": "x"}, "scheduler_config.json")
     with pytest.warns(UserWarning, match="sigma_min are settings without effect"):
         found = sampler_config({"sigma_min": 1, "clip_sample": False}, "scheduler_config.json")
     assert not found.clip_sample and found.steps_offset == 0 and found.beta_schedule == "linear"
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "trailing"])
+def test_dpm_solver_of_diffusers_has_our_timesteps(spacing):
+    """Its own config, as it writes it; that the steps are equal is shown in tests/sampling."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    theirs = DPMSolverMultistepScheduler(
+        beta_schedule="squaredcos_cap_v2", timestep_spacing=spacing, lower_order_final=False
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = sampler_config(json.loads(theirs.to_json_string()), "scheduler_config.json")
+    assert config.name == "dpm++2m" and config.timestep_spacing == spacing
+    theirs.set_timesteps(config.num_inference_steps)
+    timesteps = make_sampler(config).rows["timestep"]
+    assert timesteps.tolist() == theirs.timesteps.tolist()
 
 
 # Files

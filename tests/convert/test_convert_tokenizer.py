@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from k3jax.convert.rules import ConversionError
-from k3jax.convert.tokenizer import prepare_tokenizer
+from k3jax.convert.tokenizer_files import prepare_tokenizer
 
 import torch_checkpoints
+from tools import NO_VOCABULARY, missing
 
 
 def test_spiece_alone_becomes_a_whole_tokenizer(tmp_path):
@@ -31,11 +32,10 @@ def test_spiece_alone_becomes_a_whole_tokenizer(tmp_path):
         prepare_tokenizer((tmp_path / "published").iterdir(), tmp_path / "broken")
 
 
-@pytest.mark.skipif(torch_checkpoints.real_tokenizer() is None, reason="no T5 vocabulary here")
 def test_real_vocabulary(tmp_path):
     from transformers import AutoTokenizer
 
-    real = torch_checkpoints.real_tokenizer()
+    real = torch_checkpoints.real_tokenizer() or missing(NO_VOCABULARY)
     prepare_tokenizer([real / "spiece.model"], tmp_path)
     ours, theirs = AutoTokenizer.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(real)
     prompt = "A cute corgi lives in a house made out of sushi."

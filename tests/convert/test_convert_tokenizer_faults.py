@@ -37,7 +37,7 @@ FAULTS = [
     ("tokenizer.json", "{}", "tokenizer.json is damaged, or no tokenizer that transformers reads"),
     ("tokenizer.json", "{" + 10**5 * '"a":{', "tokenizer.json is damaged: "),
     ("tokenizer_config.json", "{", "tokenizer_config.json is damaged: it is not JSON"),
-    ("tokenizer_config.json", "\xff\xfe", "tokenizer_config.json is damaged: it is not JSON"),
+    ("tokenizer_config.json", "\xff\xfe", "tokenizer_config.json is text in UTF-16"),
     ("spiece.model", POINTER, "spiece.model is a git-lfs pointer"),
     ("spiece.model", "", "spiece.model is damaged: it is empty"),
 ]

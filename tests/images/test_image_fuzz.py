@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 
 from k3jax.images.decoding import _ignore_warnings, load_image
-from k3jax.images.reading import read_image, read_mask
-from k3jax.synthesis.image_task import Inputs, read_inputs
+from k3jax.images.masks import read_mask
+from k3jax.images.reading import read_image
+from k3jax.synthesis.input_images import InputImages, read_inputs
 from k3jax.synthesis.samples import Sample
-from k3jax.training.data.decode import decode, fit, read_size
+from k3jax.training.data.buckets import decode, fit, read_size
 
 from damaged_images import (
     NOT_DECODED,
@@ -92,7 +93,7 @@ def read_everywhere(content: bytes, folder) -> int:
             else:
                 succeeded += 1
         result = read_inputs(sample, str(folder))
-        assert isinstance(result, Inputs) or path.name in result
+        assert isinstance(result, InputImages) or path.name in result
     return succeeded
 
 

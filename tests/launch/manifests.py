@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The manifests of launch/gke as data, and the commands in them as a cluster would run them."""
+"""The manifests of launch/gke as data, and their commands as a cluster runs them."""
 
 import re
 from pathlib import Path
@@ -34,7 +34,7 @@ def container(job: dict) -> dict:
 
 
 def argv(found: dict, environment: dict[str, str]) -> list[str]:
-    """A container's command, with $(NAME) as Kubernetes puts values there: unknown ones stay."""
+    """A container's command with the values of $(NAME), as in Kubernetes: unknown names stay."""
 
     def expand(word: str) -> str:
         return re.sub(r"\$\((\w+)\)", lambda m: environment.get(m[1], m[0]), word)

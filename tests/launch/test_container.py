@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""launch/gke/Dockerfile: its rules of thumb, and its steps replayed without a container."""
+"""launch/gke/Dockerfile: its rules, and its steps replayed without a container."""
 
 import os
 import re
@@ -17,7 +17,7 @@ from manifests import GKE, ROOT
 
 
 def instructions() -> list[tuple[str, str]]:
-    """(word, rest) of each, continuation lines joined as Docker joins them."""
+    """(word, rest) of each instruction, with continuation lines joined as Docker does."""
     lines = (GKE / "Dockerfile").read_text().splitlines()
     text = "\n".join(line for line in lines if not line.startswith("#"))
     joined = re.sub(r"\\\n", "", text).splitlines()
@@ -44,7 +44,7 @@ def test_what_it_copies_is_there_and_in_the_build_context():
 
 
 def test_what_changes_often_comes_last():
-    """A change of the code must not install everything again."""
+    """A change of the code must not reinstall the dependencies."""
     copied = [source for copy in all_of("COPY") for source in sources(copy)]
     assert copied.index("pyproject.toml") < copied.index("k3jax")
     first = next(k for k, (word, rest) in enumerate(STEPS) if "pip install" in rest)
@@ -69,7 +69,7 @@ def test_it_is_not_root_and_everything_is_pinned():
 @pytest.mark.slow
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the pins are for Python 3.11")
 def test_its_steps_in_a_clean_environment(tmp_path):
-    """For the CPU: all that is not made here is the user, and all that is not there is Debian."""
+    """For the CPU, without Debian and the user."""
     work, environment = tmp_path / "k3jax", tmp_path / "env"
     work.mkdir()
     venv.create(environment, with_pip=True)

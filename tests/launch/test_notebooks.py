@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The notebooks, run from top to bottom: the small model in the place of Kandinsky 3's weights, a
-temporary folder in the place of Drive, few steps, simulated devices in the place of chips.
+"""The notebooks, run from top to bottom, with the small model instead of Kandinsky 3's weights, a
+temporary folder instead of Drive, few steps, and simulated devices instead of chips.
 
-As papermill does it, a cell with other values is put behind the cell of parameters; all cells run.
+A cell with these values is inserted after the cell of parameters, as papermill does; all cells run.
 """
 
 import ast
@@ -16,12 +16,13 @@ import sysconfig
 import time
 import tomllib
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import jax
 import nbformat
 import numpy as np
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
@@ -68,20 +69,63 @@ def test_form(path):
     assert cells[0].metadata["tags"] == ["parameters"] and parameters(notebook)
     for cell in cells:
         assert cell.outputs == [] and cell.execution_count is None
-    commands = set(re.findall(r"k3jax ([a-z0-9]+) ", "\n".join(cell.source for cell in cells)))
+    source = re.sub(r"^#.*", "", "\n".join(cell.source for cell in cells), flags=re.M)
+    commands = set(re.findall(r"k3jax ([a-z0-9]+) ", source))
     assert commands >= {"convert", "generate", "synthesize", "verify", "gallery"}
     assert commands <= set(COMMANDS)
 
 
 @each_notebook
-def test_what_is_installed(path):
-    """The extras are those of pyproject.toml, and bring all that the notebook calls for."""
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
-        "optional-dependencies"
-    ]
-    (named,) = re.fullmatch(r"k3jax\[([a-z,]+)\]", parameters(read(path))["INSTALL"]).groups()
-    assert set(named.split(",")) <= set(extras)
-    assert {"convert", "synth", "gcs"} < set(named.split(","))
+def test_extras(path):
+    """They exist in pyproject.toml, and install everything that the notebook uses."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = set(parameters(read(path))["EXTRAS"].split(","))
+    assert {"convert", "synth", "gcs"} < named <= set(project["optional-dependencies"])
+
+
+@pytest.fixture
+def install(monkeypatch, tmp_path):
+    """(path of a notebook, INSTALL or None for its own) -> the commands of its cell `install`."""
+
+    def call(path, place=None):
+        values = parameters(read(path))
+        cell = {cell.id: cell for cell in code_cells(read(path))}["install"]
+        commands = []
+        shell = SimpleNamespace(run_line_magic=lambda name, line: commands.append((name, line)))
+        names = values | {"get_ipython": lambda: shell, "EXTRAS": "tpu,synth"}
+        names["INSTALL"] = values["INSTALL"] if place is None else place
+        # IPython fills {NAME} in the line of a magic with the variable's value.
+        source = TransformerManager().transform_cell(cell.source)
+        exec(compile(source, cell.id, "exec"), names)
+        return [(name, line.format(**names)) for name, line in commands]
+
+    monkeypatch.chdir(tmp_path)
+    return call
+
+
+@each_notebook
+@pytest.mark.parametrize(
+    "place, requirement",
+    [
+        ("k3jax-*.whl", "k3jax-0.2.0-py3-none-any.whl[tpu,synth]"),
+        ("**/k3jax-0.1*.whl", "k3jax-0.1.0-py3-none-any.whl[tpu,synth]"),
+        ("checkout", "checkout[tpu,synth]"),
+        ("git+https://host/owner/k3jax", "k3jax[tpu,synth] @ git+https://host/owner/k3jax"),
+    ],
+)
+def test_install(install, path, place, requirement):
+    Path("checkout").mkdir()
+    for version in ("0.1.0", "0.2.0"):
+        Path(f"k3jax-{version}-py3-none-any.whl").touch()
+    assert install(path, place) == [("pip", f'install --quiet "{requirement}"')]
+
+
+@each_notebook
+def test_install_without_a_wheel(install, path):
+    assert parameters(read(path))["INSTALL"].endswith("k3jax-*.whl")
+    with pytest.raises(FileNotFoundError, match=r"INSTALL = .*k3jax-\*.whl"):
+        install(path)
+    assert install(path, "") == []
 
 
 @pytest.mark.parametrize("name", ["colab_gpu.ipynb", "colab_tpu.ipynb"])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The very command of jobset.yaml as a pod of two processes, which loses one and is restarted.
+"""The command of jobset.yaml as a pod of two processes, which loses one and is restarted.
 
-A JobSet restarts all of its pods when one is lost: those that are left get SIGTERM, have
-terminationGracePeriodSeconds, and all begin again with the same words.
+When a pod is lost, a JobSet sends SIGTERM to the others, waits terminationGracePeriodSeconds, and
+starts all pods again with the same command.
 """
 
 import json
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 
 class Pod:
-    """The pods of the JobSet's one slice, with a folder in the place of the bucket."""
+    """The pods of the JobSet's one slice, with a folder instead of the bucket."""
 
     def __init__(self, folder):
         self.bucket, job = folder / "bucket", replicated_job()["template"]["spec"]
@@ -35,7 +35,7 @@ class Pod:
         self._container = container(job)
         self._hosts, self._logs = job["completions"], folder
         self.output = self.bucket / "pictures"
-        bin_folder = folder / "bin"  # of the image: k3jax as pip puts it there
+        bin_folder = folder / "bin"  # like the image: k3jax as pip installs it
         bin_folder.mkdir()
         script = bin_folder / "k3jax"
         script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m k3jax "$@"\n')
@@ -44,14 +44,14 @@ class Pod:
         self._path = f"{bin_folder}:{os.environ['PATH']}"
 
     def start(self, attempt):
-        """Both processes, as kubelets would start them."""
+        """Starts both processes, as kubelets do."""
         started = [self._start(index, attempt) for index in range(HOSTS)]
         self.processes += started
         return started
 
     def _start(self, index, attempt):
         given = {
-            # Of an Indexed Job, of JobSet by the downward API, and of GKE's webhook for TPUs.
+            # Set by an Indexed Job, by JobSet through the downward API, and by GKE for TPUs.
             "JOB_COMPLETION_INDEX": str(index),
             "JOB_INDEX": "0",
             "TPU_WORKER_ID": str(index),
@@ -67,7 +67,7 @@ class Pod:
             for entry in self._container["env"]
             if "value" in entry
         }
-        # Nothing of this machine but where programs are and that it has no TPU.
+        # Of this machine's environment only PATH, and that it has no TPU.
         outside = {"PATH": self._path, "HOME": str(self._logs), "JAX_PLATFORMS": "cpu"}
         outside |= {k: v for k, v in os.environ.items() if k == "PYTHONPATH"}
         words = [self._filled_in(word) for word in argv(self._container, given)]
@@ -77,7 +77,7 @@ class Pod:
             )
 
     def _filled_in(self, word):
-        """What a person puts into the manifest, for a small model and few steps."""
+        """Fills in the manifest, for a small model and few images per shard."""
         word = re.sub(r"gs://YOUR-BUCKET/weights/\w+", "tiny", word)
         word = word.replace("gs://YOUR-BUCKET/prompts.parquet", f"{self.bucket}/prompts.txt")
         word = word.replace("gs://YOUR-BUCKET", str(self.bucket))
@@ -98,7 +98,7 @@ class Pod:
 @pytest.fixture
 def pod(tmp_path):
     made = Pod(tmp_path)
-    # What a person would append to `args`.
+    # Arguments that a user would append.
     made._container["args"] += ["--steps=2", "--size=64x64"]
     colors = ("red", "green", "blue", "yellow")
     rows = [f"a {colors[k % 4]} circle number {k}" for k in range(PROMPTS)]
@@ -119,22 +119,22 @@ def test_a_pod_that_loses_a_process_ends_whole(pod):
         time.sleep(0.005)
     processes[1].kill()
     assert processes[1].wait(60) == -signal.SIGKILL
-    processes[0].terminate()  # if it is not through with its share already
-    # The last is for a process that has not come to its own handlers yet.
+    processes[0].terminate()  # if it has not finished its share already
+    # The last code is for a process that has not installed its handlers yet.
     assert processes[0].wait(pod.grace) in (0, 128 + signal.SIGTERM, -signal.SIGTERM)
     before = pod.finished()
-    assert set(before) & mine and mine - set(before), "nothing was lost: make the shards smaller"
+    assert set(before) & mine and mine - set(before), "no shard was lost: choose smaller shards"
 
     processes = pod.start(1)
     for index, process in enumerate(processes):
         assert process.wait(900) == 0, pod.log(index, 1)
     after = pod.finished()
     assert sorted(after) == list(range(SHARDS))
-    assert {shard: after[shard] for shard in before} == before  # and none of it twice
+    assert {shard: after[shard] for shard in before} == before  # and none is generated twice
     assert f"{len(mine)} of them here (host 1 of 2 by --host)" in pod.log(1, 1)
     manifest = json.loads((pod.output / "manifest.json").read_text())
     assert manifest["samples"] == PROMPTS
-    # Both have compiled into, and read from, the cache that stands in the manifest.
+    # Both use the cache of the manifest.
     assert list((pod.bucket / "cache" / "xla").iterdir())
 
     verified = subprocess.run(

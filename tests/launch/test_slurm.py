@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""launch/slurm.sbatch, with an srun that notes its words, and one that starts two processes."""
+"""launch/slurm.sbatch, with an srun that records its arguments or starts two processes."""
 
 import os
 import socket
@@ -87,10 +87,10 @@ def test_the_time_limit_is_another_turn(submit, words, layout, code, again):
     "words, variables, reason",
     [
         ([], {}, "give the arguments of k3jax"),
-        (SYNTHESIZE, {"LAYOUT": "ring"}, "LAYOUT is 'ring', which is none of"),
-        (SYNTHESIZE, {"LAYOUT": "mesh"}, "LAYOUT=mesh is for train"),
-        (TRAIN, {}, "shares out synthesize, not train"),
-        (SYNTHESIZE, {"SLURM_JOB_NUM_NODES": "4"}, "takes one node a task"),
+        (SYNTHESIZE, {"LAYOUT": "ring"}, "LAYOUT is 'ring'"),
+        (SYNTHESIZE, {"LAYOUT": "mesh"}, "LAYOUT=mesh is for train, not for synthesize"),
+        (TRAIN, {}, "LAYOUT=array is for synthesize, not for train"),
+        (SYNTHESIZE, {"SLURM_JOB_NUM_NODES": "4"}, "--nodes=1, not 4"),
     ],
 )
 def test_bad_input_is_answered_in_one_sentence(submit, words, variables, reason):
@@ -126,17 +126,18 @@ STUB = """
     import jax
     from jax.experimental import multihost_utils
     from k3jax.cli.main import main
-    from k3jax.training import run
+    from k3jax.training import training_run
 
-    def train(config, progress):
+    def train_stages(runs, progress):
+        (config,) = runs.values()
         counts = jax.process_count(), jax.device_count(), jax.local_device_count()
         multihost_utils.sync_global_devices("all are here")
         name = f"said by {jax.process_index()}"
-        said = f"{counts} {config.pipeline.mesh} {config.train.task}"
+        said = f"{counts} {config.mesh} {config.train.task}"
         (pathlib.Path(os.environ["TEST"]) / name).write_text(said)
         return "done"
 
-    run.train = train
+    training_run.train_stages = train_stages
     sys.exit(main(sys.argv[1:]))
 """
 

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""launch/tpu_vm.sh: what it would do, and that it does so with hosts that are folders here.
+"""launch/tpu_vm.sh: the commands that it prints, and that they work with folders as hosts.
 
-The gcloud of these tests notes its words, and runs what is for a host in that host's home.
+The gcloud of these tests records its arguments, and runs the command for a host in a folder.
 """
 
 import os
 import shlex
+import shutil
 import subprocess
 import time
 
@@ -18,7 +19,7 @@ SCRIPT = ROOT / "launch" / "tpu_vm.sh"
 PLACE = ["--zone", "us-west4-a", "--project", "ours"]
 WORK = ["--", "gs://b/prompts.txt", "gs://b/out", "--negative-prompt", "it's  bad"]
 
-# create: asked for; then not there yet; then there. ssh: on one host after the other.
+# create: requested, then provisioning, then active. ssh: on one host after the other.
 GCLOUD = """#!/bin/bash
 echo "gcloud $*" >> "$TEST/calls"
 case "$*" in
@@ -44,7 +45,12 @@ case "${!#}" in
     *) exit 22 ;;
 esac
 """
-# The work: waits for leave, says what it was given, and ends as it is told to.
+# Packs one small file instead of the whole checkout.
+TAR = f"""#!/bin/bash
+[ "$1" != -czf ] || set -- "$1" "$2" -C "$4" pyproject.toml
+exec {shutil.which("tar")} "$@"
+"""
+# The work: waits for a file, writes its arguments, and ends with the code in a file.
 K3JAX = """#!/bin/bash
 [ "$1" = --version ] && exit
 until [ -e "$TEST/go" ]; do sleep 0.02; done
@@ -59,7 +65,7 @@ def launch(tmp_path):
 
     Python and uv of the hosts do nothing: test_container.py installs for real.
     """
-    stubs = {"bin/gcloud": GCLOUD, "bin/curl": CURL, "bin/python3": "#!/bin/bash\n"}
+    stubs = {"bin/gcloud": GCLOUD, "bin/curl": CURL, "bin/tar": TAR, "bin/python3": "#!/bin/bash\n"}
     for host in ("host0", "host1"):
         stubs[f"{host}/.local/bin/uv"] = "#!/bin/bash\n"
         stubs[f"{host}/k3jax-env/bin/k3jax"] = K3JAX
@@ -115,7 +121,6 @@ def launch(tmp_path):
     ],
 )
 def test_dry_run_prints_the_commands_and_runs_none(launch, command, expected):
-    (launch.folder / "bin" / "tar").symlink_to("/bin/false")
     done = launch(command, *PLACE, "--dry-run", *(WORK if command in ("run", "all") else []))
     assert (done.returncode, done.stderr) == (0, "")
     assert launch.calls() == ""
@@ -123,6 +128,10 @@ def test_dry_run_prints_the_commands_and_runs_none(launch, command, expected):
     found = [" ".join(words[:2] if words[0] == "tar" else words[3:5]) for words in commands]
     assert found == expected
     for words in commands:
+        if words[0] == "tar":
+            packed = words[words.index("--exclude=__pycache__") + 1 :]
+            assert "k3jax" in packed and all((ROOT / name).exists() for name in packed)
+            assert not os.path.exists(words[2])  # the archive
         assert words[0] == "tar" or {"--zone=us-west4-a", "--project=ours"} <= set(words)
 
 
@@ -148,21 +157,21 @@ def test_what_is_asked_for(launch):
 @pytest.mark.parametrize(
     "words, reason",
     [
-        ([], "give a command: create"),
-        (["start"], "there is no command 'start'"),
-        (["create"], "say where, with --zone"),
-        (["create", "--zone", "west"], "'west' is not a zone, such as us-west4-a."),
-        (["create", "--zone"], "--zone needs a value."),
-        (["create", "--zone", "--spot"], "--zone needs a value."),
-        (["create", *PLACE, "--spot"], "there is no option '--spot'"),
-        (["create", *PLACE, "--type", "h100"], "give its --runtime too."),
-        (["create", *PLACE, "--name", "My Pod"], "'My Pod' is not of small letters"),
-        (["create", *PLACE, "--", "x"], "create takes nothing behind --."),
-        (["logs", *PLACE, "--worker", "all"], "'all' is not the number of a host."),
-        (["run", *PLACE], "say what to make behind --"),
-        (["run", *PLACE, "--cache", "xla", *WORK], "neither a gs:// address nor a full path."),
-        (["run", *PLACE, "--", "a.txt", "out"], "must be gs:// addresses."),
-        (["all", *PLACE, *WORK, "--hosts=3"], "--hosts=3 is for this script to say"),
+        ([], "create, install, run, logs, delete or all"),
+        (["start"], "'start'"),
+        (["create"], "--zone us-west4-a"),
+        (["create", "--zone", "west"], "--zone 'west'"),
+        (["create", "--zone"], "--zone needs a value"),
+        (["create", "--zone", "--spot"], "--zone needs a value"),
+        (["create", *PLACE, "--spot"], "'--spot'"),
+        (["create", *PLACE, "--type", "h100"], "--type 'h100'"),
+        (["create", *PLACE, "--name", "My Pod"], "--name 'My Pod'"),
+        (["create", *PLACE, "--", "x"], "create takes no arguments after --"),
+        (["logs", *PLACE, "--worker", "all"], "--worker 'all'"),
+        (["run", *PLACE], "PROMPTS and OUT after --"),
+        (["run", *PLACE, "--cache", "xla", *WORK], "--cache 'xla'"),
+        (["run", *PLACE, "--", "a.txt", "out"], "PROMPTS and OUT must be gs://"),
+        (["all", *PLACE, *WORK, "--hosts=3"], "--hosts=3"),
     ],
 )
 def test_bad_input_is_answered_in_one_sentence(launch, words, reason):
@@ -177,22 +186,22 @@ def test_work_outlives_the_connection_and_is_started_once(launch):
     (launch.folder / "state").write_text("ACTIVE\n")
     cache = ["--cache", "gs://b/xla"]
     done = launch("run", *PLACE, *cache, *WORK)
-    assert "host 0 of 2 has begun\nhost 1 of 2 has begun\n" == done.stdout, done.stderr
+    assert "host 0 of 2 has started\nhost 1 of 2 has started\n" == done.stdout, done.stderr
     again = launch("run", *PLACE, *WORK)
-    assert again.stdout.count("is at work already") == 2
-    assert "at work already, and stays" in launch("install", *PLACE).stdout
+    assert again.stdout.count("is running already") == 2
+    assert "running already" in launch("install", *PLACE).stdout
     (launch.folder / "go").touch()
     assert "wait" not in launch("logs", *PLACE).stderr  # ends with the work
     for host in (0, 1):
         expected = ["1,1,1", "gs://b/xla", "synthesize", *WORK[1:]]
         assert launch.given(host) == [*expected, "--host", str(host), "--hosts", "2"]
         assert (launch.folder / f"host{host}" / "k3jax.exit").read_text() == "0\n"
-    # Through: the same command starts it again, and finished shards are its own affair.
-    assert launch("run", *PLACE, *WORK).stdout.count("has begun") == 2
+    # Finished: the same command starts it again; `synthesize` skips finished shards.
+    assert launch("run", *PLACE, *WORK).stdout.count("has started") == 2
 
 
 def test_all_from_the_request_to_the_end(launch):
-    """The machines are taken away once: they are asked for again, and the work goes on."""
+    """The machines are preempted once: they are requested again, and the work continues."""
     (launch.folder / "go").touch()
     (launch.folder / "break").touch()
     done = launch("all", *PLACE, *WORK)
@@ -233,7 +242,7 @@ def test_a_killed_process_is_started_again(launch):
     while not all(end.exists() for end in ends) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert [end.read_text() for end in ends] == ["0\n", "0\n"]
-    assert "ended with 137; again" in (launch.folder / "host0" / "k3jax.log").read_text()
+    assert "ended with 137; restarting" in (launch.folder / "host0" / "k3jax.log").read_text()
 
 
 def _commands(printed):

@@ -146,8 +146,18 @@ def on_the_mesh(spec, function, *arrays):
         return jax.jit(function)(*jax.device_put(arrays, NamedSharding(mesh, PartitionSpec())))
 
 
-@pytest.mark.parametrize("heads", [4, 3])
-@pytest.mark.parametrize("mesh", MESHES)
+def on_meshes(cases, default):
+    """Every case on every mesh; those that are not in `default` are slow."""
+    return [
+        pytest.param(mesh, case, marks=() if (mesh, case) in default else pytest.mark.slow)
+        for mesh in MESHES
+        for case in cases
+    ]
+
+
+@pytest.mark.parametrize(
+    "mesh, heads", on_meshes((4, 3), [("data=8", 4), ("data=2,tensor=4", 3), (MESHES[3], 4)])
+)
 def test_the_kernel_on_a_mesh(mesh, heads, monkeypatch):
     """Each device has its own heads, or its own queries where heads do not divide; one head of 64
     alone is half a block."""
@@ -168,8 +178,12 @@ def test_the_kernel_on_a_mesh(mesh, heads, monkeypatch):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(8, 12, 16, 6, 8), (8, 3, 5, 6, 8), (3, 12, 16, 8, 8)])
-@pytest.mark.parametrize("mesh", MESHES)
+SHAPES = [(8, 12, 16, 6, 8), (8, 3, 5, 6, 8), (3, 12, 16, 8, 8)]
+
+
+@pytest.mark.parametrize(
+    "mesh, shape", on_meshes(SHAPES, list(zip(MESHES[1:4], SHAPES, strict=True)))
+)
 def test_any_shape_on_any_mesh(mesh, shape):
     """Six heads over four or eight devices, and their queries' tokens, or neither; any batch."""
     rng = np.random.default_rng(0)

@@ -9,7 +9,14 @@ from flax import nnx
 
 from k3jax.model import layers, movq_blocks
 from k3jax.model.abstract import abstract_module
-from k3jax.model.layers import Upsample2x, conv, dense, group_statistics, linear
+from k3jax.model.layers import (
+    Upsample2x,
+    conv,
+    dense,
+    group_statistics,
+    linear,
+    with_fast_cpu_gradients,
+)
 
 import tiny
 
@@ -38,7 +45,10 @@ def gradients(function, *inputs):
 def test_a_dense_product_and_its_gradients(shape):
     x, kernel = draw(*shape), draw(5, 7)
     np.testing.assert_allclose(dense(x, kernel), x @ kernel, rtol=1e-6)
-    ours = gradients(lambda x, kernel: dense(jnp.sin(x), kernel), x, kernel)
+    loss = with_fast_cpu_gradients(lambda x, kernel: dense(jnp.sin(x), kernel))
+    assert "custom_vjp" in str(jax.make_jaxpr(loss)(x, kernel))
+    assert "custom_vjp" not in str(jax.make_jaxpr(dense)(x, kernel))  # opt-in
+    ours = gradients(loss, x, kernel)
     theirs = gradients(lambda x, kernel: jnp.sin(x) @ kernel, x, kernel)
     for one, other in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)

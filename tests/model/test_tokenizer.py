@@ -11,6 +11,7 @@ from k3jax.model.tokenizer import PromptTruncatedWarning, Tokenizer
 
 import torch_checkpoints
 from random_checkpoint import write_byte_tokenizer
+from tools import NO_VOCABULARY, missing
 
 
 PROMPTS = ["A red cat", "", "  two  spaces\tand a tab ", "Ünïcödé — кот 猫", "storm " * 200]
@@ -37,9 +38,7 @@ def test_ids_are_those_of_the_references(spiece):
 
 
 def test_real_vocabulary():
-    folder = torch_checkpoints.real_tokenizer()
-    if folder is None:
-        pytest.skip("K3JAX_T5_TOKENIZER names no folder with the T5 vocabulary")
+    folder = torch_checkpoints.real_tokenizer() or missing(NO_VOCABULARY)
     ids, mask = Tokenizer(folder)(["A cute corgi lives in a house made out of sushi."])
     expected = [71, 5295, 4301, 122, 23, 1342, 16, 3, 9, 629, 263, 91, 13, 26297, 5, 1]
     assert ids[0, : len(expected)].tolist() == expected and mask.sum() == len(expected)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny pipelines of diffusers and ours with the same random weights, for all tests of the tasks."""
+"""Tiny pipelines of diffusers and ours with the same random weights, for all tests of the tasks.
+
+PyTorch takes ten seconds to import: only the fixtures that need it do.
+"""
 
 import warnings
 
 import jax
 import pytest
-from diffusers import DDPMScheduler
-from diffusers import Kandinsky3Img2ImgPipeline as TorchImg2Img
-from transformers import AutoTokenizer
 
 from k3jax.model.tokenizer import Tokenizer
 from k3jax.pipelines.image_to_image import Kandinsky3Img2ImgPipeline
@@ -15,7 +15,6 @@ from k3jax.pipelines.inpaint import Kandinsky3InpaintPipeline
 from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
 from k3jax.sharding import make_mesh
 
-import tiny
 from pictures import SCHEDULER
 from random_checkpoint import write_byte_tokenizer
 
@@ -30,6 +29,12 @@ def tokenizer_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def theirs(tokenizer_folder):
     """diffusers' image to image."""
+    from diffusers import DDPMScheduler
+    from diffusers import Kandinsky3Img2ImgPipeline as TorchImg2Img
+    from transformers import AutoTokenizer
+
+    import tiny
+
     pipe = TorchImg2Img(
         AutoTokenizer.from_pretrained(tokenizer_folder),
         tiny.torch_text_encoder(),
@@ -43,7 +48,9 @@ def theirs(tokenizer_folder):
 
 @pytest.fixture(scope="session")
 def base(theirs, tokenizer_folder):
-    """Our text to image with those weights."""
+    """Our text to image with those weights, on one device."""
+    import tiny
+
     unet = theirs.unet.state_dict()
     projection = {k: unet.pop(k) for k in list(unet) if k.startswith("encoder_hid_proj")}
     states = {

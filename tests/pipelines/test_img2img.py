@@ -6,7 +6,6 @@ import pytest
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from PIL import Image
 
-from k3jax.images.reading import read_image
 from k3jax.pipelines.image_to_image import Kandinsky3Img2ImgPipeline
 from k3jax.sampling.samplers import least_strength, steps_of_strength
 
@@ -15,6 +14,8 @@ from pictures import SCHEDULER, picture
 from reference import cases
 from reference.ours import last, pipeline
 
+
+pytestmark = pytest.mark.xdist_group("shallow")  # its files share compiled programs
 
 PROMPTS = ["a cat", "a much longer prompt about two dogs on a hill"]
 STEPS = 6
@@ -54,7 +55,7 @@ def run_theirs(pipe, monkeypatch, prompt, image, strength, noise, step_noise, sc
     [
         ("ddpm", DDPMScheduler, 0.5),
         ("ddpm", DDPMScheduler, 1.0),
-        ("dpm++2m", DPMSolverMultistepScheduler, 0.5),
+        pytest.param("dpm++2m", DPMSolverMultistepScheduler, 0.5, marks=pytest.mark.slow),
     ],
 )
 def test_images_are_those_of_diffusers(img2img, theirs, monkeypatch, sampler, scheduler, strength):
@@ -99,20 +100,8 @@ def test_the_least_strength_is_enough():
         assert steps_of_strength(least_strength(steps), steps) == 1
 
 
-def test_each_image_has_noise_of_its_own(img2img, theirs, monkeypatch):
+def test_each_image_has_noise_of_its_own(img2img):
     """diffusers draws one noise for one image, which its prompts then share."""
-    shapes = []
-
-    def draw(shape, *args, **kwargs):
-        shapes.append(tuple(shape))
-        return tiny.nchw(np.zeros((shape[0], *LATENTS), np.float32))
-
-    monkeypatch.setattr(
-        "diffusers.pipelines.kandinsky3.pipeline_kandinsky3_img2img.randn_tensor", draw
-    )
-    theirs.scheduler = DDPMScheduler(**SCHEDULER)
-    theirs(["a cat"] * 2, Image.fromarray(picture(0)), num_inference_steps=STEPS)
-    assert shapes == [(1, 4, 8, 8)]
     two = run(img2img, ["a cat"] * 2)
     assert np.abs(two[0] - two[1]).max() > 2 / 255
     assert np.array_equal(two[1:], run(img2img, seed=1))
@@ -133,7 +122,7 @@ def test_one_image_or_one_prompt_goes_with_all(img2img):
 
 def test_several_sizes_and_strengths_in_one_call(img2img):
     """Bucketed by size and steps; every result in its image's own size, and the same as alone."""
-    images = [picture(0), picture(1, 130, 70), picture(2, 30, 30), picture(3), picture(4, 130, 70)]
+    images = [picture(0), picture(1, 130, 70), picture(2, 70, 66), picture(3), picture(4, 130, 70)]
     strengths = [0.5, 0.5, 0.5, 1.0, 0.5]
     made = run(img2img, "a cat", images, strength=strengths, seed=7, num_images_per_prompt=2)
     assert [m.shape[:2] for m in made[::2]] == [image.shape[:2] for image in images]
@@ -173,59 +162,6 @@ def test_flash_refines_as_the_original():
     latents = pipe.encode_image(golden["image"])
     again = pipe(prompts, image_latents=latents, **arguments).images
     assert np.array_equal(again, got)
-
-
-def test_float_image_and_path_are_the_image(img2img, tmp_path):
-    image = picture(0)
-    Image.fromarray(image).save(tmp_path / "image.png")
-    for form in (image.astype(np.float32) / 255, str(tmp_path / "image.png")):
-        assert np.array_equal(read_image(form), image)
-
-
-@pytest.mark.parametrize(
-    "kwargs, message",
-    [
-        (dict(strength=0.1), r"strength 0.1 leaves none of 6 steps: give at least 0.1667"),
-        (dict(strength=1.5), "strength is 1.5; it must be between 0 and 1"),
-        (dict(strength=[0.5, 0.6]), r"2 strengths|strength has 2 entries"),
-        (dict(image=7), "image must be a path, a PIL image or an array, not int"),
-        (dict(image="none.png"), "image: there is no file none.png"),
-        (dict(image=[]), "image is an empty list"),
-        (dict(image=np.zeros((10, 10_000, 3), np.uint8)), "10000 x 10 pixels: too long and thin"),
-        (dict(max_area=100), "max_area is 100; it must be at least 16 x 16"),
-        (dict(image_latents=np.zeros((1, 8, 8, 4))), "give image, or image_latents in its place"),
-        (dict(latents=np.zeros((1, 4, 8, 8))), r"needs \(1, 8, 8, 4\)"),
-        (dict(step_noise=np.zeros((6, 1, 8, 8, 4))), r"needs \(3, 1, 8, 8, 4\)"),
-        (dict(callback=print, callback_steps=0), "callback_steps is 0"),
-        (dict(callback=print, callback_steps=1.5), "callback_steps is 1.5; .* a whole number"),
-        (dict(max_area=4096.5), "max_area is 4096.5; it must be a whole number"),
-        (dict(max_area=float("nan")), "max_area is nan; it must be a whole number"),
-        (dict(strength=float("nan")), "strength is nan"),
-        (dict(guidance_interval=(3, 6)), r"guidance_interval is \(3, 6\); .* of 6 steps"),
-    ],
-)
-def test_bad_arguments(img2img, kwargs, message):
-    if kwargs.get("strength") == [0.5, 0.6]:
-        kwargs["image"] = [picture(0)] * 3
-    with pytest.raises(ValueError, match=message):
-        run(img2img, **kwargs)
-
-
-def test_latents_of_a_bad_shape(img2img):
-    with pytest.raises(ValueError, match=r"image_latents has shape \(8, 8, 4\); it must be \(b,"):
-        img2img("a", image_latents=np.zeros((8, 8, 4)))
-    with pytest.raises(ValueError, match="width is 40"):
-        img2img("a", image_latents=np.zeros((1, 8, 5, 4)))
-
-
-def test_latents_that_are_not_finite(img2img):
-    latents = np.zeros((1, 8, 8, 4))
-    latents[0, 1, 2, 3] = np.inf
-    with pytest.raises(ValueError, match=r"image_latents holds 1 .* inf at \(0, 1, 2, 3\)"):
-        img2img("a", image_latents=latents)
-    for bad in (latents, np.full((1, 8, 8, 4), 1e39)):
-        with pytest.raises(ValueError, match=r"latents holds .* values that are not finite"):
-            img2img.decode(bad)
 
 
 def test_guidance_intervals_count_the_whole_schedule(img2img):

@@ -10,11 +10,10 @@ import torch
 from diffusers import DDPMScheduler
 from PIL import Image
 
-from k3jax.images.compositing import extend_canvas, generated_share
-from k3jax.images.reading import read_mask, resize_mask
-from k3jax.images.sizes import work_size
+from k3jax.images.compositing import extend_canvas, generated_share, work_size
+from k3jax.images.masks import read_mask, resize_mask
+from k3jax.pipelines.image_inputs import EmptyMaskWarning
 from k3jax.pipelines.inpaint import Kandinsky3InpaintPipeline
-from k3jax.pipelines.inpaint_images import EmptyMaskWarning
 from k3jax.pipelines.programs import encode_masked
 from k3jax.sharding import make_mesh
 
@@ -23,6 +22,8 @@ from pictures import SCHEDULER, picture
 from reference import cases
 from reference.ours import COMPONENTS, component, config, last, pipeline
 
+
+pytestmark = pytest.mark.xdist_group("stored")  # its files share compiled programs
 
 STEPS = 6
 
@@ -52,7 +53,9 @@ def nine():
 # --- the model's method -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ["inpainting_10", "inpainting_odd"])
+@pytest.mark.parametrize(
+    "case", ["inpainting_10", pytest.param("inpainting_odd", marks=pytest.mark.slow)]
+)
 def test_images_are_those_of_the_original(nine, case):
     """A hard mask; and an image of an odd size with a soft one. 2 images of each prompt."""
     golden = cases.load(f"original_pipeline_{case}")
@@ -235,6 +238,7 @@ def test_lists_of_several_sizes(nine):
     assert np.array_equal(both, run(nine, "3 4", [images[0]] * 2, masks[0]))
 
 
+@pytest.mark.slow
 def test_the_mesh_does_not_matter(nine):
     """Three images on two devices, one row of padding: bit for bit as one by one."""
     images, masks = [picture(k) for k in range(3)], [box(), ~box(), box()]
@@ -248,26 +252,18 @@ def test_the_mesh_does_not_matter(nine):
     assert wide.batch_size == 2
     got, alone = (run(p, "3 4", images, masks, seed=3, sampler="ddpm") for p in (wide, nine))
     assert np.array_equal(got, alone)
-    # On CPUs this sampler is rounded in another way when the batch is split.
-    got, alone = (run(p, "3 4", images, masks, seed=3) for p in (wide, nine))
-    assert np.abs(got - alone).max() <= 1 / 255
-
-
-def test_a_1_x_1_image(nine):
-    (made,) = run(nine, "3 4", picture(0)[:1, :1], np.ones((1, 1)), output_type="pil")
-    assert made.size == (1, 1)
 
 
 def test_outpainting(nine):
     image = picture(0)
-    canvas, mask = extend_canvas(image, left=10, right=54, bottom=64)
-    assert canvas.size == mask.size == (128, 128)
-    assert np.array_equal(np.asarray(canvas)[:64, 10:74], image)
-    assert np.asarray(mask).sum() == 255 * (128 * 128 - 64 * 64)
+    canvas, mask = extend_canvas(image, left=10, right=54)
+    assert canvas.size == mask.size == (128, 64)
+    assert np.array_equal(np.asarray(canvas)[:, 10:74], image)
+    assert np.asarray(mask).sum() == 255 * 64 * 64
     (made,) = run(nine, "3 4", canvas, mask, feather=4, output_type="pil")
     made = np.asarray(made)
-    assert made.shape == (128, 128, 3)
-    assert np.array_equal(made[:60, 14:70], image[:60, 4:60])
+    assert made.shape == (64, 128, 3)
+    assert np.array_equal(made[:, 14:70], image[:, 4:60])
     assert (made[:, 80:] != np.asarray(canvas)[:, 80:]).mean() > 0.9
 
 
@@ -275,38 +271,11 @@ def test_outpainting(nine):
     "sides, message",
     [
         ({}, "give the pixels to add on at least one of left, top, right, bottom"),
-        (dict(left=-1), "left is -1; it must be a whole number of pixels, 0 or more"),
+        (dict(left=-1), "left is -1; it must be 0 or more"),
         (dict(top=1.5), "top is 1.5; it must be a whole number"),
+        (dict(right=10**9), "is too large .* make left, top, right or bottom smaller"),
     ],
 )
 def test_bad_sides(sides, message):
     with pytest.raises(ValueError, match=message):
         extend_canvas(picture(0), **sides)
-
-
-@pytest.mark.parametrize(
-    "kwargs, message",
-    [
-        (dict(mask=np.ones((32, 64))), "mask_image is 64 x 32 pixels and its image 64 x 64"),
-        (dict(mask=[box(), box()[:, 1:]], image=[picture(0)] * 2), "mask_image 1 is 63 x 64 pix"),
-        (dict(mask=-np.ones((64, 64))), "mask_image has values from -1 to -1; a mask is 0"),
-        (dict(mask=np.full((64, 64), np.nan)), "mask_image has values that are not finite"),
-        (dict(mask=7), "mask_image must be a path, a PIL image or an array, not int"),
-        (dict(mask=[box()] * 2, image=[picture(0)] * 3), "3 images and 2 masks: give one for all"),
-        (dict(feather=-1), "feather is -1; it must be 0 or more"),
-        (dict(feather=float("inf")), "feather is inf; it must be a finite number"),
-        (dict(feather="8"), "feather is '8'; it must be a finite number"),
-        (dict(strength=0), "strength is 0, which repaints nothing"),
-        (dict(strength=0.1), "strength 0.1 leaves none of 6 steps"),
-    ],
-)
-def test_bad_arguments(nine, kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        run(nine, "3 4", **kwargs)
-
-
-def test_what_is_missing(nine):
-    with pytest.raises(ValueError, match="give mask_image"):
-        nine("3 4", picture(0))
-    with pytest.raises(ValueError, match="give image"):
-        nine("3 4")

@@ -5,43 +5,34 @@ import jax
 import pytest
 from PIL import Image
 
-from k3jax.checkpoints.format import read_checkpoint
-from k3jax.model.abstract import abstract_module
-from k3jax.pipelines import memory as room
-from k3jax.pipelines.calls import Call
+from k3jax.pipelines import memory
+from k3jax.pipelines.call_inputs import CallInputs
 from k3jax.pipelines.image_to_image import Kandinsky3Img2ImgPipeline
 from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
-from k3jax.sharding import make_mesh
+
+from stubs import CONFIG, pipeline
 
 
 class Began(Exception):
     """All checks are passed."""
 
 
-CONFIG = read_checkpoint("tiny").config
-OF_IMAGE = int(room.MAPS * 16 * 16 * CONFIG.unet.block_out_channels[0] * 2)  # 128x128, bfloat16
+OF_IMAGE = int(memory.MAPS * 16 * 16 * CONFIG.unet.block_out_channels[0] * 2)  # 128x128, bfloat16
 
 
 @pytest.fixture
 def free(monkeypatch):
     """Sets the bytes that each device says are free."""
-    monkeypatch.setattr(Call, "images", began)
-    return lambda size: monkeypatch.setattr(room, "free_memory", lambda device: size)
+    monkeypatch.setattr(CallInputs, "encode", began)
+    return lambda size: monkeypatch.setattr(memory, "free_memory", lambda device: size)
 
 
 def began(self, *arguments):
     raise Began
 
 
-def pipeline(kind=Kandinsky3Pipeline, mesh="data=1", devices=1, batch_size=4):
-    unet = abstract_module("unet", CONFIG, "bfloat16", "bfloat16")
-    components = dict.fromkeys(("text_encoder", "text_projection", "movq")) | {"unet": unet}
-    mesh = make_mesh(mesh, jax.devices()[:devices])
-    return kind(CONFIG, None, components, mesh, batch_size)
-
-
 def test_the_largest_batch_is_named(free):
-    pipe = pipeline()
+    pipe = pipeline(Kandinsky3Pipeline)
     free(8 * OF_IMAGE)
     with pytest.raises(Began):
         pipe("a cat")
@@ -59,41 +50,43 @@ def test_cpus_have_the_memory_of_the_machine(free, monkeypatch, tmp_path):
     """Swap included, and all of them the same."""
     free(None)
     file = tmp_path / "meminfo"
-    monkeypatch.setattr(room, "MEMINFO", file)
+    monkeypatch.setattr(memory, "MEMINFO", file)
 
-    def memory(total):
+    def meminfo(total):
         rows = ("MemTotal", total // 1024 - 5), ("MemFree", 1), ("SwapTotal", 5)
         text = "".join(f"{name}:  {size} kB\n" for name, size in rows)
         file.write_text(text + "HugePages_Total: 0\n")
 
-    memory(8 * OF_IMAGE)
+    meminfo(8 * OF_IMAGE)
     with pytest.raises(Began):
-        pipeline()("a cat")
-    memory(8 * OF_IMAGE - 1024)
-    with pytest.raises(ValueError, match=r"all that the machine has: the largest .* can fit is 3"):
-        pipeline()("a cat")
-    memory(16 * OF_IMAGE)
+        pipeline(Kandinsky3Pipeline)("a cat")
+    meminfo(8 * OF_IMAGE - 1024)
+    with pytest.raises(
+        ValueError, match=r"all the memory of the machine: the largest .* can fit is 3"
+    ):
+        pipeline(Kandinsky3Pipeline)("a cat")
+    meminfo(16 * OF_IMAGE)
     with pytest.raises(Began):
-        pipeline(mesh="data=2", devices=2, batch_size=8)("a cat")
-    memory(16 * OF_IMAGE - 1024)
-    with pytest.raises(ValueError, match=r"machine has for each of 2: the largest .* fit is 6"):
-        pipeline(mesh="data=2", devices=2, batch_size=8)("a cat")
-    memory(OF_IMAGE)
-    with pytest.raises(ValueError, match=r"one image fits: make smaller ones\.$"):
-        pipeline()("a cat")
+        pipeline(Kandinsky3Pipeline, mesh="data=2", devices=2, batch_size=8)("a cat")
+    meminfo(16 * OF_IMAGE - 1024)
+    with pytest.raises(ValueError, match=r"machine for each of 2: the largest .* fit is 6"):
+        pipeline(Kandinsky3Pipeline, mesh="data=2", devices=2, batch_size=8)("a cat")
+    meminfo(OF_IMAGE)
+    with pytest.raises(ValueError, match=r"one image fits: choose a smaller size\.$"):
+        pipeline(Kandinsky3Pipeline)("a cat")
     file.unlink()  # no Linux
     with pytest.raises(Began):
-        pipeline()("a cat")
+        pipeline(Kandinsky3Pipeline)("a cat")
 
 
 def test_this_machine():
-    assert room.machine_memory() > 2**28
+    assert memory.machine_memory() > 2**28
 
 
 def test_not_even_one(free):
     free(OF_IMAGE)
     with pytest.raises(ValueError, match="not even one image fits"):
-        pipeline()("a cat", height=128, width=256)
+        pipeline(Kandinsky3Pipeline)("a cat", height=128, width=256)
 
 
 @pytest.mark.parametrize("mesh", ["data=4", "data=2,fsdp=2", "data=2,tensor=2"])
@@ -101,9 +94,9 @@ def test_meshes(free, mesh):
     """Devices along `data` and `fsdp` have images of their own; along `tensor` they share them."""
     free(4 * OF_IMAGE)
     with pytest.raises(Began):
-        pipeline(mesh=mesh, devices=4, batch_size=8)("a cat")
+        pipeline(Kandinsky3Pipeline, mesh=mesh, devices=4, batch_size=8)("a cat")
     with pytest.raises(ValueError, match="batch_size that can fit is 8"):
-        pipeline(mesh=mesh, devices=4, batch_size=12)("a cat")
+        pipeline(Kandinsky3Pipeline, mesh=mesh, devices=4, batch_size=12)("a cat")
 
 
 def test_images_of_several_sizes(free):
@@ -122,7 +115,7 @@ def test_what_a_device_says():
         def __init__(self, stats):
             self.memory_stats = lambda: stats
 
-    assert room.free_memory(Device({"bytes_limit": 10, "bytes_in_use": 4})) == 6
-    assert room.free_memory(Device({"bytes_limit": 10})) == 10
-    assert room.free_memory(Device(None)) is None
-    assert room.free_memory(jax.devices()[0]) is None  # a CPU
+    assert memory.free_memory(Device({"bytes_limit": 10, "bytes_in_use": 4})) == 6
+    assert memory.free_memory(Device({"bytes_limit": 10})) == 10
+    assert memory.free_memory(Device(None)) is None
+    assert memory.free_memory(jax.devices()[0]) is None  # a CPU

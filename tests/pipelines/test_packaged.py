@@ -3,17 +3,19 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from diffusers import Kandinsky3Pipeline as TorchPipeline
 
 from k3jax import Kandinsky3Pipeline
+from k3jax.checkpoints.format import PACKAGED, WEIGHTS, read_checkpoint
 from k3jax.checkpoints.manifest import files_below
-from k3jax.checkpoints.packaged import PACKAGED, WEIGHTS
-from k3jax.checkpoints.restore import read_checkpoint, verify
+from k3jax.checkpoints.restore import verify
 from k3jax.cli.run_config import architecture_differences, build, collect
 from k3jax.convert.to_torch import export
-from k3jax.training.evaluate import judge, reconstruction, shares, unseen_captions
+from k3jax.sharding import make_mesh
+from k3jax.training.scene_evaluation import judge, reconstruction, shares, unseen_captions
 
 import tiny
 
@@ -23,7 +25,8 @@ MOST_BYTES = 25e6
 
 @pytest.fixture(scope="module")
 def pipe():
-    return Kandinsky3Pipeline.from_pretrained("tiny", mesh="data=8", dtype="float32", batch_size=16)
+    one = make_mesh("data=1", jax.devices()[:1])
+    return Kandinsky3Pipeline.from_pretrained("tiny", mesh=one, dtype="float32", batch_size=8)
 
 
 def test_the_files():
@@ -45,10 +48,10 @@ def test_a_folder_of_that_name_comes_first(tmp_path, monkeypatch):
 
 def test_it_draws_what_it_is_told(pipe):
     """As far as it is trained; `test_the_numbers_of_the_readme` looks at more."""
-    told = shares(list(judge(pipe, 24)))
+    told = shares(list(judge(pipe, 16)))
     assert told["color_on_shape"] >= 0.7, told
     assert told["background"] >= 0.95, told
-    untold = shares(list(judge(pipe, 24, without_text=True)))
+    untold = shares(list(judge(pipe, 8, without_text=True)))
     assert untold["color_on_shape"] <= 0.1, untold
 
 
@@ -73,7 +76,7 @@ def test_the_numbers_of_the_readme(pipe):
 
 def test_the_same_picture_in_diffusers(pipe, tmp_path, monkeypatch):
     steps, size = pipe.config.sampler.num_inference_steps, pipe.config.sample_size
-    prompts = [caption for _, caption in unseen_captions(3)]
+    prompts = [caption for _, caption in unseen_captions(1)]
     rng = np.random.default_rng(0)
     shape = (len(prompts), size // 8, size // 8, 4)
     latents = rng.standard_normal(shape, np.float32)

@@ -4,7 +4,8 @@
 import numpy as np
 import pytest
 
-from k3jax.checkpoints.restore import read_checkpoint, restore
+from k3jax.checkpoints.format import read_checkpoint
+from k3jax.checkpoints.restore import restore
 from k3jax.pipelines import preview
 from k3jax.pipelines.preview import fit_preview, flat_images, latents_to_rgb
 from k3jax.sampling.denoise import denoise_program
@@ -12,6 +13,8 @@ from k3jax.scenes.caption import captioned
 
 from pictures import picture
 
+
+pytestmark = pytest.mark.xdist_group("shallow")  # its files share compiled programs
 
 CALL = dict(height=64, width=64, sampler="ddpm", output_type="np", progress_bar=False)
 
@@ -105,17 +108,15 @@ def test_a_map_is_fitted_once_for_each_movq(img2img, tmp_path, monkeypatch):
     fitted = []
     fit = preview.fit_preview
     monkeypatch.setattr(preview, "fit_preview", lambda movq: fitted.append(1) or fit(movq))
-    monkeypatch.setattr(img2img, "digests", {"movq": "sha256:123abc"})
+    arguments = img2img.movq, "sha256:123abc"
     for expected in (1, 1, 1):
-        monkeypatch.setattr(img2img, "preview", None)
-        found = preview.preview_map(img2img)
+        found = preview.preview_map(*arguments)
         assert len(fitted) == expected and found.shape == (5, 3)
     (file,) = (tmp_path / "k3jax" / "previews").iterdir()
     assert file.name == "123abc.json"
     file.write_text("[1, 2")
-    monkeypatch.setattr(img2img, "preview", None)
-    assert np.array_equal(preview.preview_map(img2img), found) and len(fitted) == 2
-    assert preview.preview_map(img2img) is img2img.preview
+    assert np.array_equal(preview.preview_map(*arguments), found) and len(fitted) == 2
+    assert img2img.preview_map() is img2img.preview_map()
 
 
 @pytest.mark.parametrize("strength", [0.5, 1.0])

@@ -13,7 +13,8 @@ import pytest
 from flax import nnx
 
 from k3jax import Kandinsky3Pipeline
-from k3jax.checkpoints.restore import read_checkpoint, restore
+from k3jax.checkpoints.format import read_checkpoint
+from k3jax.checkpoints.restore import restore
 from k3jax.cli.main import main
 from k3jax.pipelines import streaming
 from k3jax.pipelines.programs import encode_text
@@ -81,7 +82,8 @@ def test_two_layers_at_once(monkeypatch):
 
 @pytest.fixture(scope="module")
 def pipes():
-    kwargs = dict(mesh="data=8", dtype="float32", batch_size=8)
+    one = make_mesh("data=1", jax.devices()[:1])
+    kwargs = dict(mesh=one, dtype="float32", batch_size=8)
     whole = Kandinsky3Pipeline.from_pretrained("tiny", **kwargs)
     return whole, Kandinsky3Pipeline.from_pretrained("tiny", stream_text_encoder=True, **kwargs)
 
@@ -92,9 +94,6 @@ def test_in_a_pipeline(pipes):
     mask = whole.attention_mask
     np.testing.assert_allclose(streamed.embeds[mask], whole.embeds[mask], rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(streamed.lengths, whole.lengths)
-    call = dict(seed=1, num_inference_steps=2, output_type="np", progress_bar=False)
-    images = [pipe(PROMPTS[0], **call).images for pipe in pipes]
-    np.testing.assert_allclose(*images, atol=1 / 255)
 
 
 def test_a_pipeline_made_of_another_streams_too(pipes):
@@ -104,11 +103,7 @@ def test_a_pipeline_made_of_another_streams_too(pipes):
     assert isinstance(made.text_encoder, StreamedTextEncoder)
 
 
-def test_int8_or_streamed():
-    with pytest.raises(ValueError, match=r"either in int8 or streamed.*--stream-text-encoder"):
-        Kandinsky3Pipeline.from_pretrained("tiny", int8_text_encoder=True, stream_text_encoder=True)
-
-
+@pytest.mark.slow
 def test_on_the_command_line(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS) + "\n")

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from k3jax.pipelines.load_options import LoadOptions
+from k3jax.pipelines.options import TextToImageOptions
 from k3jax.planning.chips import parse_slice
 from k3jax.planning.hlo import parse_hlo
-from k3jax.planning.question import Question
+from k3jax.planning.workload import PARTS, PlanOptions
 
 from made_programs import model_of
 
@@ -28,14 +30,19 @@ def schedules():
 
 
 @pytest.fixture
-def question():
-    """A question about the full-size model, or another config, with changes."""
+def plan_options():
+    """The options of a plan of the full-size model, or of another config, with changes."""
 
-    def make(topology="v5e:2x4", config="kandinsky3", sampler=None, **changes):
-        model = model_of(config)
-        values = {"batch": 4, "height": 1024, "width": 1024, **changes}
-        return Question(
-            where=parse_slice(topology), model=model, sampler=sampler or model.sampler, **values
+    def make(topology="v5e:2x4", config="kandinsky3", batch=4, parts=PARTS, price=None, **changes):
+        load = {name: changes.pop(name) for name in ("mesh", "encoder_mesh") if name in changes}
+        return PlanOptions(
+            where=parse_slice(topology),
+            model=model_of(config),
+            call=TextToImageOptions(**{"height": 1024, "width": 1024, **changes}),
+            load=LoadOptions(**load),
+            batch=batch,
+            parts=parts,
+            price=price,
         )
 
     return make

@@ -3,7 +3,7 @@
 
 Small programs, compiled by the real TPU compiler (libtpu 0.0.42.1, jax 0.10.2) for a v5e. Places in
 the source code are taken out of the texts; of the schedule of a kernel, everything but what
-`k3jax.planning.bundles` reads.
+`k3jax.planning.schedules` reads.
 """
 
 import os
@@ -94,8 +94,8 @@ def bundle(line: str) -> str:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        from k3jax.planning.bundles import DUMP_FLAGS
         from k3jax.planning.compiler import ENVIRONMENT
+        from k3jax.planning.schedules import DUMP_FLAGS
 
         os.environ |= {**ENVIRONMENT, "LIBTPU_INIT_ARGS": DUMP_FLAGS.format(folder=folder)}
         STORED.mkdir(exist_ok=True)

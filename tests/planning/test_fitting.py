@@ -10,7 +10,7 @@ from k3jax.planning.chips import CHIPS, parse_slice
 from k3jax.planning.compiler import OutOfMemory
 from k3jax.planning.fitting import DoesNotFit
 from k3jax.planning.plan import make_plan
-from k3jax.planning.programs import Work, input_bytes, weight_bytes
+from k3jax.planning.workload import Work, input_bytes, weight_bytes
 from k3jax.sharding import mesh_sizes
 
 from made_programs import compiled, model_of
@@ -29,10 +29,10 @@ class Compiler:
         return compiled(arguments=7e9 if name.startswith("denoise") else 1e9)
 
 
-def refusal(question, compiler):
+def refusal(plan_options, compiler):
     said = []
     with pytest.raises(DoesNotFit) as caught:
-        make_plan(question, compiler, said.append)
+        make_plan(plan_options, compiler, said.append)
     message = str(caught.value)
     assert message.endswith(".") and "\n" not in message
     return message, caught.value.largest, said
@@ -61,9 +61,9 @@ def test_bytes_on_a_chip():
     assert Work.from_json(work("data=8").to_json()) == work("data=8")
 
 
-def test_what_fits_is_compiled_once(question):
+def test_what_fits_is_compiled_once(plan_options):
     compiler, said = Compiler(), []
-    plan = make_plan(question(), compiler, said.append)
+    plan = make_plan(plan_options(), compiler, said.append)
     # 17.4 GB of encoder on chips of 16.9 GB: it is split over two, the others are not.
     assert compiler.asked == [("encode", 4), ("denoise", 4), ("decode", 4)]
     assert plan.programs[0].work.mesh == {"data": 4, "fsdp": 2, "tensor": 1}
@@ -72,58 +72,58 @@ def test_what_fits_is_compiled_once(question):
     assert plan.totals.images == 32 and plan.programs[1].runs == 50
     assert said[0] == "compiling the text encoder for v5e:2x4, batch 4"
     # The decoder runs with the U-Net's weights in memory.
-    assert plan.programs[2].beside > 6e9
+    assert plan.programs[2].other_weights > 6e9
 
 
-def test_weights_together(question):
-    plan = make_plan(question("v6e:2x4"), Compiler(), lambda text: None)
+def test_weights_together(plan_options):
+    plan = make_plan(plan_options("v6e:2x4"), Compiler(), lambda text: None)
     assert plan.together and not plan.encoder_split
-    small = make_plan(question("v5e:2x4", "tiny"), Compiler(), lambda text: None)
+    small = make_plan(plan_options("v5e:2x4", "tiny"), Compiler(), lambda text: None)
     assert small.together
 
 
-def test_the_compiler_refuses(question):
-    message, largest, said = refusal(question(batch=16), Compiler(denoise=5))
+def test_the_compiler_refuses(plan_options):
+    message, largest, said = refusal(plan_options(batch=16), Compiler(denoise=5))
     assert largest == 4 and "the largest batch that fits is 4 images a chip" in message
     assert "(tried: 8, 4)" in message and "Used 20G of 15.75G hbm" in message
     assert message.startswith("--batch 16 does not fit v5e:2x4: for the denoising step")
     assert any("trying 8" in line for line in said)
 
 
-def test_the_batch_named_fits_all_programs(question):
+def test_the_batch_named_fits_all_programs(plan_options):
     compiler = Compiler(denoise=5, decode=1)
-    _, largest, _ = refusal(question(batch=16), compiler)
+    _, largest, _ = refusal(plan_options(batch=16), compiler)
     assert largest == 1
-    assert refusal(question(batch=16), Compiler(denoise=0))[1] is None
-    message, largest, _ = refusal(question(batch=1), Compiler(denoise=0))
+    assert refusal(plan_options(batch=16), Compiler(denoise=0))[1] is None
+    message, largest, _ = refusal(plan_options(batch=1), Compiler(denoise=0))
     assert largest is None and "no smaller batch fits" in message
 
 
-def test_arithmetic_refuses_without_compiling(question):
+def test_arithmetic_refuses_without_compiling(plan_options):
     compiler = Compiler()
-    message, largest, _ = refusal(question("v5e:1x1"), compiler)
+    message, largest, _ = refusal(plan_options("v5e:1x1"), compiler)
     assert largest is None and compiler.asked == []
     assert "no batch fits v5e:1x1" in message and "17.4 GB of the 16.9 GB" in message
     assert "--programs denoise,decode" in message
     # Without the encoder it is another matter.
-    make_plan(question("v5e:1x1", parts=("denoise", "decode")), compiler, lambda text: None)
+    make_plan(plan_options("v5e:1x1", parts=("denoise", "decode")), compiler, lambda text: None)
 
     compiler = Compiler()
-    huge = question(batch=8192, parts=("denoise",))
+    huge = plan_options(batch=8192, parts=("denoise",))
     message, largest, _ = refusal(huge, compiler)
     assert "weights and inputs alone take" in message
     assert largest == compiler.asked[0][1] < 8192
 
 
-def test_other_weights_count(question):
+def test_other_weights_count(plan_options):
     def full(name, work):
         return compiled(arguments=7e9, temporaries=9.5e9 if work.batch > 1 else 9.2e9)
 
-    message, largest, _ = refusal(question(batch=2, parts=("denoise",)), full)
-    assert "with the weights that lie beside it" in message and largest == 1
+    message, largest, _ = refusal(plan_options(batch=2, parts=("denoise",)), full)
+    assert "with the other weights in memory" in message and largest == 1
 
 
-def test_settings_that_cannot_be(question):
+def test_settings_that_cannot_be(plan_options):
     for changes, words in (
         ({"batch": 0}, "--batch is 0"),
         ({"parts": ("encoder",)}, "choose of encode, denoise, decode"),
@@ -131,7 +131,7 @@ def test_settings_that_cannot_be(question):
         ({"encoder_mesh": "data=3"}, "choose sizes whose product is 8"),
     ):
         with pytest.raises(ValueError, match=words):
-            make_plan(question(**changes), Compiler(), lambda text: None)
+            make_plan(plan_options(**changes), Compiler(), lambda text: None)
 
 
 def test_slices():

@@ -5,21 +5,20 @@ import json
 
 import pytest
 
-from k3jax.planning.compiler import Compiled
+from k3jax.planning.compiler import Compiled, size_text
 from k3jax.planning.plan import make_plan
 from k3jax.planning.report import to_json, to_lines
-from k3jax.planning.units import size_text
 
 from made_programs import compiled
 
 
-def plan_of(question, **programs):
+def plan_of(plan_options, **programs):
     made = {"arguments": 1e9, **programs}
-    return make_plan(question, lambda name, work: compiled(**made), lambda text: None)
+    return make_plan(plan_options, lambda name, work: compiled(**made), lambda text: None)
 
 
-def test_json(question):
-    plan = plan_of(question(guidance_interval=(0, 19), price=1.2))
+def test_json(plan_options):
+    plan = plan_of(plan_options(guidance_interval=(0, 19), price=1.2))
     values = json.loads(json.dumps(to_json(plan)))
     assert values["topology"] == "v5e:2x4" and values["chips"] == 8
     assert values["batch_per_chip"] == 4 and values["totals"]["images"] == 32
@@ -38,9 +37,9 @@ def test_json(question):
     assert any("+-15 %" in note for note in values["notes"])
 
 
-def test_text(question):
+def test_text(plan_options):
     collectives = (("all-gather", 3, 2e6), ("all-reduce", 21, 7e8))
-    plan = plan_of(question(mesh="data=2,tensor=4"), collectives=collectives)
+    plan = plan_of(plan_options(mesh="data=2,tensor=4"), collectives=collectives)
     text = "\n".join(to_lines(plan))
     for words in (
         "v5e:2x4: 8 chips of 16.9 GB, 4 images per chip, 8 at a time",
@@ -60,16 +59,16 @@ def test_text(question):
     assert "per 1,000 images" not in text  # no price was given
 
 
-def test_which_figure_is_said(question):
-    text = "\n".join(to_lines(plan_of(question("v6e:2x4"), figure="floor")))
+def test_which_figure_is_said(plan_options):
+    text = "\n".join(to_lines(plan_of(plan_options("v6e:2x4"), figure="floor")))
     assert "ms by the floor" in text and "dumped no schedule" in text and "+-15 %" not in text
     assert "v6e has no valid calibration" in text
 
 
-def test_parts_left_out_are_named(question):
-    text = "\n".join(to_lines(plan_of(question(parts=("denoise",)))))
+def test_parts_left_out_are_named(plan_options):
+    text = "\n".join(to_lines(plan_of(plan_options(parts=("denoise",)))))
     assert "Left out of all totals: text encoder, decoder." in text
-    split = "\n".join(to_lines(plan_of(question())))
+    split = "\n".join(to_lines(plan_of(plan_options())))
     assert "on a mesh of its own" in split and "data=4,fsdp=2" in split
 
 

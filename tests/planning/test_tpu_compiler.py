@@ -16,7 +16,7 @@ from k3jax.planning.chips import CHIPS, parse_slice
 from k3jax.planning.compiler import OutOfMemory, compile_in_child
 from k3jax.planning.fitting import DoesNotFit
 from k3jax.planning.plan import make_plan
-from k3jax.planning.programs import Work, weight_bytes
+from k3jax.planning.workload import Work, weight_bytes
 from k3jax.sharding import mesh_sizes
 
 from made_programs import model_of
@@ -91,12 +91,12 @@ def test_usable_memory_is_what_the_compiler_says():
         assert f"{chip.usable / 2**30:.2f}G" in str(caught.value)
 
 
-def test_a_batch_that_only_the_compiler_refuses(question):
+def test_a_batch_that_only_the_compiler_refuses(plan_options):
     where = parse_slice("v5e:1x1")
     said = []
     with pytest.raises(DoesNotFit) as caught:
         make_plan(
-            question("v5e:1x1", "tiny", batch=2**16, height=64, width=64, parts=("encode",)),
+            plan_options("v5e:1x1", "tiny", batch=2**16, height=64, width=64, parts=("encode",)),
             lambda program, work: compile_in_child(program, work, where),
             said.append,
         )

@@ -42,7 +42,7 @@ class Ids(Tokenizer):
     def __init__(self):
         pass
 
-    def __call__(self, prompts):
+    def __call__(self, prompts, names=None):
         ids = np.zeros((len(prompts), MAX_TOKENS), np.int32)
         for row, prompt in zip(ids, prompts, strict=True):
             tokens = cases.IdTokenizer()(prompt)["input_ids"]

@@ -13,8 +13,15 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from k3jax.config import SamplerConfig, SamplerName
 from k3jax.sampling import schedule
-from k3jax.sampling.denoise import denoise, draw_noise, initial_carry, loop_rows, sample_keys
-from k3jax.sampling.samplers import last_steps, make_sampler
+from k3jax.sampling.denoise import (
+    denoise,
+    draw_noise,
+    initial_state,
+    loop_rows,
+    sample_keys,
+    window,
+)
+from k3jax.sampling.samplers import SAMPLERS, last_steps, make_sampler
 
 import tiny
 
@@ -39,7 +46,7 @@ def run(sampler, latents, noise=None, key_data=None):
         return epsilon(x, timestep, jnp.cos)
 
     rows = {k: jnp.asarray(v) for k, v in loop_rows(sampler).items()}
-    carry = initial_carry(sampler, jnp.asarray(latents))
+    carry = initial_state(jnp.asarray(latents))
     step_noise = None if noise is None or not sampler.stochastic else jnp.asarray(noise)
     return np.asarray(
         jax.jit(
@@ -152,6 +159,34 @@ def test_kandinsky_with_eta_1_is_ddpm_with_a_dynamic_threshold(monkeypatch):
 
     assert difference(49) < 5e-5
     assert difference(50) > 1e-3
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_windows_are_the_whole_loop(name):
+    """Seven steps in windows with inactive rows, which remember what multistep samplers need."""
+    sampler = make_sampler(SamplerConfig(name, 7))
+    latents, noise = arrays(sampler.num_steps)
+    rows, state = loop_rows(sampler), initial_state(jnp.asarray(latents))
+    noise = noise if sampler.stochastic else None
+
+    evaluated = []
+
+    def predict(x, timestep, guide):
+        jax.debug.callback(evaluated.append, timestep)
+        return epsilon(x, timestep, jnp.cos)
+
+    @jax.jit
+    def run_window(state, rows, step_noise):
+        settings = dict(key_data=None, step_noise=step_noise, renoise=sampler.renoise)
+        return denoise(predict, sampler.step, rows, state, **settings)
+
+    for first in range(0, sampler.num_steps, 3):
+        count = min(3, sampler.num_steps - first)
+        state = run_window(state, *window(rows, noise, first, count))
+    jax.effects_barrier()  # inactive rows evaluate nothing
+    assert run_window._cache_size() == 1
+    assert sorted(evaluated, reverse=True) == rows["timestep"].tolist()
+    np.testing.assert_allclose(state.latents, run(sampler, latents, noise), rtol=1e-5, atol=1e-6)
 
 
 def test_timestep_lists():

@@ -18,7 +18,7 @@ from k3jax.config import (
     TextProjectionConfig,
     UNetConfig,
 )
-from k3jax.synthesis.layout import DATA, METADATA
+from k3jax.synthesis.run_manifest import DATA, METADATA
 
 from random_checkpoint import write_random_checkpoint
 

@@ -17,10 +17,10 @@ from k3jax import Kandinsky3Pipeline
 from k3jax.sampling.samplers import make_sampler
 from k3jax.sharding import make_mesh
 from k3jax.synthesis import engine, run
-from k3jax.synthesis.planning import plan_shard, texts_of
-from k3jax.synthesis.run import Running
+from k3jax.synthesis.batches import batch_shard, texts_of
+from k3jax.synthesis.run import RunOptions
 from k3jax.synthesis.samples import Sample
-from k3jax.synthesis.storage import store_at
+from k3jax.synthesis.store import store_at
 
 import data_sets
 import stub_pipeline
@@ -91,7 +91,7 @@ def test_the_devices_hardly_wait(tmp_path, checkpoint, capsys):
             Sample(k, str(k), k, f"prompt {k}", None, k, 128, 128, 3.0)
             for k in range(shard * count, (shard + 1) * count)
         ]
-        return plan_shard(shard, samples, 4, make_sampler(pipe.config.sampler))
+        return batch_shard(shard, samples, 4, make_sampler(pipe.config.sampler))
 
     def alone(plans):
         start = time.monotonic()
@@ -110,7 +110,7 @@ def test_the_devices_hardly_wait(tmp_path, checkpoint, capsys):
     for number in range(3):
         before = alone([plan(shard, count) for shard in range(5)])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("k3jax.synthesis.loading.loader", lambda *_: lambda parts: pipe)
+            patch.setattr("k3jax.synthesis.weights.loader", lambda *_: lambda parts: pipe)
             patch.setattr("jax.local_devices", lambda: list(mesh.devices.flat))
             walls = []
             real = engine.Engine.run
@@ -197,8 +197,8 @@ def photographs(count):
 
 
 def test_an_index_of_many_prompts_is_small(tmp_path):
-    """A file is read once, at the rate that is printed, and its index has a few bytes a row."""
-    from k3jax.synthesis.prompt_source import PromptSource, index_to_json
+    """A file is read once, at the rate that is printed; its index is smaller than the file."""
+    from k3jax.synthesis.prompt_index import INDEX, PromptSource
     from k3jax.synthesis.samples import RowRules
 
     path = tmp_path / "p.jsonl"
@@ -209,10 +209,11 @@ def test_an_index_of_many_prompts_is_small(tmp_path):
     start = time.monotonic()
     index = source.scan()
     seconds = time.monotonic() - start
-    size = len(index_to_json(index))
+    index.save(store_at(str(tmp_path)))
+    size = (tmp_path / INDEX).stat().st_size
     print(f"\n{PROMPTS / seconds:.0f} rows/s, index of {size} bytes")
-    assert index.rows == PROMPTS and size < 1000 + PROMPTS
+    assert index.rows == PROMPTS and size < 10_000 + 25 * PROMPTS
     start = time.monotonic()
-    (row,) = source.rows(index, PROMPTS - 1, PROMPTS)
-    assert row[3].id == f"sample-{PROMPTS - 1}" and time.monotonic() - start < 1
-    assert store_at(str(tmp_path)).exists("p.jsonl") and isinstance(Running(), run.Running)
+    (row,) = index.read(PROMPTS - 1, PROMPTS)
+    assert row.id == f"sample-{PROMPTS - 1}" and time.monotonic() - start < 1
+    assert store_at(str(tmp_path)).exists("p.jsonl") and isinstance(RunOptions(), run.RunOptions)

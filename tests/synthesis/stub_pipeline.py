@@ -39,6 +39,14 @@ class StubPipeline:
     def on(cls, devices, **options):
         return cls(devices.batch_size, devices.mesh, devices.encoder_mesh, **options)
 
+    @property
+    def tokenizer(self):
+        """A token for each word."""
+        return self
+
+    def whole(self, prompts):
+        return [([0] * (len(prompt.split()) + 1), None) for prompt in prompts]
+
     def encode_prompt(self, prompts):
         self.encoded.append(list(prompts))
         embeds = np.zeros((len(prompts), TOKENS, WIDTH), np.float32)
@@ -75,7 +83,7 @@ def _digest(data) -> bytes:
 
 def install(setattr, **options) -> list[StubPipeline]:
     """Puts stubs in the place of pipelines; the list gets each that is made."""
-    from k3jax.synthesis import loading, remake
+    from k3jax.synthesis import regeneration, weights
 
     made = []
 
@@ -86,8 +94,8 @@ def install(setattr, **options) -> list[StubPipeline]:
 
         return load
 
-    setattr(loading, "loader", loader)
-    setattr(remake, "loader", loader)
+    setattr(weights, "loader", loader)
+    setattr(regeneration, "loader", loader)
     return made
 
 

@@ -11,7 +11,7 @@ import yaml
 
 from k3jax.synthesis.card import data_card
 from k3jax.synthesis.run_manifest import read_manifest
-from k3jax.synthesis.storage import store_at
+from k3jax.synthesis.store import store_at
 
 from data_sets import write_jsonl
 
@@ -136,6 +136,11 @@ def test_other_runs(make):
     )
     assert top(text)["task_categories"] == ["image-to-image"]
     assert "Tasks: image to image, inpainting." in text
-    for words in ("lossless", "steps 0 to 24 only", "encoder's in int8", "LoRA `0123` at 0.5"):
+    for words in (
+        "lossless",
+        "guidance_interval [0, 24]",
+        "encoder's in int8",
+        "LoRA `0123` at 0.5",
+    ):
         assert words in text
     assert len(re.findall("with sha256", text)) == 8 and "and 2 files more" in text

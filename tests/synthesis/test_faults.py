@@ -9,8 +9,8 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 
-from k3jax.synthesis.encoding import ImageFormat
-from k3jax.synthesis.local_store import LocalStore
+from k3jax.synthesis.image_formats import ImageFormat
+from k3jax.synthesis.store import LocalStore
 
 import data_sets
 import stub_pipeline
@@ -74,13 +74,14 @@ def test_disk_full(words, tmp_path, made, refuses, stubs, monkeypatch, kind, roo
         patch.setattr(builtins, "open", limited)
         message = refuses(*words)
     assert "cannot be written: No space left on device" in message
-    assert "What is finished stays" in message
+    assert "Finished shards are kept" in message
     left = contents(tmp_path / "out")
     assert set(left) < set(whole) and all(whole[name] == left[name] for name in left)
     made(*words)
     assert contents(tmp_path / "out") == whole
 
 
+@pytest.mark.slow
 def test_a_limit_of_the_system(words, tmp_path, checkpoint):
     """Without any stand-in: the kernel refuses files of more than 16 kB."""
     words = [*words, "--checkpoint", checkpoint, "--image-format", "png"]
@@ -156,6 +157,7 @@ def test_numbers_that_are_not_finite(tmp_path, made, stubs):
         assert bad[row]["sha256"] == good[row]["sha256"]
 
 
+@pytest.mark.usefixtures("one_device")
 def test_weights_that_are_not_finite(tmp_path, made, monkeypatch):
     """With the small model: latents of one sample overflow, those beside it do not change."""
     import numpy as np
@@ -163,7 +165,7 @@ def test_weights_that_are_not_finite(tmp_path, made, monkeypatch):
     from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
 
     (tmp_path / "p.txt").write_text("one\ntwo\nthree\n")
-    words = ["--size", "64x64", "--dtype", "float32", "--batch-size", "8", "--image-format", "png"]
+    words = ["--size", "64x64", "--dtype", "float32", "--batch-size", "4", "--image-format", "png"]
     made("synthesize", tmp_path / "p.txt", tmp_path / "good", *words)
     real = Kandinsky3Pipeline.encode_prompt
 
@@ -188,7 +190,7 @@ def test_bad_lines_are_failed_samples(tmp_path, made, refuses, stubs):
     words = ["synthesize", path, tmp_path / "out", "--size", "64x64", "--images-per-prompt", "2"]
     refuses(*words)
     _, err = made(*words, "--skip-bad", "--samples-per-shard", "3")
-    assert "4 images made" in err[-1] and "4 samples failed" in err[-1]
+    assert "4 images " in err[-1] and "4 samples failed" in err[-1]
     rows = pq.read_table(tmp_path / "out" / "metadata").to_pylist()
     assert [row["status"] for row in rows] == ["ok", "ok", *["failed"] * 4, "ok", "ok"]
     assert rows[2]["id"] == "bad:000000002-0" and rows[2]["line"] == 2
@@ -203,7 +205,7 @@ def test_duplicates_are_failed_samples(tmp_path, made, stubs):
     made("synthesize", path, tmp_path / "out", "--size", "64x64", "--skip-bad")
     rows = pq.read_table(tmp_path / "out" / "metadata").to_pylist()
     assert [row["status"] for row in rows] == ["ok", "ok", "failed"]
-    assert rows[2]["reason"] == "p.jsonl, line 3: has the id of p.jsonl, line 1"
+    assert rows[2]["reason"] == "p.jsonl, line 3: has the id 'a' of p.jsonl, line 1"
     made("verify", tmp_path / "out")
 
 

@@ -13,7 +13,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from k3jax.synthesis.encoding import ImageFormat, encode_image
+from k3jax.synthesis.image_formats import ImageFormat, encode_image
 
 from data_sets import contents, write_jsonl
 
@@ -55,6 +55,7 @@ def test_sidecar(data_set):
     assert good["prompt"] == "рыжий кот" and good["negative_prompt"] == "dull"
     assert good["steps"] == 2 and good["sampler"] == "kandinsky" and good["guidance_scale"] == 3
     assert (good["width"], good["height"], good["tokens"], good["line"]) == (64, 64, 3, 2)
+    assert good["prompt_cut"] is False and bad["prompt_cut"] is False
     assert good["status"] == "ok" and good["reason"] is None and 0 < good["seed"] < 2**63
     assert bad["status"] == "failed" and bad["sha256"] is None
     assert bad["reason"] == "1 of the image's 12288 values are not finite"
@@ -152,8 +153,8 @@ def test_encodings(kind, quality, lossless):
         (["--image-format", "png", "--quality", "3"], "PNG has no quality"),
         (["--quality", "0"], "quality is 0; it must be between 1 and 100"),
         (["--image-format", "webp", "--quality", "3", "--lossless"], "exclude each other"),
-        (["--samples-per-shard", "0"], "--samples-per-shard is 0; it must be more than 0"),
-        (["--images-per-prompt", "-1"], "--images-per-prompt is -1; it must be more than 0"),
+        (["--samples-per-shard", "0"], "samples_per_shard is 0; it must be 1 or more"),
+        (["--images-per-prompt", "-1"], "num_images_per_prompt is -1"),
         (["--size", "1024"], "size '1024' is not WIDTHxHEIGHT"),
         (["--size", "100x100"], "height is 100; it must be a positive multiple of 8"),
         (["--buckets", "64x64,60x60"], "height is 60; it must be a positive multiple of 8"),
@@ -164,7 +165,7 @@ def test_encodings(kind, quality, lossless):
         (["--column", "prompt"], "--column 'prompt' is not NAME=THEIRS"),
         (["--max-sizes", "1"], "the prompts have 2 sizes, each of them a program to compile"),
         (["--lora-scale", "2"], "--lora-scale is the strength of a LoRA"),
-        (["--jobs", "2"], "--jobs is 2: say which of them this is with --job"),
+        (["--jobs", "2"], "--jobs is 2: give the number of this one with --job"),
         (["--checkpoint", "none"], "There is no checkpoint at"),
         (["--config", "flash"], "the config's checkpoint weights/flash does not exist"),
     ],

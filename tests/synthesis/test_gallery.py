@@ -187,6 +187,18 @@ def test_refusals(tmp_path, made, refuses, stubs):
     assert "is not a data set of k3jax" in refuses("gallery", tmp_path)
 
 
+def test_another_folder(tmp_path, made, stubs):
+    """The page is there, the data set is as before, and no address leads to its files."""
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "a"}])
+    out, page = tmp_path / "out", tmp_path / "pages" / "gallery.html"
+    made("synthesize", prompts, out, "--size", "64x64", "--format", "files")
+    (page.parent / "gallery").mkdir(parents=True)
+    assert made("gallery", out, "--output", page.parent)[0] == [str(page)]
+    assert not (out / "gallery.html").exists() and (page.parent / "gallery").is_dir()
+    text = page.read_text()
+    assert "data:image/webp" in text and ".jpg" not in text
+
+
 def test_a_damaged_image_is_named(tmp_path, made, refuses, stubs):
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "a"}])
     words = ["--size", "64x64", "--format", "files", "--image-format", "png"]

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompt files of every kind become the same samples, and every bad line is named."""
 
+import csv
+import gzip
 import io
 import json
 import sys
@@ -8,10 +10,12 @@ import sys
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from k3jax.synthesis import prompt_files
-from k3jax.synthesis.prompt_source import PromptSource, index_from_json, index_to_json
-from k3jax.synthesis.samples import RowRules
+from k3jax.synthesis import prompt_files, prompt_index
+from k3jax.synthesis.prompt_index import PromptSource
+from k3jax.synthesis.samples import COLUMNS, RowRules
 
 from data_sets import write_jsonl
 
@@ -27,41 +31,50 @@ ROWS = [
 def write(folder, kind):
     """ROWS as a file of that kind."""
     path = folder / f"prompts.{kind}"
-    if kind == "jsonl":
-        return write_jsonl(path, ROWS)
+    format = kind.removesuffix(".gz").removeprefix("semicolon.")
     columns = dict.fromkeys(["note", *(column for row in ROWS for column in row)])
-    table = pa.Table.from_pylist([{**columns, **row} for row in ROWS])
-    if kind == "parquet":
-        pq.write_table(table, path, row_group_size=2)
+    rows = [{**columns, **row} for row in ROWS]
+    if format == "jsonl":
+        write_jsonl(path, ROWS)
+    elif format == "json":
+        path.write_text("\ufeff" + json.dumps(rows, indent=1))
+    elif format == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
     else:
-        import csv
-
+        delimiter = "\t" if format == "tsv" else ";" if kind.startswith("semicolon") else ","
         with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, table.column_names)
+            writer = csv.DictWriter(file, list(columns), delimiter=delimiter)
             writer.writeheader()
-            writer.writerows(table.to_pylist())
+            writer.writerows(rows)
+    if kind.endswith(".gz"):
+        path.write_bytes(gzip.compress(path.read_bytes()))
     return path
 
 
 def rows_of(paths, rules=RULES, **options):
     source = PromptSource([str(path) for path in paths], rules, **options)
     index = source.scan()
-    assert index_from_json(index_to_json(index)) == index
-    return [row for *_, row in source.rows(index, 0, index.rows)], index
+    return list(index.read(0, index.rows)), index
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+LINES = {"jsonl": 2, "jsonl.gz": 2, "parquet": 2, "json": 12}
+"""Format -> line of the second row, where that is not 3."""
+
+
+@pytest.mark.parametrize(
+    "kind", ["jsonl", "csv", "parquet", "tsv", "json", "semicolon.csv", "csv.gz", "jsonl.gz"]
+)
 def test_columns(tmp_path, kind):
     rows, index = rows_of([write(tmp_path, kind)])
-    assert [row.id for row in rows] == ["a/b.c", rows[1].id, "3"]
-    assert rows[1].id in ("000000002", "000000003")  # the line; of a CSV behind its header
+    assert [row.id for row in rows] == ["a/b.c", f"{LINES.get(kind, 3):09d}", "3"]
     assert [row.prompt for row in rows] == [row["prompt"] for row in ROWS]
     assert [row.negative_prompt for row in rows] == [None, "dull, grey", "line\nbreak"]
     assert [row.seed for row in rows] == [7, None, None]
     assert [(row.width, row.height) for row in rows] == [(64, 128), (1024, 512), (1024, 512)]
     assert [row.guidance_scale for row in rows] == [3.0, 0.0, 3.0]
-    assert index.faults == 0 and index.sizes == {(64, 128): 1, (1024, 512): 2}
-    assert index.unused == (() if kind == "jsonl" else ("note",))
+    summary = index.summary
+    assert summary.faults == 0 and summary.sizes == [[64, 128, 1], [1024, 512, 2]]
+    assert summary.unused == ([] if kind.startswith("jsonl") else ["note"])
 
 
 def test_text(tmp_path):
@@ -89,8 +102,7 @@ def test_several_files(tmp_path):
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "parquet"])
 def test_any_row_is_read_where_it_stands(tmp_path, monkeypatch, kind):
     """Rows from the middle on are those of a whole reading, also across files, without it."""
-    monkeypatch.setattr(prompt_files, "MARK_EVERY", 4)
-    monkeypatch.setattr("k3jax.synthesis.prompt_source.MARK_EVERY", 4)
+    monkeypatch.setattr(prompt_index, "GROUP", 4)
     paths = []
     for number in range(2):
         prompts = [f"{number} {k}" + " x" * (k % 7) for k in range(23)]
@@ -106,17 +118,17 @@ def test_any_row_is_read_where_it_stands(tmp_path, monkeypatch, kind):
             pq.write_table(pa.table({"prompt": prompts}), paths[-1], row_group_size=6)
     source = PromptSource([str(p) for p in paths], RULES)
     index = source.scan()
-    everything = list(source.rows(index, 0, 46))
-    assert [number for number, *_ in everything] == list(range(46))
+    everything = list(index.read(0, 46))
+    assert [row.index for row in everything] == list(range(46))
     for start in range(46):
         for stop in (start, start + 1, min(46, start + 9), 46):
-            assert list(source.rows(index, start, stop)) == everything[start:stop]
+            assert list(index.read(start, stop)) == everything[start:stop]
 
 
 def test_other_names(tmp_path):
     path = write_jsonl(tmp_path / "p.jsonl", [{"caption": "a", "image": "x.png", "url": "u"}])
     (row,), index = rows_of([path], columns={"prompt": "caption", "id": "url", "image": ""})
-    assert (row.id, row.prompt) == ("u", "a") and index.unused == ("image",)
+    assert (row.id, row.prompt) == ("u", "a") and index.summary.unused == ["image"]
     with pytest.raises(ValueError, match=r"--column promt: known are id, prompt"):
         rows_of([path], columns={"promt": "caption"})
 
@@ -146,7 +158,7 @@ def test_other_names(tmp_path):
         ('{"prompt": "a", "id": "bad:1"}', "has an id that starts with 'bad:'"),
         ('{"prompt": "a", "id": "one"}', "has the id 'one' of p.jsonl, line 1"),
         ('{"prompt": "a", "id": 1.5}', "has the id 1.5; it must be a string"),
-        (b'{"prompt": "\xe4"}', "byte 13 is not UTF-8; save the file as UTF-8"),
+        (b'{"prompt": "\xe4"}', "byte 13 is not UTF-8 (Latin-1 or Windows-1252?)"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, refuses, stubs, line, reason):
@@ -165,10 +177,10 @@ def test_a_bad_line_is_named(tmp_path, refuses, stubs, line, reason):
     [
         ("prompt,seed\na,1,2\n", "line 2: has 3 cells under 2 columns"),
         ('prompt,seed\n"a,1\n', "line 2: not CSV (unexpected end of data)"),
-        ("text\na\n", "has no column 'prompt' (it has: text): name that of the prompts with --col"),
-        ("", "is empty: a CSV file begins with its columns"),
+        ("text\na\n", "has no column 'prompt' (it has: text): name the column of the prompts"),
+        ("", "p.csv is empty"),
         ("prompt\n", "p.csv holds no prompts"),
-        ("prompt,negative_promt\na,b\n", "if 'negative_prompt' is meant, say --column neg"),
+        ("prompt,negative_promt\na,b\n", "if 'negative_prompt' is meant, use --column neg"),
         ("prompt,mask\na,b\n", "line 2: has a mask but no image"),
     ],
 )
@@ -188,7 +200,7 @@ def test_a_line_without_end(tmp_path, monkeypatch):
     monkeypatch.setattr(prompt_files, "MAX_LINE", 1000)
     (tmp_path / "p.txt").write_text("a\n" + "b" * 5000 + "\nc\n")
     rows, index = rows_of([tmp_path / "p.txt"])
-    assert index.rows == 3 and index.faults == 1 and "is longer than" in rows[1]
+    assert index.rows == 3 and index.summary.faults == 1 and "is longer than" in rows[1].fault
     assert rows[2].prompt == "c" and rows[2].id == "000000003"
 
 
@@ -196,16 +208,109 @@ def test_a_line_without_end(tmp_path, monkeypatch):
     "name, reason",
     [
         ("none.txt", "none.txt does not exist"),
-        ("p.docx", "p.docx has none of the endings .txt, .jsonl, .csv, .parquet"),
+        ("p.docx", "p.docx has none of the endings .txt, .jsonl, .json, .csv, .tsv, .p"),
         ("bad.parquet", "bad.parquet cannot be read as Parquet"),
         ("", " cannot be read: Is a directory"),
+        ("utf16.csv", "utf16.csv is UTF-16 text: convert it with `iconv -f UTF-16 -t UTF-8`"),
+        ("utf16le.txt", "utf16le.txt is no UTF-8 text but UTF-16 without a mark"),
+        ("latin1.csv", "latin1.csv, line 2: byte 4 is not UTF-8 (Latin-1 or Windows-1252?)"),
+        ("latin1.txt", "latin1.txt, line 1: byte 4 is not UTF-8 (Latin-1 or Windows-1252?)"),
+        ("latin1.json", "latin1.json, line 2: byte 16 is not UTF-8"),
+        ("table.csv", "table.csv is a Parquet file: give it the ending .parquet"),
+        ("excel.csv", "excel.csv is a zip archive or an Excel file"),
+        ("pointer.jsonl", "pointer.jsonl is a git-lfs pointer"),
+        ("half.txt.gz", "half.txt.gz cannot be read: Compressed file ended"),
+        ("bad.json", "bad.json, line 3: not a JSON array (Expecting ',')"),
+        ("open.json", "open.json, line 2: not a JSON array (Expecting ',')"),
+        ("two.csv", "two.csv has two columns of the same name (prompt, prompt)"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path, refuses, name, reason):
     (tmp_path / "p.docx").write_text("a")
     (tmp_path / "bad.parquet").write_text("a")
+    for file, content in BAD_FILES.items():
+        (tmp_path / file).write_bytes(content)
     options = [] if name else ["--prompts-format", "txt"]
-    assert reason in refuses("synthesize", tmp_path / name, tmp_path / "out", *options)
+    message = refuses("synthesize", tmp_path / name, tmp_path / "out", *options)
+    assert reason in message and message.isprintable()
+
+
+TEXT_ROWS = st.lists(st.text(max_size=20), max_size=4)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=3,
+)
+OBJECTS = st.lists(st.dictionaries(st.sampled_from(COLUMNS), VALUES, max_size=4), max_size=4)
+
+
+def table(rows, delimiter):
+    file = io.StringIO()
+    csv.writer(file, delimiter=delimiter, escapechar="\\").writerows(rows)
+    return file.getvalue().encode(errors="surrogatepass")
+
+
+def parquet(columns):
+    file = io.BytesIO()
+    pq.write_table(pa.table({"prompt": ["a", "b", "c"]} | columns), file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", prompt_files.FORMATS)
+@settings(
+    max_examples=60,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_any_file_gives_prompts_or_one_sentence(tmp_path, kind, data):
+    """Any bytes, any text, any values of the columns: rows that are whole, or the file named."""
+    texts = st.text(max_size=60).map(lambda text: text.encode(errors="surrogatepass"))
+    choices = [st.binary(max_size=60), texts, texts.map(gzip.compress)]
+    if kind in ("csv", "tsv"):
+        rows = st.lists(TEXT_ROWS, max_size=4).map(lambda rows: [["prompt", "seed"], *rows])
+        choices.append(rows.map(lambda rows: table(rows, "\t" if kind == "tsv" else ",")))
+    elif kind == "json":
+        choices.append(OBJECTS.map(lambda rows: json.dumps(rows).encode()))
+    elif kind == "jsonl":
+        choices.append(OBJECTS.map(lambda rows: "\n".join(map(json.dumps, rows)).encode()))
+    elif kind == "parquet":
+        cells = [st.integers(-(2**63), 2**63 - 1), st.floats(), st.text(max_size=9), st.binary()]
+        columns = st.one_of([st.lists(cell, min_size=3, max_size=3) for cell in cells])
+        choices.append(st.dictionaries(st.sampled_from(COLUMNS), columns).map(parquet))
+    path = tmp_path / f"any.{kind}"
+    path.write_bytes(data.draw(st.one_of(choices)))
+    try:
+        rows, index = rows_of([path])
+    except ValueError as error:
+        message = str(error)
+        assert "any." in message or "--column" in message, message
+        assert message.isprintable() and len(message) < 700
+        return
+    assert index.summary.faults == sum(row.fault is not None for row in rows)
+    for row in rows:
+        if row.fault is None:
+            assert row.prompt and row.width > 0 and row.guidance_scale >= 0
+        else:
+            assert row.fault.startswith(f"any.{kind}, line {row.line}: ")
+            assert row.fault.isprintable() and len(row.fault) < 700
+
+
+BAD_FILES = {
+    "utf16.csv": "prompt\na cat\n".encode("utf-16"),
+    "utf16le.txt": "a cat\na dog\n".encode("utf-16-le"),
+    "latin1.csv": "prompt\ncaf\xe9\n".encode("latin-1"),
+    "latin1.txt": "caf\xe9\n".encode("latin-1"),
+    "latin1.json": '[{"prompt": "a"},\n{"prompt": "caf\xe9"}]'.encode("latin-1"),
+    "table.csv": b"PAR1 and so on",
+    "excel.csv": b"PK\x03\x04 and so on",
+    "pointer.jsonl": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+    "half.txt.gz": gzip.compress(b"a cat\n" * 99)[:-12],
+    "bad.json": b'[{"prompt": "a"}\n,\n{"prompt": "b"} {"prompt": "c"}]',
+    "open.json": b'[{"prompt": "a"},\n{"prompt": "b"}',
+    "two.csv": b"prompt,prompt\na,b\n",
+}
 
 
 def test_standard_input(tmp_path, made, refuses, monkeypatch, stubs):
@@ -224,7 +329,7 @@ def test_standard_input(tmp_path, made, refuses, monkeypatch, stubs):
     made("verify", tmp_path / "out", "--repair")  # from the copy
     pipe("one\nthree\n")
     message = refuses("synthesize", "-", tmp_path / "out", "--size", "64x64")
-    assert "standard input is not what" in message
+    assert "standard input differs from" in message
     share = ["--job", "0", "--jobs", "2"]
     assert "by one process" in refuses("synthesize", "-", tmp_path / "new", *share)
 

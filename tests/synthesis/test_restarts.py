@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every sample exactly once: restarts, other shares, changed manifests, two at the same work."""
 
+import errno
 import fcntl
 import json
 import signal
 import subprocess
 import sys
+import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow.parquet as pq
 import pytest
+
+from k3jax.cli.main import main
+from k3jax.synthesis.regeneration import devices_as_recorded
 
 import data_sets
 from data_sets import contents, write_jsonl
@@ -131,9 +137,9 @@ def test_another_data_set_is_refused(
         prompts.write_text(prompts.read_text().replace("number 3", "number x"))
     elif change == "jax":
         real = data_sets_versions()
-        monkeypatch.setattr("k3jax.synthesis.request.versions", lambda: {**real, "jax": "0.0.1"})
+        monkeypatch.setattr("k3jax.synthesis.data_set.versions", lambda: {**real, "jax": "0.0.1"})
     elif change == "weights":
-        monkeypatch.setattr("k3jax.synthesis.loading.Weights.identity", {"fingerprint": "f" * 64})
+        monkeypatch.setattr("k3jax.synthesis.weights.Weights.identity", {"fingerprint": "f" * 64})
     message = refuses(*words, *(change if isinstance(change, list) else []))
     assert "holds another data set" in message and names in message
     assert contents(tmp_path / "out") == before
@@ -150,6 +156,26 @@ def test_prompts_elsewhere_are_the_same(words, prompts, made, stubs):
     made(words[0], moved, *words[2:])
     moved.rename(prompts)
     assert made(*words)[0] == []
+
+
+def test_a_data_set_from_before_a_column(words, tmp_path, made, stubs):
+    """It is completed without the column; a new one has it, in sidecars and shards."""
+    out = tmp_path / "out"
+    made(*words)
+    assert "prompt_cut" in pq.read_schema(out / "metadata" / "000001.parquet").names
+    path = out / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert manifest.pop("added_columns") == ["prompt_cut"]
+    path.write_text(json.dumps(manifest))
+    (out / "metadata" / "000001.parquet").unlink()
+    assert made(*words)[0] == ["data/000001.tar: 5 images"]
+    assert "prompt_cut" not in pq.read_schema(out / "metadata" / "000001.parquet").names
+    for number, expected in ((0, True), (1, False)):
+        with tarfile.open(out / "data" / f"00000{number}.tar") as archive:
+            record = json.load(archive.extractfile(archive.getnames()[1]))
+        assert ("prompt_cut" in record) == expected
+    made("verify", out)
+    made("regenerate", out, "n5", "-o", tmp_path / "again")
 
 
 def test_a_manifest_changed_by_hand(words, tmp_path, made, refuses, stubs):
@@ -183,7 +209,63 @@ def test_the_clock_means_nothing(words, whole, tmp_path, made, stubs, monkeypatc
     assert contents(out) == whole
 
 
-def test_two_jobs_with_one_index(words, whole, tmp_path, made, checkpoint):
+@pytest.fixture
+def lock(tmp_path):
+    """Locks a byte of the data set's lock file from another process, until the function it returns
+    is called."""
+
+    def take(byte):
+        script = (
+            "import fcntl, sys; f = open(sys.argv[1], 'r+'); print(fcntl.lockf(f, fcntl.LOCK_EX,"
+        )
+        script += " 1, int(sys.argv[2])), flush=True); sys.stdin.read()"
+        other = subprocess.Popen(
+            [sys.executable, "-c", script, tmp_path / "out" / ".lock", str(byte)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert other.stdout.readline() == "None\n"
+        return lambda: other.communicate("")
+
+    return take
+
+
+def test_a_share_that_another_process_has(words, tmp_path, made, refuses, stubs, lock):
+    """It is refused before any weights are loaded, and shares of another number are not."""
+    made(*words, "--job", "1", "--jobs", "2")
+    stubs.clear()
+    release = lock((1 << 40) + 2 * (1 << 20) + 0)
+    assert "share 0 of 2" in refuses(*words, "--job", "0", "--jobs", "2")
+    assert not stubs
+    made(*words)
+    release()
+
+
+def test_a_shard_that_another_process_makes(words, tmp_path, made, refuses, stubs, lock):
+    """It is locked, whatever the other process calls its share."""
+    made(*words, "--job", "1", "--jobs", "2")
+    release = lock(0)
+    assert "shard 0 of" in refuses(*words)
+    release()
+    made(*words)
+
+
+def test_without_locks_both_write_the_same(words, whole, tmp_path, checkpoint, stubs, monkeypatch):
+    """On a file system without locks: two runs at once, from the first shard to the last."""
+
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    command = [str(word) for word in [*words, "--checkpoint", checkpoint]]
+    with ThreadPoolExecutor(2) as pool:
+        assert [f.result() for f in [pool.submit(main, command) for _ in range(2)]] == [0, 0]
+    assert contents(tmp_path / "out") == whole
+
+
+@pytest.mark.slow
+def test_two_processes_with_one_share(words, whole, tmp_path, checkpoint):
     """The second refuses, before it has loaded anything; the first is not disturbed."""
     script = [sys.executable, stub_script(), "0.15", *map(str, words), "--checkpoint", checkpoint]
     first = subprocess.Popen(script, env=data_sets.environment(), stdout=subprocess.PIPE, text=True)
@@ -194,31 +276,14 @@ def test_two_jobs_with_one_index(words, whole, tmp_path, made, checkpoint):
     )
     first.send_signal(signal.SIGCONT)
     assert second.returncode == 2 and second.stdout == ""
-    assert "another process is at work on share 0 of 1" in second.stderr
+    assert "share 0 of 1" in second.stderr
     first.communicate(timeout=100)
     assert first.returncode == 0
     assert contents(tmp_path / "out") == whole
 
 
-def test_two_jobs_with_overlapping_shares(words, tmp_path, made, refuses, stubs):
-    """The shard that another process is making is locked, whatever its share is called."""
-    made(*words, "--job", "1", "--jobs", "2")
-    script = "import fcntl, sys; f = open(sys.argv[1], 'r+'); fcntl.lockf(f, fcntl.LOCK_EX, 1, 0)"
-    script += "; print('locked', flush=True); sys.stdin.read()"
-    other = subprocess.Popen(
-        [sys.executable, "-c", script, tmp_path / "out" / ".lock"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert other.stdout.readline() == "locked\n"
-    assert "shard 0 of" in refuses(*words)
-    other.communicate("")
-    made(*words)
-
-
-def test_without_locks_both_write_the_same(words, whole, tmp_path, checkpoint, monkeypatch):
-    """On a file system without locks: two at once, from the first shard to the last."""
+@pytest.mark.slow
+def test_two_processes_without_locks(words, whole, tmp_path, checkpoint):
     patch = "import fcntl, errno\ndef no(*a): raise OSError(errno.ENOLCK, 'no locks')\n"
     patch += "fcntl.lockf = no\nimport runpy, sys\nsys.argv = sys.argv[1:]\n"
     patch += "runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -243,3 +308,18 @@ def test_leavings_of_killed_processes_are_removed(words, whole, tmp_path, made, 
         fcntl.lockf(lock, fcntl.LOCK_EX, 1, 20)  # of a shard that is not there
     made(*words)
     assert contents(tmp_path / "out") == whole
+
+
+def test_meshes_as_they_were_recorded():
+    """Also that of the text encoder, unless another is asked for."""
+    made_on = {"images_per_device": 2, "mesh": {"fsdp": 2, "tensor": 1}}
+    devices = devices_as_recorded(made_on, None, None)
+    assert dict(devices.mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert devices.encoder_mesh == devices.mesh and devices.batch_size == 16
+    made_on["encoder_mesh"] = {"fsdp": 1, "tensor": 8}
+    devices = devices_as_recorded(made_on, None, 8)
+    assert devices.encoder_mesh.shape["tensor"] == 8 and devices.batch_size == 8
+    devices = devices_as_recorded(made_on, "data=2,fsdp=4", None)
+    assert devices.encoder_mesh == devices.mesh and devices.mesh.shape["fsdp"] == 4
+    with pytest.raises(ValueError, match="splits a batch over 8 devices"):
+        devices_as_recorded(made_on, None, 12)

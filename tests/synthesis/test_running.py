@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the work goes: what overlaps, what is compiled, what is said, and how it stops."""
 
+import gc
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,8 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from k3jax.model.context import PromptEmbeds
 from k3jax.synthesis import phases
-from k3jax.synthesis.embeddings import Embeddings
-from k3jax.synthesis.stopping import Stop
+from k3jax.synthesis.engine import StopRequest
+from k3jax.synthesis.phases import Embeddings
 
 import data_sets
 import stub_pipeline
@@ -27,6 +29,15 @@ def prompts(tmp_path):
     """40 rows of 20 prompts."""
     rows = [{"id": f"n{k}", "prompt": f"number {k // 2}"} for k in range(40)]
     return write_jsonl(tmp_path / "prompts.jsonl", rows)
+
+
+@pytest.fixture
+def few_objects():
+    """Between two phases Python collects garbage, which takes long with all that tests import."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
@@ -68,7 +79,7 @@ def test_encoding_is_ahead_of_the_devices(words, made, stubs, monkeypatch):
 
 def test_images_are_written_while_others_are_made(words, made, monkeypatch):
     """The run takes as long as the devices: encoders and writer work beside them."""
-    from k3jax.synthesis.encoding import ImageFormat
+    from k3jax.synthesis.image_formats import ImageFormat
 
     stub_pipeline.install(monkeypatch.setattr, seconds=(0.2,))
     real = ImageFormat.encode
@@ -85,7 +96,7 @@ def test_images_are_written_while_others_are_made(words, made, monkeypatch):
     assert seconds < 1.7, seconds
 
 
-def test_alternating_phases(words, made, stubs, tmp_path):
+def test_alternating_phases(words, made, stubs, tmp_path, few_objects):
     """The encoder and the rest are never in memory together; the bytes are the same."""
     made(*words[:2], tmp_path / "together", *words[3:])
     stubs.clear()
@@ -95,11 +106,10 @@ def test_alternating_phases(words, made, stubs, tmp_path):
     assert contents(tmp_path / "out") == contents(tmp_path / "together")
 
 
-def test_nothing_holds_the_weights_between_phases(words, made, monkeypatch):
-    import gc
+def test_nothing_holds_the_weights_between_phases(words, made, monkeypatch, few_objects):
     import weakref
 
-    from k3jax.synthesis import loading
+    from k3jax.synthesis import weights
 
     alive = []
 
@@ -113,16 +123,18 @@ def test_nothing_holds_the_weights_between_phases(words, made, monkeypatch):
 
         return load
 
-    monkeypatch.setattr(loading, "loader", loader)
+    monkeypatch.setattr(weights, "loader", loader)
     made(*words, "--phases", "alternate", "--shards-per-phase", "2")
     assert len(alive) == 6
 
 
 @pytest.mark.parametrize("limit, together", [(None, True), (1 << 40, True), (1 << 20, False)])
-def test_phases_are_chosen_by_the_memory(words, made, stubs, monkeypatch, limit, together):
-    from k3jax.synthesis import loading
+def test_phases_are_chosen_by_the_memory(
+    words, made, stubs, monkeypatch, few_objects, limit, together
+):
+    from k3jax.synthesis import weights
 
-    real = loading.weights_fit_together
+    real = weights.weights_fit_together
 
     def fits(checkpoint, settings, used):
         class Device:
@@ -133,9 +145,9 @@ def test_phases_are_chosen_by_the_memory(words, made, stubs, monkeypatch, limit,
             devices = np.array([Device()], object)
             shape = used.mesh.shape
 
-        return real(checkpoint, settings, loading.Devices(Mesh, Mesh, used.batch_size))
+        return real(checkpoint, settings, weights.Devices(Mesh, Mesh, used.batch_size))
 
-    monkeypatch.setattr(loading, "weights_fit_together", fits)
+    monkeypatch.setattr(weights, "weights_fit_together", fits)
     made(*words)
     assert (stubs[0].parts == phases.ALL) == together
 
@@ -147,13 +159,14 @@ def test_embeddings_are_kept_small_and_exact():
     mask = np.arange(128)[None] < np.array([[5], [128], [1]])
     lengths = np.array([6, 128, 2], np.int32)
     kept = Embeddings()
-    kept.add(["a", "b", "c"], PromptEmbeds(embeds, mask, lengths))
+    kept.add(["a", "b", "c"], PromptEmbeds(embeds, mask, lengths), [5, 129, 1])
     found = kept.of(["c", "a", "b", "a"])
     order = [2, 0, 1, 0]
     np.testing.assert_array_equal(found.embeds, np.where(mask[..., None], embeds, 0)[order])
     np.testing.assert_array_equal(found.attention_mask, mask[order])
     np.testing.assert_array_equal(found.lengths, lengths[order])
     assert [kept.tokens(text) for text in "abc"] == [5, 128, 1]
+    assert [kept.is_cut(text) for text in "abc"] == [False, True, False]
     assert [kept._rows[text].nbytes for text in "abc"] == [5 * 64 * 4, 128 * 64 * 2, 64 * 4]
 
 
@@ -202,7 +215,7 @@ def test_the_progress_bar(words, capsys):
 
 
 def test_a_stop_knows_its_time():
-    stop = Stop(10)
+    stop = StopRequest(10)
     assert stop.leaves_time_for(1e9)
     stop.request("SIGTERM")
     assert stop.leaves_time_for(5) and not stop.leaves_time_for(9.5)
@@ -224,6 +237,46 @@ def start(words, checkpoint, seconds, *more):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal(words, tmp_path, run, made, stubs, monkeypatch, name):
+    """In this process: the shard that is being made is finished, and no other is begun."""
+    call = stub_pipeline.StubPipeline.__call__
+
+    def interrupted(self, *args, **rest):
+        if len(self.calls) == 1:  # in the second shard
+            os.kill(os.getpid(), getattr(signal, name))
+            time.sleep(0.2)
+        return call(self, *args, **rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stub_pipeline.StubPipeline, "__call__", interrupted)
+        code, out, err = run(*words, "--grace", "60")
+    assert code == (143 if name == "SIGTERM" else 130), err
+    assert out == ["data/000000.tar: 8 images", "data/000001.tar: 8 images"]
+    assert "stopped: 16 images " in err[-1] and len(contents(tmp_path / "out")) == 4
+    assert len(made(*words)[0]) == 3
+    made("verify", tmp_path / "out")
+
+
+def test_a_signal_without_time(words, tmp_path, run, stubs, monkeypatch):
+    """In this process: the shard is abandoned between two batches; nothing of it stays."""
+    monkeypatch.setattr("k3jax.synthesis.engine.FINISH_SECONDS", 1000)
+    call = stub_pipeline.StubPipeline.__call__
+
+    def interrupted(self, *args, **rest):
+        if len(self.calls) == 2:  # the first batch of the second shard
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)
+        return call(self, *args, **rest)
+
+    monkeypatch.setattr(stub_pipeline.StubPipeline, "__call__", interrupted)
+    words = [*words[:-1], "16", "--batch-size", "8", "--guidance-scale", "1", "--grace", "60"]
+    code, out, _ = run(*words)
+    assert code == 143 and out == ["data/000000.tar: 16 images"]
+    assert len(contents(tmp_path / "out")) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_with_time_to_finish(words, tmp_path, made, checkpoint, stubs, name):
     """The shard that is being made is finished, and no other is begun."""
     process = start(words, checkpoint, "0.1", "--grace", "60")
@@ -231,12 +284,13 @@ def test_a_signal_with_time_to_finish(words, tmp_path, made, checkpoint, stubs, 
     out, err = process.communicate(timeout=60)
     assert process.returncode == (143 if name == "SIGTERM" else 130), err
     assert out == "data/000001.tar: 8 images\n"
-    assert "stopping within 60 s" in err and "stopped: 16 images made" in err
+    assert "stopping within 60 s" in err and "stopped: 16 images " in err
     assert len(contents(tmp_path / "out")) == 4
     made("synthesize", *words[1:])
     made("verify", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_signal_without_time_to_finish(words, tmp_path, checkpoint):
     """The shard is abandoned between two batches; nothing of it stays."""
     process = start(words, checkpoint, "0.4", "--grace", "2")
@@ -247,6 +301,7 @@ def test_a_signal_without_time_to_finish(words, tmp_path, checkpoint):
     assert sorted(contents(tmp_path / "out")) == ["data/000000.tar", "metadata/000000.parquet"]
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_middle_of_a_long_batch(words, tmp_path, checkpoint):
     """Devices cannot be interrupted: the process leaves them, in time, and cleans up."""
     process = start(words, checkpoint, "0.1,30", "--grace", "2")

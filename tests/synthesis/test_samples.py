@@ -8,7 +8,7 @@ import pytest
 
 from k3jax.config import SamplerConfig
 from k3jax.sampling.samplers import make_sampler
-from k3jax.synthesis.planning import plan_shard, texts_of
+from k3jax.synthesis.batches import batch_shard, texts_of
 from k3jax.synthesis.samples import MAX_SEED, RowRules, Sample, derived_seed, key_of, nearest_size
 
 
@@ -51,14 +51,14 @@ def test_seeds():
 
 def test_images_of_a_prompt():
     rules = RowRules(3, 4, 64, 64, 1.0, "dull", 64)
-    samples = rules.samples(rules.row({"prompt": "a", "seed": 7}, "line"), 5, 9)
+    samples = list(rules.expand(rules.sample({"prompt": "a", "seed": 7}, "line", 5, 9)))
     assert [s.id for s in samples] == ["line-0", "line-1", "line-2", "line-3"]
     assert [s.index for s in samples] == [20, 21, 22, 23]
     assert [s.seed for s in samples] == [7, 8, 9, 10]  # as `num_images_per_prompt` counts
     assert {s.negative_prompt for s in samples} == {"dull"}
-    samples = rules.samples(rules.row({"prompt": "a"}, "line"), 5, 9)
+    samples = list(rules.expand(rules.sample({"prompt": "a"}, "line", 5, 9)))
     assert [s.seed for s in samples] == [derived_seed(3, f"line-{k}") for k in range(4)]
-    bad = rules.bad_samples("not JSON", "line", 5, 9)
+    bad = list(rules.expand(Sample(5, "line", 9, fault="not JSON")))
     assert [s.index for s in bad] == [20, 21, 22, 23] and bad[0].fault == "not JSON"
 
 
@@ -89,12 +89,12 @@ def test_a_plan_has_few_shapes():
     samples = [sample(k) for k in range(5)]
     samples += [sample(5, width=128), sample(6, guidance_scale=0.0, negative_prompt="n")]
     samples += [sample(7, negative_prompt="n"), sample(8, fault="bad"), sample(9)]
-    plan = plan_shard(3, samples, 4, GUIDED)
+    plan = batch_shard(3, samples, 4, GUIDED)
     made = [[s.index for s in batch.samples] for batch in plan.batches]
     assert made == [[0, 1, 2, 3], [4, 9], [5], [6], [7]]
-    assert len({batch.bucket for batch in plan.batches}) == 4
+    assert len({batch.kind for batch in plan.batches}) == 4
     assert texts_of(plan) == ["p0", "p1", "p2", "n"]
-    assert len({b.bucket for b in plan_shard(3, samples, 4, FLASH).batches}) == 2
-    one = [[s.index for s in b.samples] for b in plan_shard(3, samples, 1, GUIDED).batches]
+    assert len({b.kind for b in batch_shard(3, samples, 4, FLASH).batches}) == 2
+    one = [[s.index for s in b.samples] for b in batch_shard(3, samples, 1, GUIDED).batches]
     # The order in the shard does not depend on the batch.
     assert list(itertools.chain(*one)) == list(itertools.chain(*made))

@@ -81,13 +81,17 @@ def test_shares(environment, flags, expected):
 @pytest.mark.parametrize(
     "environment, flags, reason",
     [
-        ({"JOB_COMPLETION_INDEX": "3"}, {}, "JOB_COMPLETION_INDEX says that this is job 3, but no"),
+        (
+            {"JOB_COMPLETION_INDEX": "3"},
+            {},
+            "INDEX is 3, without the number of jobs",
+        ),
         ({"JOB_COMPLETION_INDEX": "3"}, {"jobs": 3}, "below the number of jobs, 3"),
         ({"JOB_COMPLETION_INDEX": "x"}, {"jobs": 3}, "is 'x', which is not a number"),
-        ({}, {"jobs": 3}, "--jobs is 3: say which of them this is with --job"),
-        ({}, {"job": 3}, "not of how many: give --jobs"),
+        ({}, {"jobs": 3}, "--jobs is 3: give the number of this one with --job"),
+        ({}, {"job": 3}, "without the number of jobs: give --jobs"),
         ({}, {"job": -1, "jobs": 3}, "must be at least 0"),
-        ({"JAX_PROCESS_ID": "3"}, {}, "not of how many: give --hosts"),
+        ({"JAX_PROCESS_ID": "3"}, {}, "without the number of hosts: give --hosts"),
         # One task of an array is submitted again, whose numbers may have begun at 0 or at 1.
         (array(3, count=1, first=3, last=3), {"jobs": 4}, "which of 4 jobs this is: .* --job and"),
         (
@@ -99,8 +103,12 @@ def test_shares(environment, flags, expected):
         (array(4, count=4, first=0, last=4), {}, r"uneven distances.*--array=0-3, or give --job"),
         ({"SLURM_ARRAY_TASK_ID": "3"}, {}, "an unknown number of tasks"),
         ({"SLURM_ARRAY_TASK_ID": "3"}, {"jobs": 4}, "an unknown number of tasks"),
-        ({**STEP, "SLURM_PROCID": "0"}, {}, "not of how many: give --hosts"),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, {"hosts": 4}, "say which of them .* --host"),
+        ({**STEP, "SLURM_PROCID": "0"}, {}, "without the number of hosts: give --hosts"),
+        (
+            {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"},
+            {"hosts": 4},
+            "number of this one .* --host",
+        ),
     ],
 )
 def test_refusals(environment, flags, reason):

@@ -42,9 +42,9 @@ def test_all_is_well(data_set, made):
     assert values["good"] and values["images"] == 11 and values["remake"] == []
 
 
-def flip(path):
+def flip(path, part=2):
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[len(content) // part] ^= 1
     path.write_bytes(content)
 
 
@@ -61,7 +61,8 @@ DAMAGE = {
     "truncated": (lambda out: halve(shard_file(out, 1)), "has other bytes than when"),
     "missing data": (lambda out: shard_file(out, 1).unlink(), "data/000001"),
     "missing sidecar": (lambda out: sidecar_of(out, 1).unlink(), "missing: shards 1"),
-    "flipped sidecar": (lambda out: flip(sidecar_of(out, 1)), "000001.parquet is damaged"),
+    # In the rows; the end of the file describes them.
+    "flipped sidecar": (lambda out: flip(sidecar_of(out, 1), 8), "000001.parquet is damaged"),
     "truncated sidecar": (lambda out: halve(sidecar_of(out, 1)), "000001.parquet is damaged"),
     "swapped sidecar": (
         lambda out: sidecar_of(out, 1).write_bytes(sidecar_of(out, 2).read_bytes()),
@@ -102,7 +103,7 @@ def resigned(out, shard, edit):
         (lambda rows: rows[0].update(sha256="0" * 64), "n3 have other bytes than their sha256"),
         (lambda rows: rows[0].update(width=128), "n3 cannot be read as images of their size"),
         (lambda rows: rows[1].update(key="other"), "n4 are missing"),
-        (lambda rows: rows[1].update(status="failed"), "n4 are there twice or not known"),
+        (lambda rows: rows[1].update(status="failed"), "n4 are doubled or unknown"),
         (lambda rows: rows[1].update(id="n0"), "twice: n0 in shards 0-1"),
     ],
 )
@@ -132,7 +133,7 @@ def test_an_image_twice_in_a_tar(tmp_path, made, run, stubs):
         member.size = 3
         archive.addfile(member, io.BytesIO(b"abc"))
     code, lines, _ = run("verify", tmp_path / "out")
-    assert code == 1 and "000000001 are there twice or not known" in "\n".join(lines)
+    assert code == 1 and "000000001 are doubled or unknown" in "\n".join(lines)
 
 
 def test_repair_without_the_prompts(tmp_path, made, refuses, stubs):
@@ -150,7 +151,7 @@ def test_repair_without_the_prompts(tmp_path, made, refuses, stubs):
     assert "p.txt does not exist" in refuses("verify", out, "--repair")
     moved.write_text("a\nx\nc\n")
     message = refuses("verify", out, "--repair", "--prompts", moved)
-    assert "the prompts are not those of the data set any more" in message
+    assert "the prompts are no longer those of the data set" in message
     moved.write_text("a\nb\nc\n")
     made("verify", out, "--repair", "--prompts", moved)
     assert contents(out) == before
@@ -158,7 +159,7 @@ def test_repair_without_the_prompts(tmp_path, made, refuses, stubs):
 
 def test_failed_samples_can_be_tried_again(tmp_path, made, stubs, monkeypatch):
     """An accident is mended; a bad line stays what it is."""
-    from k3jax.synthesis.encoding import ImageFormat
+    from k3jax.synthesis.image_formats import ImageFormat
 
     prompts = tmp_path / "p.jsonl"
     prompts.write_text('{"prompt": "a"}\n{\n{"prompt": "b"}\n')
@@ -187,6 +188,6 @@ def test_repair_with_other_weights_or_versions(tmp_path, made, refuses, stubs, m
     made("synthesize", tmp_path / "p.txt", out, "--size", "64x64")
     (out / "data" / "000000.tar").unlink()
     message = refuses("verify", out, "--repair", "--checkpoint", tmp_path / "none")
-    assert "Say where the weights are with --checkpoint DIR" in message
-    monkeypatch.setattr("k3jax.synthesis.remake.versions", lambda: {"jax": "0.0.1"})
+    assert "with --checkpoint DIR" in message
+    monkeypatch.setattr("k3jax.synthesis.regeneration.versions", lambda: {"jax": "0.0.1"})
     assert "made with other versions" in refuses("verify", out, "--repair")

@@ -1,30 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small checkpoint to train from, and runs on drawn scenes that last seconds."""
 
-import dataclasses
-
 import jax
+import jax.numpy as jnp
 import pytest
 
 from k3jax.sharding import make_mesh
-from k3jax.training.config import (
+from k3jax.training.tasks.denoising import Denoising
+from k3jax.training.train_config import (
     CheckpointConfig,
     DataConfig,
     LossConfig,
     OptimizerConfig,
     TrainConfig,
 )
-from k3jax.training.run import TrainingRun
+from k3jax.training.training_run import TrainingRun
 
-import tiny
 from random_checkpoint import write_random_checkpoint
-
-
-# One level: attention to itself and to the text, down and up, in a fraction of the compile time.
-UNET = dataclasses.replace(
-    tiny.UNET, block_out_channels=(32,), add_cross_attention=(True,), add_self_attention=(True,)
-)
-MODEL = dataclasses.replace(tiny.CONFIG, unet=UNET, sample_size=64)
+from training_models import MODEL
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +41,9 @@ def run(base, cache, tmp_path, monkeypatch):
     What meshes do is in test_step.py; a program for 8 devices takes three times as long to compile.
     """
     one = jax.devices()[:1]
-    monkeypatch.setattr("k3jax.training.run.make_mesh", lambda spec: make_mesh("data=1", one))
+    monkeypatch.setattr(
+        "k3jax.training.training_run.make_mesh", lambda spec: make_mesh("data=1", one)
+    )
 
     def make(cached=True, data=None, optimizer=None, loss=None, **train):
         data = {
@@ -81,3 +76,18 @@ def run(base, cache, tmp_path, monkeypatch):
         return TrainingRun(config, checkpoint=str(base))
 
     return make
+
+
+@pytest.fixture
+def stub_loss(monkeypatch):
+    """A loss of the U-Net's tasks that compiles in a second; everything around it is real.
+
+    It depends on the weights, the batch and the key, as a loss does.
+    """
+
+    def loss(task, weights, frozen, batch, key):
+        noise = jax.random.normal(key, ())
+        total = sum(jnp.square(w - 0.1 * noise).mean() for w in weights.values())
+        return total + next(iter(batch.values())).astype(jnp.float32).mean() / 255, {}
+
+    monkeypatch.setattr(Denoising, "loss", loss)

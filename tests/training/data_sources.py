@@ -7,7 +7,7 @@ import json
 import numpy as np
 from PIL import Image
 
-from k3jax.training.config import DataConfig
+from k3jax.training.train_config import DataConfig
 
 
 KINDS = ("folder", "webdataset", "parquet", "scenes")

@@ -8,16 +8,16 @@ import types
 import numpy as np
 import pytest
 
-from k3jax.training.data.cache import LatentCache, cache_fingerprint
-from k3jax.training.data.cached_loader import CachedLoader
-from k3jax.training.data.index import bucket_index
+from k3jax.training.data.buckets import bucket_index
+from k3jax.training.data.latent_cache import CachedLoader, LatentCache, cache_folder
+from k3jax.training.data.latent_cache_writer import cache_fingerprint, write_cache
 from k3jax.training.data.loader import Loader
-from k3jax.training.data.sources import open_source
+from k3jax.training.data.open_source import open_source
 
 from data_sources import KINDS, assert_same, small, take, write_data
 
 
-pytestmark = pytest.mark.filterwarnings("ignore::k3jax.training.data.index.EnlargedWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::k3jax.training.data.buckets.EnlargedWarning")
 
 WIDTH = 8
 STOP = "stop"
@@ -77,9 +77,8 @@ def open_data(kind, folder, **more):
 def precompute(cache, source, index, encoders=None, **more) -> Encoders:
     encoders = encoders or Encoders()
     more = {"shard_size": 5, **more}
-    cache.precompute(
-        source, index, encoders.encode_images, encoders.encode_texts, batch_size=3, **more
-    )
+    encode = (encoders.encode_images, encoders.encode_texts)
+    write_cache(cache, source, index, *encode, batch_size=3, **more)
     return encoders
 
 
@@ -144,7 +143,7 @@ def test_long_captions_fill_the_window(tmp_path):
         return embeds
 
     cache = LatentCache(tmp_path / "cache", "x")
-    cache.precompute(source, index, Encoders().encode_images, texts, 3)
+    write_cache(cache, source, index, Encoders().encode_images, texts, 3)
     with CachedLoader(cache, 3, 0) as loader:
         batch = next(loader)
     assert batch["embeds"].shape == (3, 128, WIDTH)
@@ -267,8 +266,24 @@ def test_a_cache_of_something_else_is_refused(data, tmp_path):
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     with pytest.raises(ValueError, match="mine holds other files"):
         LatentCache(tmp_path / "mine", "x")
-    with pytest.raises(ValueError, match="not a local folder"):
-        LatentCache("gs://bucket/cache", "x")
+
+
+def test_a_folder_holds_the_caches_of_several_data_sets(data, tmp_path):
+    """Also beside one that an older version wrote into the folder itself."""
+    _, source, index = data
+    root = tmp_path / "cache"
+    folders = [cache_folder(root, fingerprint) for fingerprint in ("x", "y")]
+    assert folders[0].parent == folders[1].parent == root and folders[0] != folders[1]
+    for folder, fingerprint in zip(folders, "xy", strict=True):
+        precompute(LatentCache(folder, fingerprint), source, index)
+    for place in (root / "old", root / "old.partial"):
+        precompute(LatentCache(root / "old", "z"), source, index)
+        (root / "old").rename(place)
+        assert cache_folder(root / "old", "z") == root / "old"
+        assert cache_folder(root / "old", "x").parent == root / "old"
+        (place / "manifest.json").write_text("{}")  # damaged: it is not this cache
+        assert cache_folder(root / "old", "z").parent == root / "old"
+        place.rename(root / place.name.replace("old", "gone"))
 
 
 def test_values_that_cannot_be_stored_are_refused(data, tmp_path):
@@ -281,7 +296,7 @@ def test_values_that_cannot_be_stored_are_refused(data, tmp_path):
             return encoders.encode_images(batch) * 0 + np.float32(value)
 
         with pytest.raises(ValueError, match=rf"latents of [ab]/0\d\d\.png, .* {message}"):
-            cache.precompute(source, index, images, encoders.encode_texts, 3)
+            write_cache(cache, source, index, images, encoders.encode_texts, 3)
     with pytest.raises(ValueError, match="float16 or float32, not bfloat16"):
         precompute(cache, source, index, dtype="bfloat16")
 

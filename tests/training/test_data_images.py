@@ -8,11 +8,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from k3jax.training.config import DataConfig
-from k3jax.training.data.buckets import assign, make_buckets, scale
-from k3jax.training.data.decode import decode, fit, read_size
-from k3jax.training.data.folder import FolderSource
-from k3jax.training.data.index import bucket_index, read_image
+from k3jax.training.data.buckets import (
+    assign,
+    bucket_index,
+    decode,
+    fit,
+    make_buckets,
+    read_image,
+    read_size,
+    scale,
+)
+from k3jax.training.data.image_folder import FolderSource
+from k3jax.training.train_config import DataConfig
 
 import damaged_images
 from data_sources import encoded, picture

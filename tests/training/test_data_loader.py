@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from k3jax.training.data.loader import Loader
-from k3jax.training.data.sources import open_source
+from k3jax.training.data.open_source import open_source
 
 from data_sources import (
     KINDS,

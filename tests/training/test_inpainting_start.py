@@ -10,19 +10,19 @@ import pytest
 from flax import nnx
 
 from k3jax.model.inpainting_inputs import inpainting_inputs
-from k3jax.training.config import MaskConfig
-from k3jax.training.inpainting import draw_masks, inpainting_config, inpainting_unet
-from k3jax.training.tasks import extra_channels_of
+from k3jax.training.data.inpainting_masks import draw_masks
+from k3jax.training.tasks.inpainting import extra_channels_of, inpainting_config, inpainting_unet
+from k3jax.training.train_config import MaskConfig
 
-import tiny
+import training_models
 from random_checkpoint import random_module
 
 
 # What is tested is the first convolution: no attention, and so no context.
 UNET = dataclasses.replace(
-    tiny.UNET, block_out_channels=(32,), add_cross_attention=(False,), add_self_attention=(False,)
+    training_models.UNET, add_cross_attention=(False,), add_self_attention=(False,)
 )
-MODEL = dataclasses.replace(tiny.CONFIG, unet=UNET)
+MODEL = dataclasses.replace(training_models.MODEL, unet=UNET)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_it_begins_as_the_base(unet):
     nine = np.concatenate([sample, extra_channels(mask, masked)], axis=-1)
     call = jax.jit(lambda unet, sample: unet(sample, timesteps, None))
     expected = call(unet, sample)
-    assert tiny.relative_error(call(made, nine), expected) < 1e-6
+    assert training_models.relative_error(call(made, nine), expected) < 1e-6
 
 
 def test_both_samplers_of_the_original_inpaint_with_its_defaults():
@@ -72,7 +72,7 @@ def test_what_cannot_be_a_start_is_refused(unet):
     with pytest.raises(ValueError, match="takes 9 channels, not 4: inpainting starts from a text"):
         inpainting_config(config)
     with pytest.raises(ValueError, match="of another architecture than the inpainting config"):
-        inpainting_unet(unet, inpainting_config(tiny.CONFIG))
+        inpainting_unet(unet, inpainting_config(training_models.MODEL))
 
 
 def extra_channels(mask, masked_latents):

@@ -7,11 +7,11 @@ from typing import get_args, get_origin, get_type_hints
 
 import pytest
 
-from k3jax.cli.run_config import build, collect, config_names, load_config
+from k3jax.cli.config_files import config_names, load_config
+from k3jax.cli.run_config import build, collect
 from k3jax.config import LoraConfig
-from k3jax.training.config import PriorConfig, TrainConfig
-from k3jax.training.limits import LIMITS, checked
-from k3jax.training.run import TrainingRun, train
+from k3jax.training.train_config import Limit, PriorConfig, TrainConfig, checked
+from k3jax.training.training_run import TrainingRun, train
 
 
 FULL = TrainConfig(lora=LoraConfig(), prior=PriorConfig("class"))
@@ -37,11 +37,32 @@ def numbers(config, prefix=""):
     return found
 
 
-KINDS = numbers(FULL)
+def limits(config, prefix=""):
+    """Dotted name -> limits, of the fields that have them."""
+    found = {}
+    for field in dataclasses.fields(config):
+        check, value = field.metadata.get("check"), getattr(config, field.name)
+        if isinstance(check, Limit):
+            found[f"{prefix}{field.name}"] = check
+        elif check is not None:  # of a group that is defined elsewhere
+            found |= {f"{prefix}{field.name}.{name}": limit for name, limit in check.items()}
+        elif dataclasses.is_dataclass(value):
+            found |= limits(value, f"{prefix}{field.name}.")
+    return found
+
+
+KINDS, LIMITS = numbers(FULL), limits(FULL)
 
 
 def test_every_number_has_a_limit():
     assert KINDS.keys() == LIMITS.keys()
+
+
+def test_every_setting_has_its_help():
+    groups = [FULL, *(group for group in vars(FULL).values() if dataclasses.is_dataclass(group))]
+    for group in groups:
+        for field in dataclasses.fields(group):
+            assert isinstance(group, LoraConfig) or field.metadata["help"], (group, field.name)
 
 
 @pytest.mark.parametrize("name", LIMITS)
@@ -74,7 +95,7 @@ def test_numbers_that_cannot_be_meant(name):
         ("steps", 2.5, "train.steps must be int, not 2.5"),
         ("batch_size", True, "train.batch_size must be int, not True"),
         ("output", "", "train.output .--output. is empty"),
-        ("data.kind", "tfrecord", "it must be one of .'folder'"),
+        ("data.kind", "tfrecord", "it must be one of .*'folder'"),
     ],
 )
 def test_sentences(name, value, message):

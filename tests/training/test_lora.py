@@ -12,32 +12,25 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from k3jax.checkpoints.format import read_checkpoint
 from k3jax.checkpoints.lora_files import load_lora, save_lora
-from k3jax.checkpoints.restore import (
-    CheckpointError,
-    CheckpointWriter,
-    read_checkpoint,
-    save_module,
-)
+from k3jax.checkpoints.restore import save_module
+from k3jax.checkpoints.writer import CheckpointWriter
 from k3jax.config import LoraConfig, UNetConfig
-from k3jax.files import LFS_POINTER
+from k3jax.files import LFS_POINTER, CheckpointError
 from k3jax.model import adapters
 from k3jax.model.abstract import COMPONENTS, abstract_module
 from k3jax.model.context import Context
 from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
 from k3jax.sampling.denoise import denoise_program
 from k3jax.sharding import make_mesh, shardings
-from k3jax.training.lora import init_lora, merged_checkpoint
+from k3jax.training.result import merged_checkpoint
+from k3jax.training.tasks.lora_finetuning import init_lora
 
-import tiny
 from random_checkpoint import random_module, write_byte_tokenizer
+from training_models import MODEL, UNET, module_shardings, relative_error
 
 
-# One level of the U-Net is enough: it has self-attention and cross-attention, down and up.
-UNET = dataclasses.replace(
-    tiny.UNET, block_out_channels=(32,), add_cross_attention=(True,), add_self_attention=(True,)
-)
-MODEL = dataclasses.replace(tiny.CONFIG, unet=UNET)
 CONFIG = LoraConfig(rank=2, alpha=4.0)
 FACTOR = adapters.update_factor(CONFIG)
 ROUNDING = 2e-6  # of the output's scale: float32, through a U-Net
@@ -108,7 +101,7 @@ def test_the_released_unet_has_25_attentions():
 
 
 def full_unet():
-    projection = dataclasses.replace(tiny.PROJECTION, cross_attention_dim=4096)
+    projection = dataclasses.replace(MODEL.text_projection, cross_attention_dim=4096)
     return {"unet": UNetConfig(), "text_projection": projection}
 
 
@@ -120,12 +113,12 @@ def test_a_new_one_changes_nothing(unet, base, weights):
 
 
 def test_merged_is_applied(unet, weights, base, applied):
-    assert tiny.relative_error(base, applied) > 0.01
+    assert relative_error(base, applied) > 0.01
     merged = adapters.merge(unet, weights, FACTOR)
-    assert tiny.relative_error(call(merged, *inputs()), applied) < ROUNDING
+    assert relative_error(call(merged, *inputs()), applied) < ROUNDING
     np.testing.assert_array_equal(call(unet, *inputs()), base)  # the base is as it was
     outside = adapters.apply(unet, weights, FACTOR)
-    assert tiny.relative_error(call(outside, *inputs()), applied) < ROUNDING
+    assert relative_error(call(outside, *inputs()), applied) < ROUNDING
 
 
 def test_the_low_rank_path_is_kept(unet, weights):
@@ -163,15 +156,16 @@ def test_only_its_weights_get_gradients(unet, weights):
     assert all(not np.any(pair["a"]) and np.any(pair["b"]) for pair in start.values())
 
 
+@pytest.mark.slow
 def test_sharded_is_unsharded(unet, weights, applied):
-    mesh = make_mesh("data=2,fsdp=2,tensor=2")
-    placed = jax.device_put(unet, tiny.module_shardings(unet, mesh))
+    mesh = make_mesh("fsdp=2,tensor=2", jax.devices()[:4])
+    placed = jax.device_put(unet, module_shardings(unet, mesh))
     where = adapters.lora_shardings(unet, weights, mesh)
     pair = where["down_blocks.0.self_attention.attention.to_q"]
     assert pair["a"].spec == P("fsdp", None) and pair["b"].spec == P(None, "tensor")
     split = jax.device_put(weights, where)
     got = call_with(placed, split, FACTOR, *inputs())
-    assert tiny.relative_error(got, applied) < ROUNDING
+    assert relative_error(got, applied) < ROUNDING
     merged = adapters.merge(placed, split, FACTOR)
     kernels = zip(
         jax.tree.leaves(nnx.state(merged)), jax.tree.leaves(shardings(unet, mesh)), strict=True
@@ -251,9 +245,9 @@ def test_another_architecture_is_refused(unet, weights):
         "1 missing: context_pooling.attention.to_q": {
             k: v for k, v in weights.items() if k != name
         },
-        r"1 of another shape: context_pooling.attention.to_q \(\(48, 2\) x \(3, 32\)": {
+        r"1 of another shape: context_pooling.attention.to_q \(\(16, 2\) x \(3, 16\)": {
             **weights,
-            name: {"a": weights[name]["a"], "b": np.zeros((3, 32), np.float32)},
+            name: {"a": weights[name]["a"], "b": np.zeros((3, 16), np.float32)},
         },
     }
     for message, other in others.items():
@@ -327,8 +321,8 @@ def test_pipeline(checkpoint, weights, tmp_path):
     assert found.source["lora"] == {"base_fingerprint": fingerprint, "scale": 0.5}
     assert found.component_paths["movq"] == checkpoint / "movq"
     merged = make(Kandinsky3Pipeline.from_pretrained(tmp_path / "merged", **kwargs))
-    assert tiny.relative_error(merged, with_lora) < 1e-5
-    assert tiny.relative_error(plain, with_lora) > 0.01
+    assert relative_error(merged, with_lora) < 1e-5
+    assert relative_error(plain, with_lora) > 0.01
 
     with pytest.raises(ValueError, match="scale is nan; it must be a finite number"):
         pipe.load_lora(tmp_path / "lora", scale=float("nan"))

@@ -5,9 +5,14 @@ import numpy as np
 import pytest
 
 from k3jax.scenes.caption import captioned
-from k3jax.training.config import DataConfig, MaskConfig
-from k3jax.training.inpainting import draw_masks
-from k3jax.training.masks import MIN_SHARE, OBJECT_MARGIN, check_masks, draw_mask
+from k3jax.training.data.inpainting_masks import (
+    MIN_SHARE,
+    OBJECT_MARGIN,
+    check_masks,
+    draw_mask,
+    draw_masks,
+)
+from k3jax.training.train_config import DataConfig, MaskConfig
 
 
 BOXES = MaskConfig(boxes=1, strokes=0, whole=0)
@@ -115,5 +120,5 @@ def test_small_objects_get_a_wider_margin():
 
 def test_objects_are_found_in_scenes_alone():
     check_masks(OBJECTS, DataConfig(kind="scenes"))
-    with pytest.raises(ValueError, match=r"only in pictures of kind 'scenes'.*is 'folder'"):
+    with pytest.raises(ValueError, match=r"train.masks.objects is .*data.kind is 'folder'"):
         check_masks(OBJECTS, DataConfig(kind="folder"))

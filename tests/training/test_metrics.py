@@ -16,11 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from k3jax.training.loss_plot import plot_losses
 from k3jax.training.metrics import MetricWriter, read_metrics
-from k3jax.training.mfu import flops_of, model_flop_utilisation, peak_flops
-from k3jax.training.plot import plot_losses
 from k3jax.training.signals import agree, stop_requested
-from k3jax.training.timing import StepTimer
+from k3jax.training.throughput import StepTimer, flops_of, model_flop_utilisation, peak_flops
 
 
 def lines(folder):
@@ -126,11 +125,6 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "run").exists() and capsys.readouterr().out == ""
 
 
-def test_a_bucket_is_refused():
-    with pytest.raises(ValueError, match="gs://bucket/run is no local folder"):
-        MetricWriter("gs://bucket/run")
-
-
 def test_step_time_leaves_out_pauses_and_compilation():
     now = [0.0]
     devices = [types.SimpleNamespace(device_kind="TPU v4")] * 2
@@ -207,6 +201,7 @@ SIGNALLED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["SIGTERM", "twice"])
 def test_signals_become_a_flag(how):
     process = subprocess.Popen(

@@ -1,11 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints packed to ship: small, whole, sharing what is the same, and telling no places."""
 
+import dataclasses
+
 import numpy as np
 
+from k3jax.checkpoints.format import read_checkpoint
 from k3jax.checkpoints.manifest import files_below, read_manifest
-from k3jax.checkpoints.restore import CheckpointWriter, iterate_leaves, read_checkpoint, verify
+from k3jax.checkpoints.restore import iterate_leaves, verify
+from k3jax.checkpoints.writer import CheckpointWriter
 from k3jax.training.result import pack
+
+from random_checkpoint import write_random_checkpoint
+from training_models import MODEL, UNET
 
 
 def variant(base, path, change=lambda array: array + 1):
@@ -60,9 +67,11 @@ def test_no_place_is_told(base, tmp_path):
         assert str(tmp_path).encode() not in file.read_bytes(), file
 
 
-def test_packed_is_compressed(base, tmp_path):
+def test_packed_is_compressed(tmp_path):
     """Other checkpoints hold the arrays as they are in memory."""
-    base = read_checkpoint(base)
+    wide = dataclasses.replace(UNET, init_channels=32, block_out_channels=(64,))
+    write_random_checkpoint(tmp_path / "base", dataclasses.replace(MODEL, unet=wide))
+    base = read_checkpoint(tmp_path / "base")
     constant = variant(base, tmp_path / "constant", lambda array: np.full_like(array, 0.1))
     pack(constant, tmp_path / "packed")
     sizes = [

@@ -9,7 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from k3jax.checkpoints.restore import iterate_leaves, read_checkpoint
+from k3jax.checkpoints.format import read_checkpoint
+from k3jax.checkpoints.restore import iterate_leaves
 
 
 CONFIG = """
@@ -85,6 +86,7 @@ def stopped_at_step(config, output, step, number):
     return process.wait()
 
 
+@pytest.mark.slow
 def test_the_same_bits(config, tmp_path):
     """One run, killed and then asked to stop, beside one that nobody disturbed."""
     output = tmp_path / "run"

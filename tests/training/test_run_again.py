@@ -5,6 +5,7 @@ The loss is a stub that compiles in a second; everything around it is a real run
 """
 
 import builtins
+import contextlib
 import errno
 import itertools
 import os
@@ -12,36 +13,24 @@ import subprocess
 import sys
 import textwrap
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from k3jax.checkpoints.lora_files import load_lora
 from k3jax.config import LoraConfig
-from k3jax.training import run as training_run
-from k3jax.training.metrics import read_metrics
-from k3jax.training.run import train
-from k3jax.training.step import make_step
-
-
-def stub_loss(weights, frozen, batch, key):
-    """Depends on the weights, the batch and the key, as a loss does."""
-    noise = jax.random.normal(key, ())
-    total = sum(jnp.square(w - 0.1 * noise).mean() for w in weights.values())
-    return total + batch["images"].mean() / 255, {}
+from k3jax.training import training_run
+from k3jax.training.metrics import MetricWriter, read_metrics
+from k3jax.training.run_folder import LOCK_FILE
+from k3jax.training.signals import Stop
+from k3jax.training.tasks.lora_finetuning import LoraDenoising
+from k3jax.training.training_run import train
 
 
 @pytest.fixture
-def quick(run, monkeypatch):
+def quick(run, stub_loss, monkeypatch):
     """Makes the TrainingRun of a LoRA run of 4 steps, with a checkpoint after 2 and 4."""
-    monkeypatch.setattr(
-        training_run,
-        "make_step",
-        lambda loss, *args, **kwargs: make_step(stub_loss, *args, **kwargs),
-    )
     monkeypatch.setattr(training_run, "_model_flops", lambda *args: None)
-    monkeypatch.setattr(training_run, "frozen_modules", lambda start: {})
+    monkeypatch.setattr(LoraDenoising, "frozen_modules", lambda task: {})
 
     def make(**changes):
         lora = LoraConfig(rank=1, targets=("to_q",))
@@ -55,8 +44,9 @@ def no_work(monkeypatch):
     """Whatever takes long is a fault."""
 
     def forbid():
-        for name in ("open_data", "first_weights", "frozen_modules", "run_loop", "save_result"):
-            monkeypatch.setattr(training_run, name, None)
+        for name in ("open_data", "first_weights", "frozen_modules", "save_result"):
+            monkeypatch.setattr(LoraDenoising, name, None)
+        monkeypatch.setattr(training_run, "run_loop", None)
 
     return forbid
 
@@ -80,9 +70,9 @@ def test_a_finished_run_is_finished(quick, no_work, capfd):
     made = weights(result)
     no_work()
     assert train(quick()) == result
-    assert "has made its 4 steps: there is nothing left to do" in capfd.readouterr().out
+    assert "is finished: it has all 4 steps" in capfd.readouterr().out
     assert_equal(weights(result), made)
-    with pytest.raises(ValueError, match=r"has made 4 steps, and train.steps is 2: give --steps 4"):
+    with pytest.raises(ValueError, match=r"has 4 steps, and train.steps is 2: give --steps 4"):
         train(quick(steps=2))
 
 
@@ -95,6 +85,35 @@ def test_more_steps_replace_the_result_by_that_of_a_longer_run(quick, tmp_path):
     assert any((short[name] != longer[name]).any() for name in short)
     steps = [record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     assert steps == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_stopped_run_ends_with_the_bits_of_one_that_was_not(quick, tmp_path, monkeypatch, step):
+    """Stopped as a signal does it: after this step, with a checkpoint; then resumed."""
+    whole = weights(train(quick(output=str(tmp_path / "whole"), ema_decay=0.9)))
+
+    @contextlib.contextmanager
+    def stopping():
+        stop, write = Stop(), MetricWriter.write
+
+        def count(self, number, values):
+            write(self, number, values)
+            stop.requested = "SIGTERM" if number == step else stop.requested
+
+        with monkeypatch.context() as patch:
+            patch.setattr(MetricWriter, "write", count)
+            yield stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_run, "stop_requested", stopping)
+        assert train(quick(ema_decay=0.9)) is None
+    folder = tmp_path / "run"
+    saved = max(int(path.name) for path in (folder / "checkpoints").iterdir())
+    assert saved == len(list(read_metrics(folder / "metrics.jsonl"))) == step + 1
+    assert not (folder / "lora").exists()
+    assert_equal(weights(train(quick(ema_decay=0.9))), whole)
+    steps = [record["step"] for record in read_metrics(folder / "metrics.jsonl")]
+    assert steps == [1, 2, 3, 4]
 
 
 def test_more_steps_of_a_cosine_are_refused_before_any_work(quick, no_work):
@@ -145,28 +164,28 @@ def test_goes_on_from_the_newest_checkpoint_that_is_whole(quick, tmp_path):
     for path in (tmp_path / "run" / "checkpoints" / "4").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
-    with pytest.warns(UserWarning, match="checkpoints/4 cannot be read .* goes on from the newest"):
+    with pytest.warns(UserWarning, match="checkpoints/4 cannot be read .* resumes from the newest"):
         assert train(quick()) == result
     assert_equal(weights(result), made)
     assert (tmp_path / "run" / "damaged_checkpoints" / "4").is_dir()
 
 
 HOLDER = """
-    import sys
-    from k3jax.training.run_folder import RunFolder
+    import fcntl, sys
 
-    with RunFolder(sys.argv[1]).lock():
+    with open(sys.argv[1], "w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX, 1)
         print("locked", flush=True)
         sys.stdin.read()
 """
 
 
 def test_a_second_process_is_refused_before_any_work(quick, no_work, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
     holder = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(HOLDER), str(tmp_path / "run")],
+        [sys.executable, "-c", textwrap.dedent(HOLDER), str(tmp_path / "run" / LOCK_FILE)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )
     assert holder.stdout.readline() == b"locked\n"
     with monkeypatch.context():

@@ -32,7 +32,7 @@ import dataclasses, json, sys, time
 from k3jax.planning.chips import parse_slice
 from k3jax.cli.run_config import build, collect
 from k3jax.sharding import make_mesh
-from k3jax.training.ahead import lower_step, step_memory
+from k3jax.training.step_memory import lower_step, step_memory
 
 name, model, overrides, topology, mesh, batch, size, options = sys.argv[1:]
 config = dataclasses.replace(build(collect(name)).train, batch_size=int(batch))

@@ -9,17 +9,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from k3jax.checkpoints.format import read_checkpoint
 from k3jax.checkpoints.lora_files import load_lora
-from k3jax.checkpoints.restore import iterate_leaves, read_checkpoint
+from k3jax.checkpoints.restore import iterate_leaves
 from k3jax.config import LoraConfig
 from k3jax.images.pngs import write_png
 from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
 from k3jax.scenes.caption import captioned
 from k3jax.sharding import make_mesh
-from k3jax.training.config import CheckpointConfig, MaskConfig, PriorConfig
 from k3jax.training.metrics import read_metrics
-from k3jax.training.run import TrainingRun, open_data, train
-from k3jax.training.setup import prepare
+from k3jax.training.tasks import make_task
+from k3jax.training.train_config import CheckpointConfig, MaskConfig, PriorConfig
+from k3jax.training.training_run import TrainingRun, train
+
+from random_checkpoint import write_random_checkpoint
+from training_models import WIDE
 
 
 def losses(run, name="loss"):
@@ -31,7 +35,10 @@ def weights(path, component):
     return dict(iterate_leaves(path, component))
 
 
-def test_the_loss_falls_on_a_few_scenes_and_resumes(run, base, tmp_path):
+@pytest.mark.slow
+def test_the_loss_falls_on_a_few_scenes_and_resumes(run, tmp_path):
+    base = tmp_path / "base"
+    write_random_checkpoint(base, WIDE)
     wanted = run(
         steps=200,
         checkpoint=CheckpointConfig(every=1000),
@@ -42,6 +49,7 @@ def test_the_loss_falls_on_a_few_scenes_and_resumes(run, base, tmp_path):
         loss={"snr_gamma": 5.0},
         from_scratch=True,
     )
+    wanted = dataclasses.replace(wanted, checkpoint=str(base))
     result = train(wanted)
     values = losses(wanted, "noise_mse")
     assert len(values) == 200
@@ -58,12 +66,13 @@ def test_the_loss_falls_on_a_few_scenes_and_resumes(run, base, tmp_path):
     assert image.size == (64, 64)
 
 
-def test_another_run_is_not_continued(run):
-    train(run(steps=1))
+def test_another_run_is_not_continued(run, stub_loss):
+    train(run(steps=1, cached=False))
     with pytest.raises(ValueError, match=r"batch_size is 16 and was 8"):
-        train(run(steps=1, batch_size=16))
+        train(run(steps=1, cached=False, batch_size=16))
 
 
+@pytest.mark.slow
 def test_lora_trains_nothing_else(run, base):
     wanted = run(lora=LoraConfig(rank=2), steps=3, optimizer={"learning_rate": 1e-2})
     result = train(wanted)
@@ -79,10 +88,8 @@ def test_lora_trains_nothing_else(run, base):
     np.testing.assert_array_equal(pipe(**call).images, before)
 
 
-def test_inpainting_from_text_to_image(run, tmp_path, base):
-    wanted = run(
-        task="inpainting", components=("unet",), steps=2, data={"cache": str(tmp_path / "c")}
-    )
+def test_inpainting_from_text_to_image(run, base, stub_loss):
+    wanted = run(task="inpainting", components=("unet",), steps=2, cached=False)
     checkpoint = read_checkpoint(train(wanted))
     assert checkpoint.config.unet.in_channels == 9
     kernel = weights(checkpoint, "unet")["conv_in.kernel"]
@@ -91,6 +98,7 @@ def test_inpainting_from_text_to_image(run, tmp_path, base):
     assert checkpoint.component_paths["text_projection"] == shared["text_projection"]
 
 
+@pytest.mark.slow
 def test_cached_and_uncached_batches_train_alike(run, tmp_path):
     results = [
         train(run(cached=cached, steps=2, output=str(tmp_path / str(cached))))
@@ -101,6 +109,7 @@ def test_cached_and_uncached_batches_train_alike(run, tmp_path):
         np.testing.assert_allclose(cached[name], uncached[name], atol=3e-3, err_msg=name)
 
 
+@pytest.mark.slow
 def test_text_encoder_and_movq_from_scratch(run, tmp_path, base):
     model = read_checkpoint(base).config
     model = dataclasses.replace(
@@ -151,10 +160,8 @@ def test_prior_preservation_weighs_each_part_by_its_mean(run, tmp_path):
         (tmp_path / "class" / f"{number}.txt").write_text(caption)
     wanted = run(cached=False, prior=PriorConfig(str(tmp_path / "class"), weight=0.5, share=0.25))
     checkpoint = read_checkpoint(wanted.checkpoint)
-    start = prepare(
-        wanted.train, checkpoint.config, checkpoint, make_mesh("data=1", jax.devices()[:1])
-    )
-    batch = next(open_data(start, checkpoint.path / "tokenizer", False).batches)
+    task = make_task(wanted.train, None, checkpoint, make_mesh("data=1", jax.devices()[:1]))
+    batch = next(task.open_data(checkpoint.path / "tokenizer", False).batches)
     np.testing.assert_allclose(batch["weight"], [8 / 6] * 6 + [0.5 * 8 / 2] * 2)
     assert batch["images"].shape == (8, 64, 64, 3)
     # mean(weight x error) = mean of the subject's errors + 0.5 mean of the class's
@@ -195,9 +202,12 @@ def test_metrics_and_pictures_are_written(run, tmp_path):
                 "masks": MaskConfig(objects=1),
                 "data": {"kind": "folder", "path": "nowhere"},
             },
-            "known where objects are",
+            "train.masks.objects is 1",
         ),
         ({"decoder_only": True}, "needs train.task movq"),
+        ({"task": "superresolution"}, "train.task is 'superresolution'; .* text_to_image, inpai"),
+        ({"task": "movq", "lora": LoraConfig()}, "train.task is 'movq'; .* with train.lora"),
+        ({"data": {"cache": "gs://bucket/cache"}}, "train.data.cache is gs://bucket/cache"),
     ],
 )
 def test_refusals_come_before_training(run, change, message):
@@ -210,6 +220,7 @@ def test_a_base_is_needed(run):
         train(TrainingRun(run().train))
 
 
+@pytest.mark.slow
 def test_pictures_of_inpainting(run, tmp_path):
     prompts = ("a red circle", "a blue square")
     shown = {"steps": 1, "sample_every": 1, "sample_prompts": prompts, "cached": False}

@@ -20,8 +20,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from k3jax.files import CheckpointError
 from k3jax.sharding import make_mesh
-from k3jax.training.checkpoints import RunCheckpoints
-from k3jax.training.config import CheckpointConfig
+from k3jax.training.checkpoint_faults import reason_of
+from k3jax.training.run_checkpoints import RunCheckpoints
+from k3jax.training.train_config import CheckpointConfig
 
 
 EVERY = CheckpointConfig(every=1, keep_last=2, keep_best=1)
@@ -156,9 +157,6 @@ def test_saves_when_it_is_due(tmp_path):
 
 
 def test_refuses_what_cannot_work(tmp_path):
-    for bad in ({"keep_last": 0}, {"keep_best": -1}, {"every": 0}, {"every_minutes": 0.0}):
-        with pytest.raises(ValueError, match=next(iter(bad))):
-            RunCheckpoints(tmp_path, CheckpointConfig(**bad))
     with RunCheckpoints(tmp_path, EVERY) as checkpoints:
         with pytest.raises(CheckpointError, match="no checkpoint; it has none"):
             checkpoints.restore(scalar(0))
@@ -225,7 +223,7 @@ def test_a_run_goes_on_from_the_newest_checkpoint_that_is_whole(two_checkpoints,
             continue
         (message,) = told
         assert str(folder / "checkpoints" / "2") in message, message
-        assert "goes on from the newest that is whole" in message and "Expecting" not in message
+        assert "resumes from the newest complete one" in message and "Expecting" not in message
         assert (folder / "damaged_checkpoints" / "2").is_dir()
         assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["1", "3"]
 
@@ -236,7 +234,7 @@ def test_the_only_checkpoint_is_damaged(two_checkpoints, tmp_path, name):
     shutil.rmtree(tmp_path / "checkpoints" / "1")
     (tmp_path / "checkpoints" / "2" / name).write_bytes(b"")
     with pytest.raises(
-        CheckpointError, match=r"2 cannot be read .* to begin the run anew"
+        CheckpointError, match=r"2 cannot be read .* to start the run again"
     ) as error:
         with RunCheckpoints(tmp_path, EVERY) as checkpoints:
             checkpoints.restore_newest(scalar(0))
@@ -258,13 +256,23 @@ def test_a_checkpoint_that_has_no_room_is_not_begun(tmp_path, monkeypatch):
         assert checkpoints.steps() == [2]
 
 
+def test_the_reason_of_the_system_is_not_cut_off():
+    long = f"Error writing {'x' * 400}: No space left on device [source='{'y' * 400}']"
+    for error in (ValueError(long), RuntimeError("Orbax")):
+        try:
+            raise error from (None if isinstance(error, ValueError) else OSError(28, long))
+        except Exception as caught:
+            assert reason_of(caught) == "No space left on device"
+    assert reason_of(ValueError("a" * 200 + "b" * 200)) == f"{'a' * 150} ... {'b' * 150}"
+
+
 def test_a_full_disk_is_one_sentence_with_its_reason(tmp_path):
     """TensorStore meets a limit of the size of files, which is all that a test can set."""
     code = """
         import resource, signal, sys
         import numpy as np
-        from k3jax.training.checkpoints import RunCheckpoints
-        from k3jax.training.config import CheckpointConfig
+        from k3jax.training.run_checkpoints import RunCheckpoints
+        from k3jax.training.train_config import CheckpointConfig
 
         state = {"w": np.random.default_rng(0).random(1 << 16)}
         checkpoints = RunCheckpoints(sys.argv[1], CheckpointConfig(every=1))
@@ -287,7 +295,7 @@ def test_a_full_disk_is_one_sentence_with_its_reason(tmp_path):
     assert process.returncode == 0, process.stderr
     assert "Traceback" not in process.stderr
     assert process.stdout.startswith("CheckpointError A checkpoint in ")
-    assert "File too large); the ones before it are whole" in process.stdout
+    assert "File too large). Earlier ones are complete" in process.stdout
     with RunCheckpoints(tmp_path, EVERY) as checkpoints:
         assert checkpoints.steps() == [1]
         checkpoints.save(2, scalar(2), {})
@@ -297,8 +305,8 @@ KILLED = """
     import os, pathlib, sys, time
     import jax.numpy as jnp
     import numpy as np
-    from k3jax.training.checkpoints import RunCheckpoints
-    from k3jax.training.config import CheckpointConfig
+    from k3jax.training.run_checkpoints import RunCheckpoints
+    from k3jax.training.train_config import CheckpointConfig
 
     folder = pathlib.Path(sys.argv[1])
     checkpoints = RunCheckpoints(folder, CheckpointConfig(every=1))
@@ -311,6 +319,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow
 def test_killed_while_writing(tmp_path):
     process = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path)],
@@ -339,8 +348,8 @@ PROCESS = """
     import numpy as np
     from jax.sharding import NamedSharding, PartitionSpec
     from k3jax.sharding import make_mesh
-    from k3jax.training.checkpoints import RunCheckpoints
-    from k3jax.training.config import CheckpointConfig
+    from k3jax.training.run_checkpoints import RunCheckpoints
+    from k3jax.training.train_config import CheckpointConfig
     from k3jax.training.run_folder import RunFolder
     from k3jax.training.signals import agree
 
@@ -366,6 +375,7 @@ PROCESS = """
 """
 
 
+@pytest.mark.slow
 def test_two_processes_write_one_checkpoint_and_agree(tmp_path):
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",

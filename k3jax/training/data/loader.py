@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Endless batches in a fixed order, read ahead by grain, that go on exactly where they stopped."""
+"""Endless batches in a fixed order, read ahead by grain, with a position that can be restored."""
 
 import os
 from abc import ABC, abstractmethod
@@ -8,22 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from k3jax.training.config import DataConfig
-from k3jax.training.data.buckets import MULTIPLE
-from k3jax.training.data.index import BucketIndex, bucket_index, read_image
+from k3jax.training.data.buckets import MULTIPLE, BucketIndex, bucket_index, read_image
 from k3jax.training.data.order import Order
 from k3jax.training.data.source import Source
+from k3jax.training.train_config import DataConfig
 
 
-ENDLESS = 2**40  # positions; grain wants a length
+ENDLESS = 2**40  # positions; grain needs a length
 MAX_THREADS = 16
 
 
 class BatchIterator(ABC):
-    """Batches in an `Order`: the rows of one process. Iterate, `close()` or use as a context.
+    """Batches in an `Order`: the rows of one process. Iterate, then `close()`, or use `with`.
 
-    Batch k is the same whatever `num_workers` is, and the processes' rows put together are the same
-    whatever their number.
+    Batch k does not depend on `num_workers`, nor on the number of processes that share its rows.
     """
 
     def __init__(self, order: Order, process_index: int, process_count: int):
@@ -40,7 +38,7 @@ class BatchIterator(ABC):
 
     @abstractmethod
     def batch(self, number: int) -> dict[str, Any]:
-        """Batch `number`, made here and now: validation wants the same ones each time."""
+        """Batch `number`, read now; for validation, which uses the same ones each time."""
 
     @abstractmethod
     def _dataset(self, number: int):
@@ -55,7 +53,7 @@ class BatchIterator(ABC):
         try:
             batch = next(self._iterator)
         except BaseException:
-            self.close()  # the position stays that of the batch that failed
+            self.close()  # the position is still that of the failed batch
             raise
         self._number += 1
         return batch
@@ -66,11 +64,11 @@ class BatchIterator(ABC):
         return self.order.epoch_of(self._number)
 
     def state(self) -> dict[str, Any]:
-        """The position after the batches handed out so far, for JSON."""
+        """The position after the batches returned so far, for JSON."""
         return {"batch": self._number, **self.order.describe()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Makes the next batch the one that followed when `state()` was called.
+        """Continues after the last batch before `state()` was called.
 
         Raises:
             ValueError: the state is of another order of samples.
@@ -86,7 +84,7 @@ class BatchIterator(ABC):
         self._number = int(state["batch"])
 
     def close(self) -> None:
-        """Ends the threads and processes that read ahead; the position stays."""
+        """Ends the threads and processes that read ahead; keeps the position."""
         iterator, self._iterator = self._iterator, None
         if iterator is not None:
             iterator.close()
@@ -125,8 +123,8 @@ class Loader(BatchIterator):
         """
         Args:
             batch_size: samples over all processes.
-            samples: the numbers of those to be used; None: all.
-            index: the source's bucket index where it has been made already.
+            samples: numbers of the samples that are used; None: all.
+            index: of the source, if it is known.
             multiple: of the buckets' sides.
 
         Raises:
@@ -149,7 +147,7 @@ class Loader(BatchIterator):
 
 
 class _Position:
-    """Position in this process's endless row of samples -> the sample, decoded."""
+    """Position in this process's endless sequence of samples -> the decoded sample."""
 
     def __init__(self, loader: Loader, first: int):
         self._source, self._index, self._used = loader._source, loader.index, loader._used
@@ -168,7 +166,7 @@ def read_ahead(
     """A grain IterDataset of `read(0)`, `read(1)`, ..., stacked `batch_size` at a time, in order.
 
     Threads read (Pillow decodes without the GIL), or `num_workers` processes with threads of their
-    own; batches are put together in one more thread, so that the caller only fetches them.
+    own. Another thread stacks the batches, so that the caller only fetches them.
     """
     grain = import_grain()
     from absl import flags
@@ -176,7 +174,7 @@ def read_ahead(
     threads = min(MAX_THREADS, max(2, os.cpu_count() or 2))
     ahead = max(2 * batch_size, threads)
     if num_workers:
-        if not flags.FLAGS.is_parsed():  # grain asks them before it starts a process
+        if not flags.FLAGS.is_parsed():  # grain reads them before it starts a process
             flags.FLAGS.mark_as_parsed()
         threads, ahead = 2, max(2, ahead // num_workers)
     dataset = grain.MapDataset.range(count).map(read)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which samples make up batch k: a pure function of a few numbers, with no state to save.
+"""The samples of batch k: a pure function of a few numbers, without state.
 
-Each bucket is an endless stream of its samples, every epoch in a new order, and its batches are the
-stream cut into equal parts. So the remainder of an epoch is not dropped: it opens the first batch
-of the next one, and after e epochs each sample has been seen e times, but for the few that still
-wait. In a bucket with fewer samples than a batch, a batch has some of them more than once.
+Each bucket is an endless stream of its samples, in a new order every epoch, and its batches are
+equal parts of that stream. So the remainder of an epoch is not dropped: it begins the first batch
+of the next epoch. In a bucket with fewer samples than a batch, a batch has some of them several
+times.
 """
 
 import threading
@@ -15,18 +15,18 @@ from typing import Any
 import numpy as np
 
 
-KEPT_PERMUTATIONS = 2  # per bucket: a batch may straddle two epochs
+KEPT_PERMUTATIONS = 2  # per bucket: a batch may be part of two epochs
 
 
 class Order:
-    """The order of batches; every batch is of one bucket, buckets as often as they have samples."""
+    """The order of batches. Every batch is of one bucket; large buckets have more batches."""
 
     def __init__(self, bucket_of: np.ndarray, batch_size: int, seed: int, shuffle: bool = True):
         """
         Args:
             bucket_of: int (n,), the bucket of each sample.
             batch_size: samples in a batch, over all processes.
-            shuffle: False: samples in their own order, buckets evenly mixed.
+            shuffle: False: the order of the source, buckets evenly mixed.
 
         Raises:
             ValueError: there are no samples, or a number is out of range.
@@ -54,7 +54,7 @@ class Order:
         return len(self.bucket_of)
 
     def batch(self, number: int) -> np.ndarray:
-        """int (batch_size,): the samples of batch `number`, which may be any, of one bucket."""
+        """int (batch_size,): the samples of batch `number`."""
         epoch = self.epoch_of(number)
         with self._lock:
             buckets, parts = self._epoch(epoch)
@@ -69,9 +69,9 @@ class Order:
         return members[at]
 
     def epoch_of(self, number: int) -> int:
-        """The epoch in which batch `number` is."""
+        """The epoch of batch `number`."""
         if number < 0:
-            raise ValueError(f"there is no batch {number}: they are counted from 0.")
+            raise ValueError(f"there is no batch {number}; the first is 0.")
         least = number * self.batch_size // len(self)
         most = (number + 1 + len(self._sizes)) * self.batch_size // len(self) + 1
         while most - least > 1:  # the last epoch with no more than `number` batches before it
@@ -82,7 +82,7 @@ class Order:
         return least
 
     def describe(self) -> dict[str, Any]:
-        """What the order depends on, for JSON."""
+        """Everything that the order depends on, for JSON."""
         return {
             "batch_size": self.batch_size,
             "seed": self.seed,
@@ -95,7 +95,7 @@ class Order:
         return sum(epoch * int(size) // self.batch_size for size in self._sizes)
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The bucket of each of an epoch's batches, and which of its stream's parts it is."""
+        """The bucket of each batch of an epoch, and the number of its part of the stream."""
         if epoch not in self._epochs:
             first = [epoch * int(size) // self.batch_size for size in self._sizes]
             last = [(epoch + 1) * int(size) // self.batch_size for size in self._sizes]
@@ -116,8 +116,8 @@ class Order:
             return np.arange(size)
         key = bucket, int(epoch)
         if key not in self._permutations:
-            made = _permutation(size, self.seed, int(epoch), bucket)
-            _keep(self._permutations, key, made, KEPT_PERMUTATIONS * len(self._sizes))
+            order = _permutation(size, self.seed, int(epoch), bucket)
+            _keep(self._permutations, key, order, KEPT_PERMUTATIONS * len(self._sizes))
         return self._permutations[key]
 
 
@@ -137,10 +137,10 @@ def _keep(cache: OrderedDict, key, value, most: int) -> None:
 
 
 def _permutation(size: int, *words: int) -> np.ndarray:
-    """A random permutation that `words` alone decide.
+    """A random permutation that depends on `words` only.
 
-    Of sorted raw bits, since NumPy promises that those stay the same in every version, and promises
-    nothing about what `Generator.permutation` makes of them.
+    From raw bits, which NumPy promises to keep the same in every version; it promises nothing about
+    `Generator.permutation`.
     """
     bits = np.random.Philox(np.random.SeedSequence(words)).random_raw(size)
     return np.argsort(bits, kind="stable").astype(np.int32)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parquet files with images in them, as Hugging Face datasets write them."""
+"""Parquet files of images, as Hugging Face datasets write them."""
 
 import io
 import os
@@ -14,8 +14,8 @@ from k3jax.training.data.source import Source, check_utf8
 
 
 KEPT_BYTES = 1 << 30
-"""Of row groups that are kept. Reading one image means reading its row group: a shuffled data set
-much larger than this wants a cache of latents, which is made in order, or WebDataset."""
+"""Size of the row groups that are kept in memory. Reading an image means reading its row group: a
+shuffled data set much larger than this needs a cache of latents, or WebDataset."""
 
 
 class ParquetSource(Source):
@@ -31,7 +31,7 @@ class ParquetSource(Source):
         """
         Raises:
             ValueError: a file is not Parquet, lacks a column or has one of another type; a row has
-                no caption or no image.
+                no caption.
         """
         self._paths = [os.path.abspath(path) for path in paths]
         self._image_column, self._kept_bytes = image_column, kept_bytes
@@ -41,11 +41,12 @@ class ParquetSource(Source):
         self._file_starts = [0]
         for number, path in enumerate(self._paths):
             with _open(path) as file:
-                _check_columns(path, file, image_column, caption_column)
+                column = _caption_column(file, caption_column)
+                _check_columns(path, file, image_column, column)
                 for group in range(file.num_row_groups):
-                    captions = file.read_row_group(group, columns=[caption_column]).column(0)
+                    captions = file.read_row_group(group, columns=[column]).column(0)
                     first = starts[-1] - self._file_starts[-1]
-                    self._captions += _checked(captions, path, caption_column, first)
+                    self._captions += _captions(captions, path, column, first)
                     self._groups.append((number, group))
                     starts.append(starts[-1] + len(captions))
             self._file_starts.append(starts[-1])
@@ -90,22 +91,22 @@ class ParquetSource(Source):
     def _image(self, number: int):
         """The image's bytes as an Arrow scalar."""
         group = int(np.searchsorted(self._starts, number, "right")) - 1
-        with self._lock:  # a reader of Parquet is for one thread at a time
+        with self._lock:  # a Parquet reader is for one thread at a time
             column = self._kept.pop(group, None)
             if column is None:
                 column = self._read(group)
             self._kept[group] = column
-            while len(self._kept) > 1 and self._held() > self._kept_bytes:
+            while len(self._kept) > 1 and self._kept_size() > self._kept_bytes:
                 self._kept.popitem(last=False)
         image = column[number - int(self._starts[group])]
         if not image.is_valid:
             raise ValueError(
                 f"image {self.key(number)} has no bytes in column {self._image_column!r}: images "
-                "must be in the Parquet file itself, not named by a path."
+                "must be in the Parquet file itself, not in files of their own."
             )
         return image
 
-    def _held(self) -> int:
+    def _kept_size(self) -> int:
         return sum(column.nbytes for column in self._kept.values())
 
     def _read(self, group: int):
@@ -130,6 +131,12 @@ def _open(path: str):
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} cannot be read as Parquet ({reason}).") from None
+
+
+def _caption_column(file, name: str) -> str:
+    """The column of captions: of data sets that k3jax wrote, `prompt`."""
+    names = file.schema_arrow.names
+    return "prompt" if name == "caption" not in names and "prompt" in names else name
 
 
 def _check_columns(path: str, file, image_column: str, caption_column: str) -> None:
@@ -159,8 +166,8 @@ def _is_struct(kind) -> bool:
     return pa.types.is_struct(kind)
 
 
-def _checked(captions, path: str, column: str, first: int) -> list[str]:
-    """The captions of an Arrow column, of which the first is row `first` of the file."""
+def _captions(captions, path: str, column: str, first: int) -> list[str]:
+    """The captions of an Arrow column that begins at row `first` of the file."""
     try:
         captions = captions.to_pylist()
     except UnicodeDecodeError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a data set is: samples by number, and the two kinds that need no format of their own."""
+"""What a data set is: samples by number; and the data set of drawn scenes."""
 
 import hashlib
 import io
@@ -15,6 +15,9 @@ import numpy as np
 from k3jax.scenes.caption import captioned
 
 
+CROP_SHIFT = 0.45
+"""Largest distance from the centre of a crop to that of its object, in sides of the crop."""
+
 READERS = 8
 """Threads that read files or headers."""
 
@@ -26,8 +29,8 @@ class Sample:
     """A picture and what it shows.
 
     Attributes:
-        key: names the sample; no other sample of its source has the same.
-        image: an image file's bytes, or uint8 (h, w, 3) where it was drawn here.
+        key: name of the sample, unique in its source.
+        image: the bytes of an image file, or uint8 (h, w, 3) of a drawn scene.
         caption: not empty.
     """
 
@@ -39,11 +42,11 @@ class Sample:
 class Source(ABC):
     """Samples by number, in a fixed order, from any thread; can be pickled for worker processes.
 
-    Whatever can be seen without decoding images is checked when a source is made.
+    The constructor checks everything that needs no decoding of images.
     """
 
     size: tuple[int, int] | None = None
-    """(height, width) of all images where it is known beforehand."""
+    """(height, width) of all images, if it is known."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -59,26 +62,26 @@ class Source(ABC):
 
     @abstractmethod
     def open(self, number: int) -> BinaryIO:
-        """A sample's image file, from its beginning; only what is read of it is fetched."""
+        """A sample's image file, at its beginning."""
 
     @abstractmethod
     def rows(self) -> Iterable[tuple]:
-        """What identifies the samples besides the contents of files: keys, captions."""
+        """What identifies the samples apart from the contents of files: keys, captions."""
 
     def files(self) -> list[str]:
         """Paths of the files that images are read from."""
         return []
 
     def fingerprint(self) -> str:
-        """A hash of what a cache of this source depends on, which reads all of its files.
+        """A hash of everything that a cache of this source depends on. Reads all files.
 
-        A copy of the files has the same one.
+        A copy of the files has the same fingerprint.
         """
         with ThreadPoolExecutor(READERS) as pool:
             return hash_rows([*self.rows(), *zip(pool.map(_digest, self.files()), strict=True)])
 
     def stamp(self) -> str:
-        """A hash that differs where `fingerprint` may: of sizes and times instead of contents."""
+        """A hash of sizes and times of the files; it changes whenever `fingerprint` may change."""
         return hash_rows([*self.rows(), *map(_size_and_time, self.files())])
 
     def __getitem__(self, number: int) -> Sample:
@@ -89,13 +92,11 @@ class Source(ABC):
 
 
 class SceneSource(Source):
-    """The drawn scenes of `k3jax.scenes`: square, of one size, and of any number."""
+    """The drawn scenes of `k3jax.scenes`: square, all of one size."""
 
     def __init__(
         self, count: int, size: int, split: str = "train", seed: int = 0, mix: str = "all"
     ):
-        if count < 1:
-            raise ValueError(f"num_scenes is {count}; it must be 1 or more.")
         self.size = (size, size)
         self._count, self._split, self._seed, self._mix = count, split, seed, mix
 
@@ -109,7 +110,7 @@ class SceneSource(Source):
         return self[number].caption
 
     def open(self, number: int) -> BinaryIO:
-        raise io.UnsupportedOperation("a scene is drawn; there is no file of it.")
+        raise io.UnsupportedOperation("a scene has no file.")
 
     def __getitem__(self, number: int) -> Sample:
         if not 0 <= number < len(self):
@@ -118,17 +119,44 @@ class SceneSource(Source):
         return Sample(self.key(number), image, caption)
 
     def rows(self) -> list[tuple]:
-        # Of the first scenes only: drawing all takes as long as training on them.
+        # Only the first scenes: drawing all takes as long as training on them.
         first = [self[number] for number in range(min(8, self._count))]
         rows = [(sample.key, sample.caption, sample.image.tobytes()) for sample in first]
         return [(self._count, self.size, self._split, self._seed), *rows]
 
 
+class SceneCropSource(SceneSource):
+    """Squares of `crop` pixels, each around a random object of a scene of `size` pixels.
+
+    For an autoencoder: most of a whole scene is background.
+    """
+
+    def __init__(self, count: int, size: int, split: str, seed: int, mix: str, crop: int):
+        super().__init__(count, size, split, seed, mix)
+        if not 0 < crop <= size:
+            raise ValueError(
+                f"data.crop is {crop}; it must be between 1 and the {size} of a scene."
+            )
+        self._scene_size, self._crop, self.size = size, crop, (crop, crop)
+
+    def __getitem__(self, number: int) -> Sample:
+        image, caption, scene = captioned(
+            self._seed, number, self._split, self._scene_size, self._mix
+        )
+        rng = np.random.default_rng([self._seed, number, 2])
+        item = scene.objects[rng.integers(len(scene.objects))]
+        shift = rng.uniform(-CROP_SHIFT * self._crop, CROP_SHIFT * self._crop, 2)
+        corner = np.round(np.asarray(item.center) - self._crop / 2 + shift)
+        x, y = np.clip(corner, 0, self._scene_size - self._crop).astype(int)
+        crop = image[y : y + self._crop, x : x + self._crop]
+        return Sample(self.key(number), np.ascontiguousarray(crop), caption)
+
+
 def check_utf8(text: str, where: str) -> str:
-    """The text itself, which was decoded with `surrogateescape`.
+    """The text itself; it was decoded with `surrogateescape`.
 
     Raises:
-        ValueError: bytes of another encoding were in it, or the zero bytes of UTF-16.
+        ValueError: it has bytes of another encoding, or the zero bytes of UTF-16.
     """
     try:
         text.encode()
@@ -137,7 +165,9 @@ def check_utf8(text: str, where: str) -> str:
     else:
         if "\0" not in text:
             return text
-    raise ValueError(f"{where} is not UTF-8: save it as UTF-8.")
+    raise ValueError(
+        f"{where} is not UTF-8: save it as UTF-8 (of Latin-1: iconv -f LATIN1 -t UTF-8)."
+    )
 
 
 def hash_rows(rows: Iterable[tuple]) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""WebDataset tars, indexed once so that any sample is one seek away."""
+"""WebDataset tars, indexed once, so that any sample needs one seek."""
 
 import array
 import io
@@ -16,16 +16,16 @@ CAPTION_FIELDS = ("caption", "prompt", "text")
 
 
 class WebDatasetSource(Source):
-    """The samples of tars: members of one tar that agree up to the first dot of their file name.
+    """The samples of tars: members of a tar with the same file name up to its first dot.
 
     A sample has an image and a caption: the text of a `.txt` member, or a field of a `.json` member
-    (`caption_column`, caption, prompt or text). Samples without an image are passed over.
+    (`caption_column`, caption, prompt or text). Samples without an image are skipped.
     """
 
     def __init__(self, paths: list[str], caption_column: str = "caption"):
         """
         Raises:
-            ValueError: a tar is not one, compressed, or cut off; a sample has no caption.
+            ValueError: a file is not a tar, compressed or truncated; a sample has no caption.
         """
         self._paths = [os.path.abspath(path) for path in paths]
         self._tar = array.array("i")
@@ -76,7 +76,7 @@ class WebDatasetSource(Source):
 
 
 class _Member(io.RawIOBase):
-    """Part of a file, opened for one reader: there may be more tars than files can be open."""
+    """Part of a file, opened for one reader: there may be more tars than open files are allowed."""
 
     def __init__(self, path: str, offset: int, length: int):
         self._file = open(path, "rb", buffering=0)
@@ -106,7 +106,7 @@ class _Member(io.RawIOBase):
 
 
 def _prefixes(paths: list[str]) -> list[str]:
-    """`00000/` for 00000.tar; as much of the path as tells the tars apart."""
+    """`00000/` for 00000.tar; with as much of the path as distinguishes the tars."""
     common = os.path.commonpath([os.path.dirname(path) for path in paths])
     return [f"{os.path.splitext(os.path.relpath(path, common))[0]}/" for path in paths]
 
@@ -118,7 +118,7 @@ def _members(path: str) -> dict[str, dict[str, tuple[int, int]]]:
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                tar.members.clear()  # it would keep all
+                tar.members.clear()  # it keeps all members
                 folder, _, file = member.name.rpartition("/")
                 stem, dot, suffix = file.partition(".")
                 if not member.isreg() or not stem or not dot:
