@@ -29,7 +29,6 @@ from k3jax.pipelines.memory import check_memory
 from k3jax.pipelines.option_fields import option_fields
 from k3jax.pipelines.options import CallOptions
 from k3jax.pipelines.pipeline import BasePipeline
-from k3jax.pipelines.prompts import plain_prompts
 from k3jax.sharding import make_meshes
 
 
@@ -215,10 +214,7 @@ class Embeddings:
 
 def _encoded(pipe: BasePipeline, names: Mapping[str, str]) -> PromptEmbeds:
     """Embeddings of prompts, which have names in messages."""
-    policy = pipe.long_prompts
-    return pipe.encode_windows(
-        plain_prompts(pipe.tokenizer, list(names), policy, False, list(names.values()))
-    )
+    return pipe.encode_windows(pipe.cut_texts(list(names), list(names.values())))
 
 
 def _batches(

@@ -73,7 +73,7 @@ class BasePipeline(AdaptedUNet):
     def __init__(
         self,
         config: ModelConfig,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         components: dict[str, Any],
         mesh: jax.sharding.Mesh,
         batch_size: int | None = None,
@@ -85,6 +85,7 @@ class BasePipeline(AdaptedUNet):
     ):
         """
         Args:
+            tokenizer: None for a pipeline without a text encoder.
             components: the modules by the names in `k3jax.model.abstract.COMPONENTS`, on `mesh`;
                 None for those that this pipeline is to do without.
             batch_size: images per compiled batch over the whole mesh; one per device by default. A
@@ -134,9 +135,8 @@ class BasePipeline(AdaptedUNet):
         """
         enable_compilation_cache()
         checkpoint = path if isinstance(path, Checkpoint) else read_checkpoint(path)
-        config = options.model_config(checkpoint.config)
-        cls.check_config(config)
-        return cls(config, **load_checkpoint(checkpoint, options))
+        cls.check_config(checkpoint.config)
+        return cls(checkpoint.config, **load_checkpoint(checkpoint, options))
 
     @classmethod
     def from_pipe(

@@ -20,8 +20,8 @@ from k3jax.training.metrics import MetricWriter
 from k3jax.training.run_checkpoints import RunCheckpoints
 from k3jax.training.signals import Stop, agree
 from k3jax.training.state import TrainState
-from k3jax.training.throughput import StepTimer
 from k3jax.training.train_config import TrainConfig
+from k3jax.training.training_speed import StepTimer
 
 
 SMOOTHING = 0.99

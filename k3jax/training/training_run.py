@@ -36,8 +36,8 @@ from k3jax.training.state import (
 from k3jax.training.step import make_step
 from k3jax.training.tasks import make_task
 from k3jax.training.tasks.task import Task
-from k3jax.training.throughput import StepTimer, flops_of
 from k3jax.training.train_config import TrainConfig, checked
+from k3jax.training.training_speed import StepTimer, flops_of
 
 
 @dataclass(frozen=True)

@@ -93,10 +93,8 @@ def test_pipelines_share_what_digests_of_one_kind_prove_equal(tmp_path, monkeypa
     class Pipe:
         text_encoder, text_projection = "encoder", "projection"
         digests = loading.component_digests(ours)
-
-        @staticmethod
-        def mesh_of(name):
-            return None
+        mesh = encoder_mesh = None
+        attention = "auto"
 
     def shared(checkpoint):
         return list(loading.share_components(Pipe, checkpoint, False, None).values())

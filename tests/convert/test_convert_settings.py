@@ -190,13 +190,14 @@ def test_exported_and_converted_again(converted, tmp_path, layout):
     _, ours, _ = converted
     config = read_checkpoint(ours).config
     sampler = dataclasses.replace(config.sampler, num_inference_steps=7, eta=0.5, name="ddim")
-    values = json.loads((ours / "config.json").read_text())
+    content = (ours / "config.json").read_text()
+    values = json.loads(content)
     changed = {**values, "sample_size": 128, "sampler": to_dict(sampler)}
     (ours / "config.json").write_text(json.dumps(changed))
     try:
         quiet(export, ours, tmp_path / "torch", layout)
     finally:
-        (ours / "config.json").write_text(json.dumps(values))
+        (ours / "config.json").write_text(content)
     quiet(convert, tmp_path / "torch", tmp_path / "again")
     again = read_checkpoint(tmp_path / "again").config
     expected = dataclasses.replace(config, sample_size=128, sampler=sampler)

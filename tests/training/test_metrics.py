@@ -19,7 +19,7 @@ from PIL import Image
 from k3jax.training.loss_plot import plot_losses
 from k3jax.training.metrics import MetricWriter, read_metrics
 from k3jax.training.signals import agree, stop_requested
-from k3jax.training.throughput import StepTimer, flops_of, model_flop_utilisation, peak_flops
+from k3jax.training.training_speed import StepTimer, flops_of, model_flop_utilisation, peak_flops
 
 
 def lines(folder):
