@@ -46,27 +46,29 @@ MAPS = pathlib.Path("/proc/self/maps")
 MOST_MAPS = 20_000  # one file of tests adds up to 30,000
 
 
-# One worker runs all files of these folders, because they use the same models and programs; any
-# other file is a group of its own. What takes longest comes first, so that two workers end at about
-# the same time (pyproject.toml: --dist loadgroup --no-loadscope-reorder).
 FOLDERS = ("training", "pipelines", "model")
-LONGEST = (*FOLDERS, "test_readme_commands", "test_end_to_end")
+LONGEST = (*FOLDERS, "test_readme_commands.py", "test_end_to_end.py")
 
 
-@pytest.hookimpl(tryfirst=True)
+def group_of(nodeid: str) -> str:
+    """The tests that one worker runs: a file, or a folder whose files use the same programs."""
+    path = pathlib.PurePosixPath(nodeid.split("::")[0].removeprefix("tests/"))
+    return path.parts[0] if path.parts[0] in FOLDERS else str(path)
+
+
 def pytest_collection_modifyitems(items):
-    """Sorts the tests and groups them for xdist, where they have no group of their own."""
-    groups = {}
-    for item in items:
-        mark = item.get_closest_marker("xdist_group")
-        if mark is None:
-            file = item.path.relative_to(pathlib.Path(__file__).parent).with_suffix("")
-            mark = pytest.mark.xdist_group(
-                file.parts[0] if file.parts[0] in FOLDERS else file.as_posix()
-            )
-            item.add_marker(mark)
-        groups[item] = (*mark.args, *mark.kwargs.values())[0]
-    items.sort(key=lambda item: (*LONGEST, groups[item]).index(groups[item]))
+    """What takes longest comes first, so that two workers end at about the same time."""
+    items.sort(key=lambda item: (*LONGEST, group_of(item.nodeid)).index(group_of(item.nodeid)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """`--dist loadgroup` would do this, but xdist 3.8 cannot set groups with pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    scheduler = LoadScopeScheduling(config, log)
+    scheduler._split_scope = group_of
+    return scheduler
 
 
 @pytest.fixture(autouse=True, scope="module")

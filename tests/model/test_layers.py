@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from k3jax.model import layers, movq_blocks
+from k3jax.model.abstract import abstract_module
 from k3jax.model.layers import (
     Upsample2x,
     conv,
@@ -16,6 +17,8 @@ from k3jax.model.layers import (
     linear,
     with_fast_cpu_gradients,
 )
+
+import tiny
 
 
 FLOAT32 = dict(dtype=jnp.float32, param_dtype=jnp.float32)
@@ -133,3 +136,15 @@ def test_statistics_of_groups(dtype, mean, tolerance, strips):
     expected = 1 / grouped.std((1, 3))
     ours = np.asarray(inverse_std).reshape(2, strips, 2, 3)[:, 0, :, 0]
     np.testing.assert_allclose(ours, expected, rtol=tolerance)
+
+
+def test_abstract_modules_are_independent():
+    """They are clones of one that is kept: a change to one must not reach the next."""
+    config = tiny.CONFIG
+    first, second = (abstract_module("text_projection", config) for _ in range(2))
+    first.linear.kernel.set_value(None)
+    first.dtype = None
+    for module in (second, abstract_module("text_projection", config)):
+        assert module.linear.kernel.get_value().shape == (32, 48) and module.dtype == jnp.float32
+    other = abstract_module("text_projection", config, "bfloat16", "float32")
+    assert other.linear.kernel.get_value().dtype == jnp.bfloat16 and other.dtype == jnp.float32

@@ -15,8 +15,6 @@ from reference import cases
 from reference.ours import last, pipeline
 
 
-pytestmark = pytest.mark.xdist_group("shallow")  # its files share compiled programs
-
 PROMPTS = ["a cat", "a much longer prompt about two dogs on a hill"]
 STEPS = 6
 LATENTS = (8, 8, 4)

@@ -23,8 +23,6 @@ from reference import cases
 from reference.ours import COMPONENTS, component, config, last, pipeline
 
 
-pytestmark = pytest.mark.xdist_group("stored")  # its files share compiled programs
-
 STEPS = 6
 
 

@@ -19,8 +19,6 @@ from reference import cases
 from reference.ours import component, config, last, pipeline
 
 
-pytestmark = pytest.mark.xdist_group("stored")  # its files share compiled programs
-
 TOLERANCE = 1e-5  # of the output's scale
 
 

@@ -23,8 +23,6 @@ from pictures import picture
 from random_checkpoint import write_random_checkpoint
 
 
-pytestmark = pytest.mark.xdist_group("random")  # its files share compiled programs
-
 MADE = np.zeros((64, 64, 3), np.uint8)
 
 

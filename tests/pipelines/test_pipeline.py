@@ -27,8 +27,6 @@ from pictures import SCHEDULER
 from random_checkpoint import write_random_checkpoint
 
 
-pytestmark = pytest.mark.xdist_group("shallow")  # its files share compiled programs
-
 PROMPTS = ["a cat", "a much longer prompt about two dogs on a hill", ""]
 SIZE = 64
 LATENTS = (SIZE // 8, SIZE // 8, 4)

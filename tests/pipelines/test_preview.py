@@ -14,8 +14,6 @@ from k3jax.scenes.caption import captioned
 from pictures import picture
 
 
-pytestmark = pytest.mark.xdist_group("shallow")  # its files share compiled programs
-
 CALL = dict(height=64, width=64, sampler="ddpm", output_type="np", progress_bar=False)
 
 

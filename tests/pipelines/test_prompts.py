@@ -12,9 +12,6 @@ from k3jax.pipelines.prompts import weighted_words
 from pictures import picture
 
 
-pytestmark = pytest.mark.xdist_group("shallow")  # its files share compiled programs
-
-
 def run(pipe, embeds, **kwargs):
     kwargs = dict(height=64, width=64, num_inference_steps=6, sampler="ddpm") | kwargs
     made = pipe(prompt_embeds=embeds, output_type="np", progress_bar=False, **kwargs)

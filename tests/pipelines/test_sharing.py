@@ -33,8 +33,6 @@ from random_checkpoint import (
 )
 
 
-pytestmark = pytest.mark.xdist_group("random")  # its files share compiled programs
-
 ONE = make_mesh("data=1", jax.devices()[:1])
 SMALL = dict(num_inference_steps=2, output_type="np", progress_bar=False)
 
