@@ -19,7 +19,7 @@ from k3jax.checkpoints.writer import CheckpointWriter
 from k3jax.convert.arrays import bits_of, is_finite
 from k3jax.convert.modules import layer_shapes, module_shapes
 from k3jax.convert.rules import ConversionError, ConversionPlan, Shape, raise_faults, to_jax_array
-from k3jax.convert.sources import Source, open_source
+from k3jax.convert.sources import WeightSource, open_source
 from k3jax.convert.tensors import Tensors, shapes
 from k3jax.convert.tokenizer_files import prepare_tokenizer
 from k3jax.model.abstract import abstract_module
@@ -110,7 +110,7 @@ def convert(
 
 
 @contextlib.contextmanager
-def _tokenizer(source: Source, shared: Checkpoint | None) -> Iterator[os.PathLike | None]:
+def _tokenizer(source: WeightSource, shared: Checkpoint | None) -> Iterator[os.PathLike | None]:
     """A folder with the tokenizer, which was loaded once: that of the source, or of `shared`."""
     if source.tokenizer:
         with tempfile.TemporaryDirectory() as folder:
@@ -124,13 +124,13 @@ def _tokenizer(source: Source, shared: Checkpoint | None) -> Iterator[os.PathLik
         yield None
 
 
-def _check_tokenizer(folder: os.PathLike, source: Source) -> None:
+def _check_tokenizer(folder: os.PathLike, source: WeightSource) -> None:
     fault = tokenizer_fault(folder, source.config.text_encoder.vocab_size)
     if fault is not None:
         raise ConversionError(f"{fault}.")
 
 
-def plan(source: Source, where: str) -> dict[str, ConversionPlan]:
+def plan(source: WeightSource, where: str) -> dict[str, ConversionPlan]:
     """Component -> plan, for all components of the source.
 
     Raises:
@@ -196,7 +196,7 @@ def _stream(steps: ConversionPlan, tensors: Tensors, writer, param_dtype, bar) -
     return digests
 
 
-def _prevailing_dtype(source: Source) -> str:
+def _prevailing_dtype(source: WeightSource) -> str:
     """The dtype of most of the U-Net's numbers."""
     sizes: dict[str, int] = {}
     for tensor in source.tensors["unet"].values():

@@ -117,7 +117,7 @@ def _moved_array(rule, array, back):
 
 
 @dataclass(frozen=True)
-class Step:
+class ConversionStep:
     """One tensor's way: which tensor, by which row, to which leaf."""
 
     torch_name: str
@@ -132,7 +132,7 @@ class ConversionPlan:
     """A step for each tensor of one component, planned from names and shapes alone."""
 
     component: str
-    steps: list[Step] = field(default_factory=list)
+    steps: list[ConversionStep] = field(default_factory=list)
     duplicates: list[tuple[str, str]] = field(default_factory=list)
     """(alias, name): two names of one tensor, both in the file; their bytes must be equal."""
     faults: list[Fault] = field(default_factory=list)
@@ -187,7 +187,7 @@ class Table:
             A plan; its `faults` name every unknown, missing, doubled and misshapen tensor.
         """
         plan = ConversionPlan(self.component)
-        filled: dict[str, Step] = {}
+        filled: dict[str, ConversionStep] = {}
         matched, unknown = [], []
         for torch_name, shape in found.items():
             rows = self.from_torch(torch_name)
@@ -216,7 +216,7 @@ class Table:
                         f"with shapes {_text(first.torch_shape)} and {_text(shape)}."
                     )
                 continue
-            step = Step(torch_name, jax_name, rule, shape, rule.jax_shape(shape))
+            step = ConversionStep(torch_name, jax_name, rule, shape, rule.jax_shape(shape))
             filled[jax_name] = step
             self._check(plan, step, expected)
             plan.steps.append(step)
@@ -269,7 +269,7 @@ class Table:
                 plan.add_fault(f"{jax_name} of shape {_text(shape)} has no place as {torch_name}.")
                 continue
             seen[torch_name] = jax_name
-            plan.steps.append(Step(torch_name, jax_name, rule, torch_shape, tuple(shape)))
+            plan.steps.append(ConversionStep(torch_name, jax_name, rule, torch_shape, tuple(shape)))
         return plan
 
 

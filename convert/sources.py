@@ -33,7 +33,7 @@ from k3jax.files import read_object
 
 
 @dataclass
-class Source:
+class WeightSource:
     layout: str
     """`diffusers`, `original` (3.1) or `original30`."""
     variant: str
@@ -53,7 +53,7 @@ def open_source(
     weights_variant: str | None = None,
     shared_text_encoder: TextEncoderConfig | None = None,
     architecture: Mapping[str, Mapping] | None = None,
-) -> Source:
+) -> WeightSource:
     """Finds and opens a checkpoint; downloads it first when `source` is a Hugging Face id.
 
     Args:
@@ -87,7 +87,7 @@ def open_source(
             raise ConversionError(f"architecture names {component!r}, which is no component here.")
         part = opened.parts[component]
         opened.parts[component] = from_dict(type(part), {**to_dict(part), **values}, component)
-    return Source(
+    return WeightSource(
         layout=opened.layout,
         variant=variant,
         origin=origin,

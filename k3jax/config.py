@@ -22,6 +22,9 @@ AttentionForm = Literal["auto", "xla", "kernel"]
 MAX_TOKENS = 128
 """Tokens of a prompt that the model sees, end-of-sequence included; the same in all references."""
 
+COMPONENTS = ("text_encoder", "text_projection", "unet", "movq")
+"""The parts of a model, in the order in which data flows through them."""
+
 MOST_FLOAT = 10**300
 
 ConditioningFamily = Literal["original", "diffusers"]

@@ -13,6 +13,7 @@ from flax import nnx
 from k3jax.checkpoints.restore import save_module
 from k3jax.checkpoints.writer import CheckpointWriter
 from k3jax.config import (
+    COMPONENTS,
     ModelConfig,
     MoVQConfig,
     SamplerConfig,
@@ -20,7 +21,7 @@ from k3jax.config import (
     TextProjectionConfig,
     UNetConfig,
 )
-from k3jax.model.abstract import COMPONENTS, abstract_module
+from k3jax.model.abstract import abstract_module
 
 
 SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")

@@ -13,8 +13,8 @@ from flax import nnx
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from k3jax.config import MAX_TOKENS, ModelConfig, SamplerConfig
-from k3jax.model.abstract import COMPONENTS, abstract_module
+from k3jax.config import COMPONENTS, MAX_TOKENS, ModelConfig, SamplerConfig
+from k3jax.model.abstract import abstract_module
 from k3jax.model.conditioning import Conditioning
 from k3jax.model.context import Context
 from k3jax.model.movq_strips import strips_on_tpu

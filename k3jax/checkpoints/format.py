@@ -25,7 +25,7 @@ from etils import epath
 
 from k3jax.checkpoints.digests import combined_digest, prove_difference
 from k3jax.checkpoints.manifest import MANIFEST, read_manifest
-from k3jax.config import ModelConfig, from_dict, suggestion, to_dict
+from k3jax.config import COMPONENTS, ModelConfig, from_dict, suggestion, to_dict
 from k3jax.files import CheckpointError, is_local, read_object
 
 
@@ -33,7 +33,6 @@ CONFIG = "config.json"
 TOKENIZER = "tokenizer"
 FORMAT_VERSION = 1
 DTYPES = ("bfloat16", "float16", "float32", "float64")
-COMPONENTS = ("text_encoder", "text_projection", "unet", "movq")
 _OWN_KEYS = ("format_version", "source", "dtype", "components")
 
 WEIGHTS = Path(__file__).parents[1] / "weights"

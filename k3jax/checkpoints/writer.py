@@ -14,7 +14,6 @@ from k3jax.checkpoints import orbax_io
 from k3jax.checkpoints.cards import model_card
 from k3jax.checkpoints.digests import array_digest, combined_digest
 from k3jax.checkpoints.format import (
-    COMPONENTS,
     CONFIG,
     TOKENIZER,
     as_path,
@@ -24,7 +23,7 @@ from k3jax.checkpoints.format import (
 )
 from k3jax.checkpoints.manifest import CARD, file_digest, files_below, read_manifest, write_manifest
 from k3jax.checkpoints.new_folder import disk_errors, new_folder
-from k3jax.config import ModelConfig
+from k3jax.config import COMPONENTS, ModelConfig
 from k3jax.files import CheckpointError, is_local
 
 

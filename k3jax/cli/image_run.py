@@ -19,9 +19,8 @@ from k3jax.cli.distributed import is_writer
 from k3jax.cli.image_files import PlannedImage
 from k3jax.cli.inputs import NOTE, check_lora
 from k3jax.cli.run_config import RunConfig
-from k3jax.config import to_dict
+from k3jax.config import COMPONENTS, to_dict
 from k3jax.images.pngs import write_png
-from k3jax.model.abstract import COMPONENTS
 from k3jax.model.context import PromptEmbeds
 from k3jax.pipelines.load_options import LoadOptions
 from k3jax.pipelines.loading import checked_batch_size
@@ -133,7 +132,9 @@ class ImageRun:
                     bar.update()
         return [small[planned] for planned in images] if is_writer() else []
 
-    def _load_and_encode(self, images: Sequence[PlannedImage]) -> tuple[BasePipeline, "Embeddings"]:
+    def _load_and_encode(
+        self, images: Sequence[PlannedImage]
+    ) -> tuple[BasePipeline, "PlannedEmbeds"]:
         """A pipeline without the text encoder, and the prompts' embeddings.
 
         The text encoder, by far the largest component, is freed before the others are loaded, so
@@ -142,7 +143,7 @@ class ImageRun:
         encoder = self.pipeline.from_pretrained(
             self.checkpoint, self.load, components=("text_encoder",)
         )
-        embeds = Embeddings(encoder, images, self.options.negative_prompt)
+        embeds = PlannedEmbeds(encoder, images, self.options.negative_prompt)
         del encoder
         gc.collect()
         others = [name for name in COMPONENTS if name != "text_encoder"]
@@ -188,7 +189,7 @@ class ImageRun:
         }
 
 
-class Embeddings:
+class PlannedEmbeds:
     """The embeddings of a run's prompts; each distinct prompt is encoded once."""
 
     def __init__(

@@ -99,7 +99,8 @@ def _of_config(config: ModelConfig) -> dict[str, Any]:
     """The contents that a checkpoint of this architecture would have; allocates nothing."""
     import jax
 
-    from k3jax.model.abstract import COMPONENTS, abstract_module
+    from k3jax.config import COMPONENTS
+    from k3jax.model.abstract import abstract_module
 
     components = {}
     for name in COMPONENTS:

@@ -20,13 +20,13 @@ from k3jax.model.text_encoder import TextEncoder
 from k3jax.model.unet import UNet
 
 
-COMPONENTS = {
+COMPONENT_CLASSES = {
     "text_encoder": TextEncoder,
     "text_projection": TextProjection,
     "unet": UNet,
     "movq": MoVQ,
 }
-"""Component name -> module class, in the order in which data flows through them."""
+"""Component name -> module class, in the order of `k3jax.config.COMPONENTS`."""
 
 
 class _ShapeRngs:
@@ -53,7 +53,7 @@ def abstract_module(
     """A component whose leaves are ShapeDtypeStructs.
 
     Args:
-        component: one of COMPONENTS.
+        component: one of COMPONENT_CLASSES.
         param_dtype: dtype of the weights.
         dtype: dtype of the computation; that of the weights by default.
         attention: see `k3jax.model.attention`.
@@ -71,7 +71,7 @@ def _abstract_module(component: str, config, param_dtype, dtype) -> nnx.Module:
     # Where a mesh is set, Flax takes the layers' names of dimensions for axes of it.
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
         return nnx.eval_shape(
-            lambda: COMPONENTS[component](
+            lambda: COMPONENT_CLASSES[component](
                 config, dtype=dtype, param_dtype=param_dtype, rngs=_ShapeRngs()
             )
         )

@@ -14,9 +14,9 @@ from flax import nnx
 from k3jax.config import MoVQConfig
 from k3jax.model.layers import conv
 from k3jax.model.movq_blocks import (
-    AttentionBlock,
     PlainNorm,
     ResBlock,
+    SpatialAttention,
     SpatialNorm,
     convolve_upsampled,
     norm_silu_conv,
@@ -36,7 +36,8 @@ class EncoderLevel(nnx.Module):
         )
         self.attentions = (
             nnx.List(
-                AttentionBlock(channels_out, norm, **kwargs) for _ in range(config.layers_per_block)
+                SpatialAttention(channels_out, norm, **kwargs)
+                for _ in range(config.layers_per_block)
             )
             if attention
             else None
@@ -66,7 +67,7 @@ class DecoderLevel(nnx.Module):
         widths = [channels_in] + [channels_out] * layers
         self.resnets = nnx.List(ResBlock(a, channels_out, norm, **kwargs) for a in widths[:layers])
         self.attentions = (
-            nnx.List(AttentionBlock(channels_out, norm, **kwargs) for _ in range(layers))
+            nnx.List(SpatialAttention(channels_out, norm, **kwargs) for _ in range(layers))
             if attention
             else None
         )
@@ -88,7 +89,7 @@ class MidBlock(nnx.Module):
 
     def __init__(self, channels, norm, **kwargs):
         self.resnets = nnx.List(ResBlock(channels, channels, norm, **kwargs) for _ in range(2))
-        self.attentions = nnx.List([AttentionBlock(channels, norm, **kwargs)])
+        self.attentions = nnx.List([SpatialAttention(channels, norm, **kwargs)])
 
     @jax.named_scope("mid_block")
     def __call__(

@@ -203,7 +203,7 @@ class ResBlock(nnx.Module):
         return constrain(out + x, *_map(strips))
 
 
-class AttentionBlock(AttentionLayer):
+class SpatialAttention(AttentionLayer):
     """Attention of one head over all pixels, with biases, plus a shortcut."""
 
     def __init__(self, channels: int, norm, **kwargs):

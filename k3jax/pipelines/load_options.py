@@ -30,7 +30,7 @@ def check_mesh(value: Any, name: str) -> "str | Mesh":
 
 
 def check_component(value: Any, name: str) -> str:
-    from k3jax.model.abstract import COMPONENTS
+    from k3jax.config import COMPONENTS
 
     if isinstance(value, str) and value in COMPONENTS:
         return value
@@ -130,7 +130,7 @@ class LoadOptions(Options):
     )
     components: Collection[str] | None = option(
         None,
-        "load only these, by the names in `k3jax.model.abstract.COMPONENTS`. Where not all fit, "
+        "load only these, by the names in `k3jax.config.COMPONENTS`. Where not all fit, "
         'prompts are encoded with ("text_encoder",), and their embeddings given to a pipeline of '
         "the others",
         check_components,

@@ -12,8 +12,7 @@ from k3jax.checkpoints.digests import same_weights
 from k3jax.checkpoints.format import Checkpoint
 from k3jax.checkpoints.manifest import read_manifest
 from k3jax.checkpoints.restore import restore
-from k3jax.config import AttentionForm
-from k3jax.model.abstract import COMPONENTS
+from k3jax.config import COMPONENTS, AttentionForm
 from k3jax.model.int8 import is_int8
 from k3jax.model.tokenizer import Tokenizer
 from k3jax.pipelines.load_options import LoadOptions, TextEncoderForm

@@ -18,9 +18,8 @@ from PIL import Image
 
 from k3jax.arguments import check_choice, check_texts
 from k3jax.checkpoints.format import Checkpoint, read_checkpoint
-from k3jax.config import AttentionForm, ModelConfig
+from k3jax.config import COMPONENTS, AttentionForm, ModelConfig
 from k3jax.images.reading import read_images
-from k3jax.model.abstract import COMPONENTS
 from k3jax.model.context import PromptEmbeds
 from k3jax.model.tokenizer import Tokenizer
 from k3jax.pipelines.adapters import AdaptedUNet
@@ -86,7 +85,7 @@ class BasePipeline(AdaptedUNet):
         """
         Args:
             tokenizer: None for a pipeline without a text encoder.
-            components: the modules by the names in `k3jax.model.abstract.COMPONENTS`, on `mesh`;
+            components: the modules by the names in `k3jax.config.COMPONENTS`, on `mesh`;
                 None for those that this pipeline is to do without.
             batch_size: images per compiled batch over the whole mesh; one per device by default. A
                 call of any other size is cut into such batches, the last one padded.

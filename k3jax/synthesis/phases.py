@@ -18,8 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from k3jax.config import MAX_TOKENS
-from k3jax.model.abstract import COMPONENTS
+from k3jax.config import COMPONENTS, MAX_TOKENS
 from k3jax.model.context import PromptEmbeds
 from k3jax.pipelines.pipeline import BasePipeline
 from k3jax.sharding import data_parallelism

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from k3jax.config import ModelConfig
-from k3jax.model.abstract import COMPONENTS, abstract_module
+from k3jax.config import COMPONENTS, ModelConfig
+from k3jax.model.abstract import abstract_module
 
 
 def random_weights(component: str, config: ModelConfig, seed: int) -> nnx.Module:

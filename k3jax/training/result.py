@@ -24,9 +24,9 @@ from k3jax.checkpoints.manifest import (
 )
 from k3jax.checkpoints.restore import iterate_leaves, leaf_shapes, save_module
 from k3jax.checkpoints.writer import CheckpointWriter
-from k3jax.config import LoraConfig, ModelConfig
+from k3jax.config import COMPONENTS, LoraConfig, ModelConfig
 from k3jax.model import adapters
-from k3jax.model.abstract import COMPONENTS, abstract_module
+from k3jax.model.abstract import abstract_module
 from k3jax.training.state import Weights, with_weights
 
 

@@ -9,8 +9,7 @@ from jax.sharding import Mesh
 
 from k3jax.checkpoints.format import Checkpoint
 from k3jax.checkpoints.restore import restore
-from k3jax.config import ModelConfig
-from k3jax.model.abstract import COMPONENTS
+from k3jax.config import COMPONENTS, ModelConfig
 from k3jax.model.context import PromptEmbeds
 from k3jax.model.tokenizer import Tokenizer
 from k3jax.pipelines.pipeline import BasePipeline

@@ -207,7 +207,7 @@ class TrainConfig:
     from_scratch: bool = setting(False, "random weights for the trained components")
     components: tuple[str, ...] = setting(
         ("text_projection", "unet"),
-        "components that are trained, by their names in `k3jax.model.abstract.COMPONENTS`",
+        "components that are trained, by their names in `k3jax.config.COMPONENTS`",
     )
     decoder_only: bool = setting(
         False, "of `movq`: keep the encoder, so that U-Nets trained on its latents stay valid"

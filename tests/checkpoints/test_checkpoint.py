@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from k3jax.checkpoints import format as checkpoint_format
 from k3jax.checkpoints import writer as checkpoint_writer
 from k3jax.checkpoints.format import read_checkpoint
 from k3jax.checkpoints.restore import iterate_leaves, leaf_shapes, restore, save_module, verify
 from k3jax.checkpoints.writer import CheckpointWriter
+from k3jax.config import COMPONENTS
 from k3jax.files import CheckpointError
 from k3jax.model import abstract
 from k3jax.sharding import make_mesh
@@ -32,7 +32,7 @@ from checkpoints import (
 
 
 def test_components_are_those_of_the_models():
-    assert tuple(abstract.COMPONENTS) == checkpoint_format.COMPONENTS
+    assert tuple(abstract.COMPONENT_CLASSES) == COMPONENTS
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])

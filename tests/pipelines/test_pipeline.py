@@ -15,8 +15,7 @@ from diffusers import (
 )
 from diffusers import Kandinsky3Pipeline as TorchPipeline
 
-from k3jax.config import MAX_TOKENS
-from k3jax.model.abstract import COMPONENTS
+from k3jax.config import COMPONENTS, MAX_TOKENS
 from k3jax.model.tokenizer import PromptTruncatedWarning, Tokenizer
 from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
 from k3jax.sampling.denoise import denoise_program

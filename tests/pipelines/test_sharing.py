@@ -18,8 +18,8 @@ from k3jax import (
 from k3jax.checkpoints.lora_files import save_lora
 from k3jax.checkpoints.restore import save_module
 from k3jax.checkpoints.writer import CheckpointWriter
-from k3jax.config import LoraConfig
-from k3jax.model.abstract import COMPONENTS, abstract_module
+from k3jax.config import COMPONENTS, LoraConfig
+from k3jax.model.abstract import abstract_module
 from k3jax.pipelines.loading import _dtypes_of
 from k3jax.sharding import make_mesh
 from k3jax.training.tasks.lora_finetuning import init_lora

@@ -25,7 +25,7 @@ from data_sources import (
 )
 
 
-pytestmark = pytest.mark.filterwarnings("ignore::k3jax.training.data.index.EnlargedWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::k3jax.training.data.buckets.EnlargedWarning")
 
 
 def open_loader(config, batch_size=4, seed=1, *place, **more) -> Loader:

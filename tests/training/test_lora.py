@@ -16,10 +16,10 @@ from k3jax.checkpoints.format import read_checkpoint
 from k3jax.checkpoints.lora_files import load_lora, save_lora
 from k3jax.checkpoints.restore import save_module
 from k3jax.checkpoints.writer import CheckpointWriter
-from k3jax.config import LoraConfig, UNetConfig
+from k3jax.config import COMPONENTS, LoraConfig, UNetConfig
 from k3jax.files import LFS_POINTER, CheckpointError
 from k3jax.model import adapters
-from k3jax.model.abstract import COMPONENTS, abstract_module
+from k3jax.model.abstract import abstract_module
 from k3jax.model.context import Context
 from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
 from k3jax.sampling.denoise import denoise_program

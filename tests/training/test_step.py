@@ -10,8 +10,8 @@ import optax
 import pytest
 
 from k3jax.checkpoints.format import read_checkpoint
-from k3jax.config import SamplerConfig
-from k3jax.model.abstract import COMPONENTS, abstract_module
+from k3jax.config import COMPONENTS, SamplerConfig
+from k3jax.model.abstract import abstract_module
 from k3jax.model.context import Context, PromptEmbeds
 from k3jax.pipelines.programs import computing
 from k3jax.sampling import schedule

@@ -25,7 +25,7 @@ IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".ti
 
 
 @dataclass(frozen=True)
-class Sample:
+class Example:
     """A picture and what it shows.
 
     Attributes:
@@ -84,11 +84,11 @@ class Source(ABC):
         """A hash of sizes and times of the files; it changes whenever `fingerprint` may change."""
         return hash_rows([*self.rows(), *map(_size_and_time, self.files())])
 
-    def __getitem__(self, number: int) -> Sample:
+    def __getitem__(self, number: int) -> Example:
         if not 0 <= number < len(self):
             raise IndexError(f"there is no sample {number} of {len(self)}.")
         with self.open(number) as file:
-            return Sample(self.key(number), file.read(), self.caption(number))
+            return Example(self.key(number), file.read(), self.caption(number))
 
 
 class SceneSource(Source):
@@ -112,11 +112,11 @@ class SceneSource(Source):
     def open(self, number: int) -> BinaryIO:
         raise io.UnsupportedOperation("a scene has no file.")
 
-    def __getitem__(self, number: int) -> Sample:
+    def __getitem__(self, number: int) -> Example:
         if not 0 <= number < len(self):
             raise IndexError(f"there is no sample {number} of {len(self)}.")
         image, caption, _ = captioned(self._seed, number, self._split, self.size[0], self._mix)
-        return Sample(self.key(number), image, caption)
+        return Example(self.key(number), image, caption)
 
     def rows(self) -> list[tuple]:
         # Only the first scenes: drawing all takes as long as training on them.
@@ -139,7 +139,7 @@ class SceneCropSource(SceneSource):
             )
         self._scene_size, self._crop, self.size = size, crop, (crop, crop)
 
-    def __getitem__(self, number: int) -> Sample:
+    def __getitem__(self, number: int) -> Example:
         image, caption, scene = captioned(
             self._seed, number, self._split, self._scene_size, self._mix
         )
@@ -149,7 +149,7 @@ class SceneCropSource(SceneSource):
         corner = np.round(np.asarray(item.center) - self._crop / 2 + shift)
         x, y = np.clip(corner, 0, self._scene_size - self._crop).astype(int)
         crop = image[y : y + self._crop, x : x + self._crop]
-        return Sample(self.key(number), np.ascontiguousarray(crop), caption)
+        return Example(self.key(number), np.ascontiguousarray(crop), caption)
 
 
 def check_utf8(text: str, where: str) -> str:

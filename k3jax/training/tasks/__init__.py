@@ -9,7 +9,7 @@ from k3jax.checkpoints.format import Checkpoint
 from k3jax.config import ModelConfig
 from k3jax.training.data.open_source import with_kind
 from k3jax.training.tasks.autoencoder import Autoencoder
-from k3jax.training.tasks.caption_reading import Reading
+from k3jax.training.tasks.caption_reading import CaptionReading
 from k3jax.training.tasks.denoising import Denoising
 from k3jax.training.tasks.inpainting import Inpainting
 from k3jax.training.tasks.lora_finetuning import LoraDenoising, LoraInpainting
@@ -17,7 +17,7 @@ from k3jax.training.tasks.task import Task, architecture
 from k3jax.training.train_config import TrainConfig
 
 
-TASKS = {task.name: task for task in (Denoising, Inpainting, Autoencoder, Reading)}
+TASKS = {task.name: task for task in (Denoising, Inpainting, Autoencoder, CaptionReading)}
 LORA_TASKS = {task.name: task for task in (LoraDenoising, LoraInpainting)}
 """Value of `train.task` -> task, without and with `train.lora`."""
 

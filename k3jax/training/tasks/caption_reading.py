@@ -55,7 +55,7 @@ QUESTIONS = {
 """Question about a noun -> the possible answers."""
 
 
-class Reading(Task):
+class CaptionReading(Task):
     """Trains the text encoder, and the heads that predict the answers from its embeddings."""
 
     name = "text_encoder"

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from k3jax.model.abstract import COMPONENTS
+from k3jax.config import COMPONENTS
 from k3jax.model.context import PromptEmbeds, window_length
 from k3jax.model.movq import MoVQ, normalize
 from k3jax.model.tokenizer import Tokenizer

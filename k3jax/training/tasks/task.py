@@ -25,8 +25,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from k3jax.checkpoints.format import Checkpoint
 from k3jax.checkpoints.restore import restore
-from k3jax.config import ModelConfig
-from k3jax.model.abstract import COMPONENTS, abstract_module
+from k3jax.config import COMPONENTS, ModelConfig
+from k3jax.model.abstract import abstract_module
 from k3jax.sharding import TRAINING_RULES
 from k3jax.training.data.training_data import TrainingData
 from k3jax.training.random_weights import random_weights
