@@ -44,7 +44,7 @@ def test_generate(tmp_path, monkeypatch, mesh):
     assert main(words(tmp_path / "demo", tmp_path / "one", *MESHES[mesh])) == 0
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
     }
     address = free_address()
     processes = [

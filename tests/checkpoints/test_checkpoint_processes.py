@@ -67,7 +67,7 @@ def test_each_of_two_processes_reads_its_half(tmp_path):
     }
     write(tmp_path / "c", encoder, disk_arrays("text_projection", config), config=config)
     total = sum(a.nbytes for a in encoder.values())
-    flags = "--xla_force_host_platform_device_count=4"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", textwrap.dedent(PROCESS)]
     with socket.socket() as s:

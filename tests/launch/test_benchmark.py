@@ -134,7 +134,8 @@ def test_topology_without_the_compiler(script, capsys, monkeypatch):
 
 def run_script(folder, *words):
     """The lines of the script, started as a user does: in another folder, on one CPU device."""
-    inherited = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTHONPATH")}
+    inherited = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    inherited["XLA_FLAGS"] += " --xla_force_host_platform_device_count=1"
     cache = {
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",

@@ -197,7 +197,8 @@ def execute(tmp_path):
         )
         variables = {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} "
+            f"--xla_force_host_platform_device_count={devices}",
             "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]]),
             "XDG_CACHE_HOME": str(tmp_path / "cache"),
             "IPYTHONDIR": str(tmp_path / "ipython"),

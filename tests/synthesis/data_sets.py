@@ -72,9 +72,9 @@ def command(*words) -> list[str]:
 
 def environment(**more) -> dict[str, str]:
     """Of a process that is one of a job's: one device, and the compiled programs of the tests."""
-    inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     return {
-        **inherited,
+        **os.environ,
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1",
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",

@@ -378,7 +378,7 @@ PROCESS = """
 @pytest.mark.slow
 def test_two_processes_write_one_checkpoint_and_agree(tmp_path):
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
         "JAX_PLATFORMS": "cpu",
     }
     with socket.socket() as s:
