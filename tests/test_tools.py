@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import needs_tool
+from tools import NO_VOCABULARY, missing, needs_tool
 
 
 def test_a_program_is_found():
@@ -20,3 +20,13 @@ def test_a_missing_program(monkeypatch, required, outcome):
     monkeypatch.setenv("K3JAX_REQUIRE_TOOLS", required)
     with pytest.raises(outcome, match="needs no-such-program: apt-get install it"):
         needs_tool("no-such-program", install="apt-get install it")
+
+
+@pytest.mark.parametrize(
+    "folder, outcome", [("", pytest.fail.Exception), ("none", pytest.skip.Exception)]
+)
+def test_a_machine_without_vocabulary_says_so(monkeypatch, folder, outcome):
+    monkeypatch.setenv("K3JAX_REQUIRE_TOOLS", "1")
+    monkeypatch.setenv("K3JAX_T5_TOKENIZER", folder)
+    with pytest.raises(outcome):
+        missing(NO_VOCABULARY)

@@ -108,7 +108,7 @@ assert words[0] == "k3jax"
 variables = {{
     "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "2",
     "SLURM_LOCALID": "0", "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2",
+    "XLA_FLAGS": f"{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count=2",
 }}
 variables = os.environ | variables
 processes = [
