@@ -109,9 +109,16 @@ def test_processes_that_do_not_join(tmp_path, number, message):
     assert "--distributed-timeout" in line
 
 
-def test_nobody_else_is_there(monkeypatch, capsys):
-    for name in [k for k in os.environ if k.startswith(("SLURM", "OMPI", "PMI"))]:
-        monkeypatch.delenv(name)
-    assert main(["generate", "a cat", "--distributed", "auto"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+def test_nobody_else_is_there(tmp_path):
+    """In a process of its own: JAX must not have been used before."""
+    run = subprocess.run(
+        [sys.executable, "-m", "k3jax", "generate", "a cat", "--distributed", "auto"],
+        cwd=tmp_path,
+        env={k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "OMPI", "PMI"))},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 2
+    (line,) = run.stderr.splitlines()
     assert "--distributed auto" in line and "HOST:PORT,N,I" in line

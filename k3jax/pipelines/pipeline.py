@@ -157,14 +157,15 @@ class BasePipeline(AdaptedUNet):
             verify: see `from_pretrained`.
             batch_size: that of `pipe` by default.
         """
-        own = {
-            "tokenizer": pipe.tokenizer,
-            "components": {name: getattr(pipe, name) for name in COMPONENTS},
-            "fingerprint": pipe.fingerprint,
-            "digests": pipe.digests,
-        }
-        config = pipe.config
-        if path is not None:
+        if path is None:
+            config = pipe.config
+            own = {
+                "tokenizer": pipe.tokenizer,
+                "components": {name: getattr(pipe, name) for name in COMPONENTS},
+                "fingerprint": pipe.fingerprint,
+                "digests": pipe.digests,
+            }
+        else:
             checkpoint = read_checkpoint(path)
             config = checkpoint.config
             cls.check_config(config)

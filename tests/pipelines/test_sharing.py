@@ -20,6 +20,7 @@ from k3jax.checkpoints.restore import save_module
 from k3jax.checkpoints.writer import CheckpointWriter
 from k3jax.config import COMPONENTS, LoraConfig
 from k3jax.model.abstract import abstract_module
+from k3jax.pipelines.adapters import Adapters
 from k3jax.pipelines.loading import _dtypes_of
 from k3jax.sharding import make_mesh
 from k3jax.training.tasks.lora_finetuning import init_lora
@@ -192,9 +193,9 @@ def test_a_component_that_is_not_there_has_no_dtype(checkpoints):
 
 
 def test_a_lora_stays_with_its_unet(pipe, checkpoints):
-    pipe._adapters = pipe.unet
+    pipe._adapters = Adapters(pipe.unet, {})
     other = Kandinsky3Img2ImgPipeline.from_pipe(pipe)
-    assert other._adapters is pipe.unet
+    assert other._adapters is pipe._adapters
     inpaint = Kandinsky3InpaintPipeline.from_pipe(pipe, checkpoints[1])
     assert inpaint._adapters is None
     with warnings.catch_warnings():

@@ -216,7 +216,7 @@ def test_what_cannot_be_read_is_refused(weights, tmp_path):
     settings.write_text(json.dumps(values | {"format_version": 2}))
     refused("has format version 2, but this k3jax reads 1: upgrade")
     settings.write_text(json.dumps(values | {"lora": {**values["lora"], "rank": 3}}))
-    refused("has rank 2 and 2, but lora.json says 3")
+    refused("has rank 2 and 2, .* 3")
     for wrong in ({"rank": 0}, {"alpha": 0.0}, {"alpha": float("nan")}):
         settings.write_text(json.dumps(values | {"lora": {**values["lora"], **wrong}}))
         refused(r"lora\.json: rank is .* and alpha .*; both must be above 0")
