@@ -74,7 +74,10 @@ def test_regenerate_what_was_never_made(data_set, made, tmp_path):
     lines, err = made("regenerate", tmp_path / "out", "другой-0", "--output", tmp_path / "again")
     assert "for the first time" in err[0]
     again, _ = made("regenerate", data_set, "другой-0", "--output", tmp_path / "other")
-    assert open(lines[0], "rb").read() == open(again[0], "rb").read()
+    first, second = (np.asarray(Image.open(path)).astype(int) for path in (lines[0], again[0]))
+    # Without the sidecar the size of the shard's batches is unknown; with another one a pixel may
+    # be rounded the other way.
+    assert abs(first - second).max() <= 1 and (first != second).mean() < 0.001
 
 
 def test_the_pipeline_makes_it_from_the_recorded_seed(stored, checkpoint):
