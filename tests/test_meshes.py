@@ -122,7 +122,9 @@ TEXT, EVERY = ("text_to_image",), ("text_to_image", "img2img", "inpaint")
     "model, spec, call",
     [
         ("tiny", "data=2,fsdp=2,tensor=2", (64, 64, 8, TEXT)),
-        ("heads", "data=1,fsdp=2,tensor=4", (64, 128, 3, TEXT)),
+        pytest.param(
+            *("heads", "data=1,fsdp=2,tensor=4", (64, 128, 3, TEXT)), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_pictures_on_corners(checkpoints, one_device, model, spec, call):

@@ -154,6 +154,7 @@ def test_blocks_run(path, folder, monkeypatch, capsys):
                 run_command(small(words), monkeypatch, capsys)
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_first_page(folder, monkeypatch, capsys):
     """With nothing but the small model; that of the shell in two steps."""
     python, shell = (

@@ -82,7 +82,9 @@ def test_forward_derivatives(component, monkeypatch):
     np.testing.assert_allclose(forward, backward, rtol=1e-3)
 
 
-@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+@pytest.mark.parametrize(
+    "component", [pytest.param("unet", marks=pytest.mark.slow), "text_encoder"]
+)
 def test_forward_derivatives_on_a_mesh(component):
     function, shape = CASES[component]
     module = random_module(component, SMALL, np.random.default_rng(1))

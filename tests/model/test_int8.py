@@ -102,6 +102,7 @@ def pipes():
     return exact, Kandinsky3Pipeline.from_pretrained("tiny", int8_text_encoder=True, **kwargs)
 
 
+@pytest.mark.slow
 def test_the_error_in_the_image(pipes):
     exact, int8 = pipes
     assert is_int8(int8.text_encoder) and not is_int8(exact.text_encoder)

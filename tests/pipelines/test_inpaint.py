@@ -51,9 +51,8 @@ def nine():
 # --- the model's method -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "case", ["inpainting_10", pytest.param("inpainting_odd", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["inpainting_10", "inpainting_odd"])
 def test_images_are_those_of_the_original(nine, case):
     """A hard mask; and an image of an odd size with a soft one. 2 images of each prompt."""
     golden = cases.load(f"original_pipeline_{case}")

@@ -226,7 +226,7 @@ def run_pipeline(case: str, batch_size: int = 1, **kwargs):
     "case, sampler",
     [
         pytest.param("kandinsky_5", "kandinsky", marks=pytest.mark.slow),
-        ("kandinsky_10", "kandinsky"),
+        pytest.param("kandinsky_10", "kandinsky", marks=pytest.mark.slow),
         ("kandinsky_negative_10", "kandinsky"),
         ("flash", "flash"),
         pytest.param("kandinsky30_10", "kandinsky30", marks=pytest.mark.slow),

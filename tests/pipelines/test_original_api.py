@@ -46,6 +46,7 @@ def published(monkeypatch, weights):
     return asked
 
 
+@pytest.mark.slow
 def test_the_readme_of_the_original(published, capfd):
     from k3jax import get_T2I_pipeline
 

@@ -46,6 +46,7 @@ def test_a_folder_of_that_name_comes_first(tmp_path, monkeypatch):
         read_checkpoint("tiny")
 
 
+@pytest.mark.slow
 def test_it_draws_what_it_is_told(pipe):
     """As far as it is trained; `test_the_numbers_of_the_readme` looks at more."""
     told = shares(list(judge(pipe, 16)))

@@ -51,6 +51,7 @@ def test_it_is_fitted_to_all_colours():
     assert len(np.unique(colors, axis=0)) > 50
 
 
+@pytest.mark.slow
 def test_the_trained_model_looks_like_its_previews():
     """Of scenes, each preview's pixels against the mean colours of what the decoder makes."""
     movq = restore(read_checkpoint("tiny"), "movq", dtype="float32")

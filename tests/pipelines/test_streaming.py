@@ -34,7 +34,9 @@ def texts(batch: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return rng.integers(3, 400, (batch, 16)), np.arange(16) < rng.integers(2, 17, (batch, 1))
 
 
-@pytest.mark.parametrize("spec", ["data=8", "data=2,fsdp=2,tensor=2"])
+@pytest.mark.parametrize(
+    "spec", [pytest.param("data=8", marks=pytest.mark.slow), "data=2,fsdp=2,tensor=2"]
+)
 def test_the_same_embeddings(spec, monkeypatch):
     mesh = make_mesh(spec)
     dtypes = dict(mesh=mesh, param_dtype="float32", dtype="float32")

@@ -235,7 +235,7 @@ class FullDisk:
         return call
 
 
-EVERY = 3
+EVERY = 7
 """Of the calls that can meet a full disk, the share that is tried."""
 
 

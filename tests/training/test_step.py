@@ -398,7 +398,7 @@ def alone(base):
 @pytest.mark.parametrize(
     "spec, name",
     [
-        ("fsdp=2,tensor=2", "adamw"),
+        pytest.param("fsdp=2,tensor=2", "adamw", marks=pytest.mark.slow),
         pytest.param("data=2,fsdp=2,tensor=2", "adamw", marks=pytest.mark.slow),
         pytest.param("data=8", "adamw", marks=pytest.mark.slow),
         pytest.param("data=2,fsdp=4", "adamw", marks=pytest.mark.slow),

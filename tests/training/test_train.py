@@ -88,6 +88,7 @@ def test_lora_trains_nothing_else(run, base):
     np.testing.assert_array_equal(pipe(**call).images, before)
 
 
+@pytest.mark.slow
 def test_inpainting_from_text_to_image(run, base, stub_loss):
     wanted = run(task="inpainting", components=("unet",), steps=2, cached=False)
     checkpoint = read_checkpoint(train(wanted))
@@ -171,6 +172,7 @@ def test_prior_preservation_weighs_each_part_by_its_mean(run, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_metrics_and_pictures_are_written(run, tmp_path):
     wanted = run(steps=2, sample_every=2, sample_prompts=("a red circle", "a blue square"))
     train(wanted)
