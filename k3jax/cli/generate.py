@@ -52,16 +52,10 @@ def run(args: argparse.Namespace) -> None:
     from k3jax.cli.distributed import is_writer
     from k3jax.cli.image_files import plan_images, write_contact_sheet
     from k3jax.cli.image_run import ImageRun
-    from k3jax.pipelines.call_inputs import CallInputs, check_size
     from k3jax.pipelines.text_to_image import Kandinsky3Pipeline
 
-    Kandinsky3Pipeline.check_config(checkpoint.config)
     options = TextToImageOptions.from_sources(config.generate, prompt=prompts)
-    height, width = check_size(checkpoint.config, *options.size(checkpoint.config))
-    guided = CallInputs(options, checkpoint.config).guided
-    run = ImageRun.checked(
-        Kandinsky3Pipeline, checkpoint, config, options, [(width, height)], guided
-    )
+    run = ImageRun.checked(Kandinsky3Pipeline, checkpoint, config, options)
     images = plan_images(
         prompts,
         options.num_images_per_prompt,

@@ -71,26 +71,12 @@ def run_edit(
 
     from k3jax.cli.image_files import plan_images, write_contact_sheet
     from k3jax.cli.image_run import ImageRun
-    from k3jax.pipelines.call_inputs import CallInputs
-    from k3jax.pipelines.image_inputs import pairs, step_counts, work_sizes
 
-    model, inpaints = checkpoint.config, "mask_image" in arrays
-    pipeline.check_config(model)
     sources = (config.generate, config.edit)
     options = options_type.from_sources(*sources, prompt=prompts, **arrays)
-    counts = {f"{name.partition('_')[0]}s": len(each) for name, each in arrays.items()}
-    inputs = CallInputs(options, model, counts)
-    count = inputs.num_inputs
+    run = ImageRun.checked(pipeline, checkpoint, config, options)
+    count = run.inputs.num_inputs
     arrays = {name: _each(values, count) for name, values in arrays.items()}
-    if inpaints:
-        pairs(*arrays.values(), count)
-    sizes = work_sizes(model, arrays["image"], options.max_area)
-    steps = step_counts(inputs)
-    if inpaints and 0 in steps:
-        raise ValueError("--strength is 0, which repaints nothing: give more.")
-    run = ImageRun.checked(
-        pipeline, checkpoint, config, options, sizes if any(steps) else [], inputs.guided
-    )
     images = plan_images(
         _each(prompts, count),
         options.num_images_per_prompt,
@@ -101,11 +87,11 @@ def run_edit(
 
     files = {name: _each(getattr(args, name), count) for name in FILES if hasattr(args, name)}
     settings = {"task": args.command, **(settings or {})}
-    if inpaints:
-        settings["method"] = pipeline.method_of(model)
+    if "mask_image" in arrays:
+        settings["method"] = pipeline.method_of(checkpoint.config)
         if settings["method"] == "blend":
             print(BLEND, file=sys.stderr)
-    small = run.write(images, args.progress, arrays, files, sizes, settings)
+    small = run.write(images, args.progress, arrays, files, settings)
     cells = []
     for planned, after in zip(images, small, strict=True):
         cells += [

@@ -22,6 +22,7 @@ from k3jax.cli.run_config import RunConfig
 from k3jax.config import COMPONENTS, to_dict
 from k3jax.images.pngs import write_png
 from k3jax.model.context import PromptEmbeds
+from k3jax.pipelines.call_inputs import CallInputs
 from k3jax.pipelines.load_options import LoadOptions
 from k3jax.pipelines.loading import checked_batch_size
 from k3jax.pipelines.memory import check_memory
@@ -40,15 +41,19 @@ class ImageRun:
 
     Attributes:
         checkpoint: its config has the sampler and the size of the run.
-        options: of all images.
+        inputs: of all images, with their options.
         load: with the meshes and the batch size.
     """
 
     pipeline: type[BasePipeline]
     checkpoint: Checkpoint
     config: RunConfig
-    options: CallOptions
+    inputs: CallInputs
     load: LoadOptions
+
+    @property
+    def options(self) -> CallOptions:
+        return self.inputs.options
 
     @classmethod
     def checked(
@@ -57,28 +62,25 @@ class ImageRun:
         checkpoint: Checkpoint,
         config: RunConfig,
         options: CallOptions,
-        sizes: Sequence[tuple[int, int]],
-        guided: bool,
     ) -> "ImageRun":
         """A run whose settings are right, as far as that is known without the weights.
 
-        Args:
-            sizes: (width, height) at which images are generated; none where no step runs.
-            guided: whether a step runs the U-Net twice.
-
         Raises:
-            ValueError: a mesh or batch size that does not fit the devices, images that do not fit
-                in their memory, or a LoRA that does not fit the model.
+            ValueError: an option that is wrong, a mesh or batch size that does not fit the devices,
+                images that do not fit in their memory, or a LoRA that does not fit the model.
         """
+        pipeline.check_config(checkpoint.config)
+        inputs = pipeline.call_inputs(options, checkpoint.config)
         load = LoadOptions.from_sources(config.pipeline)
         mesh, encoder_mesh = make_meshes(load.mesh, load.encoder_mesh)
         batch_size = checked_batch_size(load.batch_size, mesh, encoder_mesh)
-        check_memory(checkpoint.config, mesh, batch_size, load.dtype, sizes, guided)
+        run = checkpoint.config, mesh, batch_size, load.dtype
+        check_memory(*run, inputs.denoised_sizes, inputs.guided)
         check_lora(config)
         load = dataclasses.replace(
             load, mesh=mesh, encoder_mesh=encoder_mesh, batch_size=batch_size
         )
-        return cls(pipeline, checkpoint, config, options, load)
+        return cls(pipeline, checkpoint, config, inputs, load)
 
     def write(
         self,
@@ -86,7 +88,6 @@ class ImageRun:
         progress: bool,
         inputs: Mapping[str, Sequence[Any]] | None = None,
         files: Mapping[str, Sequence[str]] | None = None,
-        sizes: Sequence[tuple[int, int]] | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> list[Image.Image]:
         """Generates the images; writes each with its settings, and prints its path.
@@ -94,7 +95,6 @@ class ImageRun:
         Args:
             inputs: option -> its value for each input, such as images and masks.
             files: the same as paths, for the settings.
-            sizes: of each input; images of one size are generated together.
             settings: recorded beside those of every run.
 
         Returns:
@@ -112,7 +112,7 @@ class ImageRun:
         inputs, files, small = inputs or {}, files or {}, {}
         several = progress and len(images) > pipe.batch_size
         with tqdm(total=len(images), unit="image", disable=not several) as bar:
-            for batch in _batches(images, sizes, pipe.batch_size):
+            for batch in _batches(images, self.inputs.sizes, pipe.batch_size):
                 results = pipe(
                     self.options,
                     prompt=None,
@@ -219,10 +219,10 @@ def _encoded(pipe: BasePipeline, names: Mapping[str, str]) -> PromptEmbeds:
 
 
 def _batches(
-    images: Sequence[PlannedImage], sizes: Sequence[tuple[int, int]] | None, batch_size: int
+    images: Sequence[PlannedImage], sizes: Sequence[tuple[int, int]], batch_size: int
 ) -> Iterator[list[PlannedImage]]:
     """Images of one size together, so that few batches are padded."""
-    size_of = [None if sizes is None else sizes[image.input] for image in images]
+    size_of = [sizes[image.input] for image in images]
     for size in dict.fromkeys(size_of):
         same = [image for image, own in zip(images, size_of, strict=True) if own == size]
         yield from (same[k : k + batch_size] for k in range(0, len(same), batch_size))

@@ -4,7 +4,7 @@
 Single values are checked before, in k3jax/pipelines/options.py.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,15 +12,18 @@ import numpy as np
 from k3jax.arguments import finite_array, warn_user
 from k3jax.config import MAX_TOKENS, ModelConfig, SamplerConfig
 from k3jax.model.context import PromptEmbeds
-from k3jax.pipelines.options import CallOptions
+from k3jax.pipelines.options import CallOptions, TextToImageOptions
 from k3jax.pipelines.rows import ImageRows, image_rows
 from k3jax.sampling.denoise import sample_keys
-from k3jax.sampling.samplers import Sampler, make_sampler
+from k3jax.sampling.samplers import Sampler, last_steps, make_sampler, steps_of_strength
 
 
 if TYPE_CHECKING:
     from k3jax.pipelines.pipeline import BasePipeline
 
+
+Size = tuple[int, int]
+"""(width, height) in pixels."""
 
 MOST_IMAGES = 1_000_000  # of a call, which holds them all in memory
 
@@ -35,15 +38,23 @@ class CallInputs:
     Attributes:
         num_inputs: how many prompts, or pairs of prompt and image, there are.
         count: how many images there will be: `num_images_per_prompt` of each.
+        input_of: the input of each image.
+        sizes: of each input, at which it is worked on.
+        steps: of each input, by its strength.
         sampler: with all of its steps.
         guided: whether any image is.
     """
 
     def __init__(
-        self, options: CallOptions, config: ModelConfig, counts: Mapping[str, int] | None = None
+        self,
+        options: CallOptions,
+        config: ModelConfig,
+        sizes: Sequence[Size],
+        counts: Mapping[str, int] | None = None,
     ):
         """
         Args:
+            sizes: one for all inputs, or one each.
             counts: name -> number of what is paired with the prompts, such as images.
 
         Raises:
@@ -63,20 +74,44 @@ class CallInputs:
         self._negatives = self._negatives_of(count)
         self.num_inputs = paired({"prompts": count, **counts})
         strengths = strength if isinstance(strength, list) else [strength]
-        self.strengths = strengths * (self.num_inputs if len(strengths) == 1 else 1)
+        self._strengths = strengths * (self.num_inputs if len(strengths) == 1 else 1)
         if self.num_inputs * options.num_images_per_prompt > MOST_IMAGES:
             raise ValueError(
                 f"num_images_per_prompt is {options.num_images_per_prompt} for {self.num_inputs} "
                 f"prompts; one call has at most {MOST_IMAGES:,} images (`k3jax synthesize` writes "
                 "more)."
             )
-        self._prompt_of = self.image_of(count)
+        self._prompt_of = self._repeated(count)
+        self.input_of = self._repeated(self.num_inputs)
         self.count = len(self._prompt_of)
         scale = options.guidance_scale
         scale = settings.guidance_scale if scale is None else scale
         self._scales = guidance_scales(scale, self.count)
         self.guided = self.sampler.guided and bool((self._scales > 0).any())
         self._keys = sample_keys(image_seeds(options.seed, self.count))
+        self.sizes = list(sizes) * (self.num_inputs if len(sizes) == 1 else 1)
+        self.steps = [self._steps_of(strength) for strength in self._strengths]
+        self._check_noise(config)
+
+    @property
+    def denoised_sizes(self) -> list[Size]:
+        """The sizes of the inputs for which a step runs."""
+        return [size for size, steps in zip(self.sizes, self.steps, strict=True) if steps]
+
+    def groups(self) -> Iterable[tuple[Size, Sampler | None, np.ndarray]]:
+        """(size, sampler or None for no steps, numbers of the images) of each size and strength."""
+        keys = [(self.sizes[i], self.steps[i]) for i in self.input_of]
+        for size, count in dict.fromkeys(keys):
+            index = np.array([n for n, key in enumerate(keys) if key == (size, count)])
+            yield size, last_steps(self.sampler, count) if count else None, index
+
+    def _steps_of(self, strength: float | None) -> int:
+        if strength is None:  # a call without images
+            return self.sampler.num_steps
+        steps = steps_of_strength(strength, self.sampler.num_steps)
+        if self.guided:
+            self.options.warn_of_no_guidance(self.sampler.num_steps, steps, strength)
+        return steps
 
     def _check_texts(self, config: ModelConfig) -> None:
         for name in ("prompt", "negative_prompt"):
@@ -103,16 +138,23 @@ class CallInputs:
             )
         return negative
 
-    def image_of(self, count: int) -> np.ndarray:
+    def _repeated(self, count: int) -> np.ndarray:
         """Which of `count` (1, or one per input) each image comes from, input by input."""
         rows = np.arange(self.num_inputs) if count == self.num_inputs else [0] * self.num_inputs
         return np.repeat(np.asarray(rows, np.int64), self.options.num_images_per_prompt)
 
-    def check_noise(self, shape: tuple[int, int, int], steps: int) -> None:
-        """The shapes of `latents` and `step_noise`, for images whose latents have a shape."""
+    def _check_noise(self, config: ModelConfig) -> None:
+        """The shapes of `latents` and `step_noise`."""
+        if self.options.latents is None and self.options.step_noise is None:
+            return
+        if len(set(self.sizes)) > 1 or len(set(self.steps)) > 1:
+            raise ValueError(
+                "latents and step_noise are for images of one size and strength; these differ."
+            )
+        shape = latent_shape(config, self.sizes[0])
         for name, expected in (
             ("latents", (self.count, *shape)),
-            ("step_noise", (steps, self.count, *shape)),
+            ("step_noise", (self.steps[0], self.count, *shape)),
         ):
             array = getattr(self.options, name)
             if array is not None and array.shape != expected:
@@ -148,6 +190,18 @@ class CallInputs:
         elif has_negative.any():
             negative_embeds = encoded[np.array([place.get(n, 0) for n in self._negatives])]
         return prompt_embeds, negative_embeds, has_negative
+
+
+class TextToImageInputs(CallInputs):
+    """The inputs of a call that starts from noise."""
+
+    def __init__(self, options: TextToImageOptions, config: ModelConfig):
+        """
+        Raises:
+            ValueError: one sentence on the argument that is wrong.
+        """
+        height, width = check_size(config, *options.size(config))
+        super().__init__(options, config, [(width, height)])
 
 
 def checked_sampler(settings: SamplerConfig) -> tuple[SamplerConfig, Sampler]:
@@ -186,6 +240,12 @@ def check_text_to_image(config: ModelConfig, task: str = "text to image") -> Non
 def size_multiple(config: ModelConfig) -> int:
     """Pixels that sides are multiples of: the U-Net halves at every level but the last."""
     return config.movq.scale_factor * 2 ** (len(config.unet.block_out_channels) - 1)
+
+
+def latent_shape(config: ModelConfig, size: Size) -> tuple[int, int, int]:
+    """(h/8, w/8, 4) of an image of a size."""
+    factor = config.movq.scale_factor
+    return size[1] // factor, size[0] // factor, config.movq.latent_channels
 
 
 def check_size(config: ModelConfig, height: int, width: int) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,18 +12,19 @@ from PIL import Image
 from k3jax.arguments import warn_user
 from k3jax.config import ModelConfig
 from k3jax.images.compositing import work_size
-from k3jax.images.masks import resize_mask
-from k3jax.images.reading import resize_image
-from k3jax.pipelines.call_inputs import CallInputs, size_multiple
-from k3jax.pipelines.options import EditOptions
+from k3jax.images.masks import read_masks, resize_mask
+from k3jax.images.reading import read_images, resize_image
+from k3jax.pipelines.call_inputs import (
+    CallInputs,
+    Size,
+    check_latents,
+    check_size,
+    size_multiple,
+)
+from k3jax.pipelines.options import ImageToImageOptions, InpaintOptions
 from k3jax.pipelines.pipeline import BasePipeline
 from k3jax.pipelines.programs import encode_masked
 from k3jax.pipelines.rows import ImageRows
-from k3jax.sampling.samplers import Sampler, last_steps, steps_of_strength
-
-
-Size = tuple[int, int]
-"""(width, height) in pixels."""
 
 
 def work_sizes(
@@ -44,60 +45,60 @@ def work_sizes(
     return [work_size(image.shape[1], image.shape[0], area, multiple) for image in images]
 
 
-class ImageInputs(CallInputs):
-    """The inputs of a call that starts from images.
+class ImageToImageInputs(CallInputs):
+    """The inputs of a call that changes images.
 
     Attributes:
-        sizes: (width, height) at which each input is worked on.
-        steps: of each input, by its strength.
-        input_of: the input of each image.
+        images: as read, uint8 (h, w, 3) each; None where `image_latents` are given.
+        image_latents: float32 (b, h/8, w/8, 4), or None.
+        image_of: the image of each result.
     """
 
-    def __init__(
-        self, options: EditOptions, config: ModelConfig, sizes: Sequence[Size], **counts: int
-    ):
+    def __init__(self, options: ImageToImageOptions, config: ModelConfig):
         """
-        Args:
-            sizes: one for all inputs, or one each.
-            counts: see `CallInputs`.
-
         Raises:
             ValueError: one sentence on the argument that is wrong.
         """
-        super().__init__(options, config, counts)
-        self.sizes = list(sizes) * (self.num_inputs if len(sizes) == 1 else 1)
-        self.steps = step_counts(self)
-        self.input_of = self.image_of(self.num_inputs)
-        if options.latents is None and options.step_noise is None:
-            return
-        if len(set(self.sizes)) > 1 or len(set(self.steps)) > 1:
-            raise ValueError(
-                "latents and step_noise are for images of one size and strength; these differ."
-            )
-        self.check_noise(latent_shape(config, self.sizes[0]), self.steps[0])
-
-    def groups(self) -> Iterable[tuple[Size, Sampler | None, np.ndarray]]:
-        """(size, sampler or None for no steps, numbers of the images) of each size and strength."""
-        keys = [(self.sizes[i], self.steps[i]) for i in self.input_of]
-        for size, count in dict.fromkeys(keys):
-            index = np.array([n for n, key in enumerate(keys) if key == (size, count)])
-            yield size, last_steps(self.sampler, count) if count else None, index
+        if (options.image is None) == (options.image_latents is None):
+            raise ValueError("give image, or image_latents instead of it.")
+        self.images = self.image_latents = None
+        if options.image is not None:
+            self.images = read_images(options.image)
+            sizes = work_sizes(config, self.images, options.max_area)
+        else:
+            self.image_latents = check_latents(options.image_latents, config, "image_latents")
+            sizes = _sizes_of_latents(self.image_latents, config)
+        super().__init__(options, config, sizes, {"images": len(sizes)})
+        self.image_of = self._repeated(len(sizes))
 
 
-def step_counts(inputs: CallInputs) -> list[int]:
-    """Steps of each input, by its strength; see `steps_of_strength`."""
-    counts, total = [], inputs.sampler.num_steps
-    for strength in inputs.strengths:
-        counts.append(steps_of_strength(strength, total))
-        if inputs.guided:
-            inputs.options.warn_of_no_guidance(total, counts[-1], strength)
-    return counts
+class InpaintInputs(CallInputs):
+    """The inputs of a call that repaints a part of images.
+
+    Attributes:
+        pairs: the image and the mask of each input.
+    """
+
+    def __init__(self, options: InpaintOptions, config: ModelConfig):
+        """
+        Raises:
+            ValueError: one sentence on the argument that is wrong.
+        """
+        for name in ("image", "mask_image"):
+            if getattr(options, name) is None:
+                raise ValueError(f"give {name}.")
+        images, masks = read_images(options.image), read_masks(options.mask_image)
+        sizes = work_sizes(config, images, options.max_area)
+        super().__init__(options, config, sizes, {"images": len(images), "masks": len(masks)})
+        self.pairs = pairs(images, masks, self.num_inputs)
+        if 0 in self.steps:
+            raise ValueError("strength is 0, which repaints nothing: give more.")
 
 
-def latent_shape(config: ModelConfig, size: Size) -> tuple[int, int, int]:
-    """(h/8, w/8, 4) of an image of a size."""
-    factor = config.movq.scale_factor
-    return size[1] // factor, size[0] // factor, config.movq.latent_channels
+def _sizes_of_latents(latents: np.ndarray, config: ModelConfig) -> list[Size]:
+    height, width = (side * config.movq.scale_factor for side in latents.shape[1:3])
+    check_size(config, height, width)
+    return [(width, height)] * len(latents)
 
 
 def to_work_size(image: np.ndarray, size: Size) -> np.ndarray:

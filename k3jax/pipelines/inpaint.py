@@ -18,18 +18,9 @@ import numpy as np
 
 from k3jax.config import ModelConfig
 from k3jax.images.compositing import default_feather, generated_share, paste_known
-from k3jax.images.masks import read_masks
-from k3jax.images.reading import read_images
+from k3jax.pipelines.call_inputs import latent_shape
 from k3jax.pipelines.generation import make_images
-from k3jax.pipelines.image_inputs import (
-    ImageInputs,
-    Pair,
-    inpainting_rows,
-    latent_shape,
-    pairs,
-    to_own_size,
-    work_sizes,
-)
+from k3jax.pipelines.image_inputs import InpaintInputs, Pair, inpainting_rows, to_own_size
 from k3jax.pipelines.memory import check_fits
 from k3jax.pipelines.option_fields import takes
 from k3jax.pipelines.options import InpaintOptions
@@ -43,6 +34,8 @@ class Kandinsky3InpaintPipeline(BasePipeline):
     Argument names are those of diffusers. What an image is a function of is as for
     `Kandinsky3Pipeline`, and also the image, the mask and the strength.
     """
+
+    call_inputs = InpaintInputs
 
     @staticmethod
     def check_config(config: ModelConfig) -> None:
@@ -76,31 +69,22 @@ class Kandinsky3InpaintPipeline(BasePipeline):
             ValueError: one sentence on the argument that is wrong, before anything is compiled.
             TypeError: an argument that does not exist.
         """
-        for name in ("image", "mask_image"):
-            if getattr(options, name) is None:
-                raise ValueError(f"give {name}.")
-        images, masks = read_images(options.image), read_masks(options.mask_image)
-        sizes = work_sizes(self.config, images, options.max_area)
-        counts = {"images": len(images), "masks": len(masks)}
-        inputs = ImageInputs(options, self.config, sizes, **counts)
-        both = pairs(images, masks, inputs.num_inputs)
-        if 0 in inputs.steps:
-            raise ValueError("strength is 0, which repaints nothing: give more.")
-        check_fits(self, inputs.sizes, inputs.guided)
+        inputs = self.call_inputs(options, self.config)
+        check_fits(self, inputs)
 
         # Everything is checked; from here on it takes time.
         everything = inputs.encode(self)
-        parts = []
-        for size, part, index in inputs.groups():
-            whole = part.num_steps == inputs.sampler.num_steps
+        groups = []
+        for size, sampler, index in inputs.groups():
+            whole = sampler.num_steps == inputs.sampler.num_steps
             rows, input_of = everything.rows(index), inputs.input_of[index]
-            rows = inpainting_rows(self, rows, both, input_of, size, from_image=not whole)
-            parts.append(ImageGroup(index, rows, part, latent_shape(self.config, size)))
-        results = make_images(self, parts, options)
+            rows = inpainting_rows(self, rows, inputs.pairs, input_of, size, from_image=not whole)
+            groups.append(ImageGroup(index, rows, sampler, latent_shape(self.config, size)))
+        results = make_images(self, groups, options)
         results = [results[n] for n in range(inputs.count)]
         if options.output_type != "latent":
             results = [
-                self._result(result, both[i], inputs.sizes[i], options)
+                self._result(result, inputs.pairs[i], inputs.sizes[i], options)
                 for result, i in zip(results, inputs.input_of, strict=True)
             ]
         return output(results, options.output_type)

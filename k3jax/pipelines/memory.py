@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from k3jax.config import ModelConfig
+from k3jax.pipelines.call_inputs import CallInputs
 from k3jax.pipelines.pipeline import BasePipeline
 
 
@@ -26,10 +27,11 @@ bfloat16, guided). XLA:CPU's were 25 or more in float32 and 56 or more in bfloat
 MEMINFO = Path("/proc/meminfo")
 
 
-def check_fits(pipe: BasePipeline, sizes: Sequence[tuple[int, int]], guided: bool) -> None:
-    """`check_memory` for a batch of a pipeline."""
+def check_fits(pipe: BasePipeline, inputs: CallInputs) -> None:
+    """`check_memory` for the batches of a call."""
     if pipe.unet is not None:
-        check_memory(pipe.config, pipe.mesh, pipe.batch_size, pipe.unet.dtype, sizes, guided)
+        run = pipe.config, pipe.mesh, pipe.batch_size, pipe.unet.dtype
+        check_memory(*run, inputs.denoised_sizes, inputs.guided)
 
 
 def check_memory(

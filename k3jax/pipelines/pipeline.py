@@ -9,7 +9,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import numpy as np
@@ -23,7 +23,7 @@ from k3jax.images.reading import read_images
 from k3jax.model.context import PromptEmbeds
 from k3jax.model.tokenizer import Tokenizer
 from k3jax.pipelines.adapters import AdaptedUNet
-from k3jax.pipelines.call_inputs import check_latents
+from k3jax.pipelines.call_inputs import CallInputs, check_latents
 from k3jax.pipelines.compilation_cache import enable_compilation_cache
 from k3jax.pipelines.load_options import LoadOptions
 from k3jax.pipelines.loading import (
@@ -32,7 +32,7 @@ from k3jax.pipelines.loading import (
     share_checkpoint,
 )
 from k3jax.pipelines.option_fields import takes
-from k3jax.pipelines.options import OutputType
+from k3jax.pipelines.options import CallOptions, OutputType
 from k3jax.pipelines.preview import preview_map
 from k3jax.pipelines.programs import computing, decode_latents, encode_images, image_splits
 from k3jax.pipelines.prompts import LongPrompts, Windows, join_windows, plain_prompts
@@ -68,6 +68,9 @@ class BasePipeline(AdaptedUNet):
             them off with a warning, "error" refuses them, "average" encodes them in parts and takes
             the mean of the parts at each position.
     """
+
+    call_inputs: ClassVar[Callable[[CallOptions, ModelConfig], CallInputs]]
+    """Checks the options of a call for a checkpoint's config, without the weights."""
 
     def __init__(
         self,

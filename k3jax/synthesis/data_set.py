@@ -67,7 +67,7 @@ def settings_of(
         width, height = parse_size(size)
     for w, h in ((width, height), *map(parse_size, options.buckets)):
         call_inputs.check_size(model, h, w)
-    sampler = CallInputs(call, model).sampler
+    sampler = CallInputs(call, model, [(width, height)]).sampler
     if options.lossless and options.quality is not None:
         raise ValueError("--quality and --lossless exclude each other: give one of them.")
     quality = QUALITY[options.image_format] if options.quality is None else options.quality

@@ -87,11 +87,11 @@ def test_outpaint_extends_the_canvas(run, planned, files, tmp_path):
     args = ["outpaint", "a red star", "--image", files / "a.png", "--right", "64"]
     code, paths, _ = run(*args, "-o", tmp_path / "out", *SMALL)
     assert code == 0 and paths == [str(tmp_path / "out" / "contact_sheet.png")]
-    ((image_run, images, arrays, names, sizes, settings),) = planned
+    ((image_run, images, arrays, names, settings),) = planned
     assert image_run.checkpoint.fingerprint == read_checkpoint("tiny-inpainting").fingerprint
     assert [image.path.parent for image in images] == [tmp_path / "out"]
     (canvas,), (mask,) = arrays["image"], arrays["mask_image"]
-    assert canvas.shape == (64, 128, 3) and sizes == [(128, 64)]
+    assert canvas.shape == (64, 128, 3) and image_run.inputs.sizes == [(128, 64)]
     assert not mask[:, :64].any() and mask[:, 64:].all()
     assert names == {"image": [str(files / "a.png")]}
     assert settings["extend_canvas"]["right"] == 64 and settings["method"] == "model"
