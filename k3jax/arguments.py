@@ -150,7 +150,7 @@ def check_dtype(value: Any, name: str) -> str:
 
 
 def one_or_each(check: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
-    """A check of one value, or of a list (tuple, array) of them, of which it makes a list."""
+    """A check of one value, or of each of several (list, tuple, array), which become a list."""
 
     def check_all(value: Any, name: str) -> Any:
         value = to_host(value)

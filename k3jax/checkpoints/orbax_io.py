@@ -24,7 +24,7 @@ from k3jax.files import CheckpointError, is_local, shortened
 
 
 # A process reads whole chunks, so small ones let it read little more than its own shards; Orbax's
-# default is one chunk per array, of which every process reads everything.
+# default is one chunk per array, and every process would read all of it.
 CHUNK_BYTES = 4 << 20
 READ_BYTES = 512 << 20  # host memory for reads in flight
 

@@ -123,8 +123,8 @@ def restore_layers(
     """The text encoder with some consecutive layers and nothing else, or without any.
 
     Args:
-        layers: those that are read, and the only weights of the module that can be used; none:
-            all weights but those of layers, of which the module has none.
+        layers: those to read; no other weights of the module can be used. If empty, all weights
+            except those of layers are read, and the module has no layers.
     """
     encoder = dataclasses.replace(checkpoint.config.text_encoder, num_layers=len(layers))
     config = dataclasses.replace(checkpoint.config, text_encoder=encoder)

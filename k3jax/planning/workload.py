@@ -174,7 +174,7 @@ def weight_bytes(component: str, work: Work) -> int:
 
 
 def input_bytes(program: Name, work: Work) -> int:
-    """Bytes of a program's inputs besides the weights on each chip."""
+    """Bytes of a program's inputs on each chip, without the weights."""
     sizes = tuple(work.mesh[axis] for axis in MESH_AXES)
     return _bytes_per_chip(_inputs(program, work, AbstractMesh(sizes, MESH_AXES)))
 

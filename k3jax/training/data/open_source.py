@@ -41,7 +41,7 @@ def open_source(config: DataConfig, *, split: str = "train", seed: int = 0) -> S
 
 
 def with_kind(config: DataConfig) -> DataConfig:
-    """The config with the format of its data in the place of `auto`.
+    """The config with the format of its data instead of `auto`.
 
     Names that end in .tar or .parquet decide; of a folder, those in it, unless it holds images. A
     data set that `k3jax synthesize` wrote is its `data` folder.

@@ -88,7 +88,7 @@ class Denoising(Task):
         return {**arrays, "latents": np.asarray(batch["latents"], np.float32)}
 
     def cached_latents(self, movq: MoVQ, images: np.ndarray, sharding: NamedSharding) -> jax.Array:
-        """What the cache holds of images uint8 (b, h, w, 3), besides their captions."""
+        """What the cache holds for images uint8 (b, h, w, 3), apart from their captions."""
         return _encode_images(movq, jax.device_put(images, sharding))
 
     def modules(self, weights: Weights, frozen: Modules) -> dict[str, nnx.Module]:
