@@ -40,7 +40,7 @@ def test_what_lies_on_each_device(model, trained):
     # Weights, their average and two moments; besides them a sample of the batch, which is small.
     assert 4 * trained < copied.state < 4.1 * trained
     split = memory(model, "fsdp=2")
-    assert split.state < 0.52 * copied.state  # biases and scales are copied
+    assert split.state < 0.53 * copied.state  # biases and scales are copied
     assert split.total == split.state + split.temporaries > split.state
 
 
